@@ -1,0 +1,430 @@
+"""`ShiftingMetaOptimizer`: continual trajectory shifting as a torch.optim optimizer over T task replicas."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from cts_fast import ops
+from cts_fast.flat import Flat, Segment
+from cts_fast.groups import PER_GROUP, as_groups, check_hyper, check_options, check_parameters, drop_duplicates, split_tasks
+
+OPTIONS = ("horizon", "meta_interval", "reset_momentum", "capturable")  # of the whole optimizer; every group carries them
+
+
+class ShiftingMetaOptimizer(torch.optim.Optimizer):
+    r"""Meta-learns one initialization φ of T tasks that train side by side, with a meta-update after every inner step.
+
+    .. code-block:: text
+
+        θ_t ← θ_t − α u_t                       SGD with momentum, as torch.optim.SGD, for every task t
+        Δ = β (mean_t θ_t − φ);  φ ← φ + Δ      Reptile's meta-update, averaged over the tasks
+        θ_t ← θ_t + Δ                           the shift: each trajectory follows its new start
+        θ_t ← φ                                 the reset, after K steps
+
+    Args:
+        tasks: a list of T iterables of tensors or (name, tensor), alike in names, shapes, dtypes and order; or one such iterable (one task);
+            or param-group dicts whose ``"params"`` are either of the two. Parameters become views of flat buffers.
+        lr: α, the inner learning rate; a float or a one-element tensor.
+        momentum, dampening, weight_decay, nesterov, maximize: the inner step's, as in torch.optim.SGD.
+        meta_lr: β, the meta learning rate; a float or a one-element tensor.
+        horizon: K, inner steps in a round; None: never reset by itself.
+        meta_interval: a meta-update after every n-th inner step of a round (n = K is Reptile).
+        shift: factor of the shift; 1 is the paper's, 0 leaves the trajectories where they are.
+        reset_momentum: clear the shared momentum at a reset, so that a round depends on φ alone.
+        heads: one iterable of parameters for each task; they take the inner step only and may differ between tasks.
+        nonfinite: "ignore" NaN and infinite gradients as torch does, "raise" after the step that met one, or "skip" such steps.
+        process_group: not available in this version; give None.
+        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference"; the environment's CTS_FAST_BACKEND sets what "auto" is.
+        capturable: keep counters on the device and decide nothing on the host, for steps inside a CUDA graph.
+
+    Clipping the gradients of a whole group couples the tasks; clip each task's own parameters to keep them apart.
+
+    Raises:
+        ValueError, TypeError: bad input, naming task, parameter and reason. RuntimeError: a backend that cannot run, and why.
+
+    Example:
+        >>> opt = ShiftingMetaOptimizer([net.body.named_parameters() for net in nets], lr=0.01, momentum=0.9,
+        ...                             meta_lr=0.01, horizon=1000, heads=[net.head.parameters() for net in nets])
+
+    Source: Shin et al., "Large-Scale Meta-Learning with Continual Trajectory Shifting", ICML 2021, Algorithm 2.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self, tasks: Iterable, lr: float | Tensor = 1e-3, *, momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0,
+        nesterov: bool = False, maximize: bool = False, meta_lr: float | Tensor = 1e-2, horizon: int | None = 1000, meta_interval: int = 1,
+        shift: float = 1.0, reset_momentum: bool = True, heads: Iterable | None = None, nonfinite: str = "ignore", process_group=None,
+        backend: str = "auto", capturable: bool = False,
+    ) -> None:  # fmt: skip
+        defaults = dict(
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, meta_lr=meta_lr,
+            shift=shift, shared=True, horizon=horizon, meta_interval=meta_interval, reset_momentum=reset_momentum, capturable=capturable,
+        )  # fmt: skip
+        check_hyper(defaults)
+        check_options(horizon, meta_interval, nonfinite)
+        if process_group is not None:
+            raise ValueError("process_group: this version runs all tasks in one process; give process_group=None")
+        if backend != "auto" and backend not in ops.BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(ops.BACKENDS)}")
+        self._nonfinite, self._backend_choice = nonfinite, backend
+        self._sizes: list[list[int]] = []  # parameters of each task, by group
+        self._num_tasks: int | None = None
+        self._built = False
+        super().__init__(as_groups(tasks), defaults)
+        if self._num_tasks is None:
+            raise ValueError("optimizer got an empty parameter list")
+        if heads is not None:
+            self._add_heads(heads)
+        if not any(group["shared"] for group in self.param_groups):
+            raise ValueError("every group is a head group (shared=False); an initialization needs shared parameters")
+        self._build()
+
+    # Groups ----------------------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group at any time: ``"params"`` of one task, or a list of T iterables, with options of its own.
+
+        ``"shared": False`` makes it a head group. The flat buffers are laid out anew: take `initialization` afterwards.
+        Raises ValueError or TypeError, naming task, parameter and reason, and leaves the optimizer as it was.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        for name in (*OPTIONS, "heads", "nonfinite", "process_group", "backend"):
+            if name in param_group:
+                raise ValueError(f"{name} belongs to the whole optimizer and cannot be set for a group")
+        check_hyper({**self.defaults, **param_group})
+        shared = param_group.get("shared", True)
+        tasks = drop_duplicates(split_tasks(param_group["params"], self._num_tasks))
+        check_parameters(tasks, shared)
+        if self._built and shared:
+            self._check_new_names(tasks[0])
+        group = {**param_group, "params": list(chain.from_iterable(tasks)), "shared": shared, "num_tasks": len(tasks)}
+        if self._built:  # a backend that cannot serve the new tensors says so before anything changed
+            for param in group["params"]:
+                tensor = param[1] if isinstance(param, tuple) else param
+                ops.resolve(self._backend_choice, tensor.device, tensor.dtype, self.defaults["capturable"])
+        super().add_param_group(group)
+        self._num_tasks = len(tasks)
+        self._sizes.append([len(task) for task in tasks])
+        if self._built:
+            self._build()
+
+    def _add_heads(self, heads: Iterable) -> None:
+        heads = [list(head) for head in heads]
+        if len(heads) != self._num_tasks:
+            raise ValueError(f"heads of {len(heads)} tasks given, but there are {self._num_tasks} tasks; give one iterable a task")
+        named = "param_names" in self.param_groups[0]
+        tensors = [[item[1] if isinstance(item, tuple) else item for item in head] for head in heads]
+        if named:  # torch wants names in all groups or in none
+            tensors = [
+                [(item[0] if isinstance(item, tuple) else f"head.{i}", tensor) for i, (item, tensor) in enumerate(zip(head, own, strict=True))]
+                for head, own in zip(heads, tensors, strict=True)
+            ]
+        self.add_param_group({"params": tensors, "shared": False})
+
+    def _check_new_names(self, task: list) -> None:
+        known = set(self._names())
+        for item in task:
+            if isinstance(item, tuple) and item[0] in known:
+                raise ValueError(f"parameter {item[0]!r}: another shared group has that name; names of the initialization must differ")
+
+    def _segments(self) -> list[Segment]:
+        segments = []
+        for g, (group, sizes) in enumerate(zip(self.param_groups, self._sizes, strict=True)):
+            params, names = group["params"], group.get("param_names")
+            starts = [sum(sizes[:t]) for t in range(len(sizes))]
+            unnamed = "{}" if group["shared"] else "head.{}"
+            if group["shared"]:
+                for n in range(sizes[0]):
+                    name = names[n] if names else unnamed.format(sum(s.task is None for s in segments))
+                    segments.append(Segment(g, name, [params[start + n] for start in starts]))
+            else:
+                for t, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+                    for n in range(size):
+                        name = names[start + n] if names else unnamed.format(n)
+                        segments.append(Segment(g, name, [params[start + n]], task=t))
+        return segments
+
+    def _names(self) -> list[str]:
+        return [segment.name for segment in self._segments() if segment.task is None]
+
+    # Buffers ---------------------------------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        """Lay out flat buffers for all groups, fill them from `state` or, for new parameters, from the first task, and bind views."""
+        segments = self._segments()
+        names = [segment.name for segment in segments if segment.task is None]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"parameter {twice!r}: two shared parameters have that name; names of the initialization must differ")
+        capturable = self.param_groups[0]["capturable"]
+        by_kind: dict[tuple, dict[bool, list[Segment]]] = {}
+        for segment in segments:
+            first = segment.params[0]
+            by_kind.setdefault((first.device, first.dtype), {}).setdefault(segment.task is None, []).append(segment)
+        backends = [ops.resolve(self._backend_choice, device, dtype, capturable) for device, dtype in by_kind]
+        counters = self.state[segments[0].params[0]].get("counters") if self.state else None
+        differing = None
+        self._flats = [[Flat(kind[shared], shared) for shared in (True, False) if shared in kind] for kind in by_kind.values()]
+        for flat in chain.from_iterable(self._flats):
+            differing = self._fill_(flat) or differing
+        if differing:
+            warnings.warn(f"{differing}: differs from task 0; every task starts at task 0's parameters", stacklevel=4)
+        self._backends = backends
+        self._launchers = [ops.make_launcher(name, flats) for name, flats in zip(backends, self._flats, strict=True)]
+        self._initialization = {s.name: self.state[s.params[0]]["initialization"] for s in segments if s.task is None}
+        first = segments[0].params[0]
+        if counters is None:  # inner_step, round, meta_updates, skipped_steps
+            counters = torch.zeros(4, dtype=torch.int64, device=first.device if capturable else "cpu")
+        self._counters = counters
+        self.state[first]["counters"] = counters
+        self._unread_flags: list[Tensor] = []
+        self._built = True
+
+    def _fill_(self, flat: Flat) -> str | None:
+        """Values of one flat buffer, from `state` where a parameter has one; the place of a replica that had to change, if any."""
+        differing = None
+        for n, segment in enumerate(flat.segments):
+            old = [dict(self.state[param]) if param in self.state else {} for param in segment.params]
+            fresh = "theta" not in old[0]
+            for row, param in enumerate(segment.params):
+                if fresh and flat.shared and differing is None and not torch.equal(param, segment.params[0]):
+                    differing = segment.where(row)
+            start = segment.params[0].detach().clone() if fresh and flat.shared else None
+            for row in range(flat.rows):
+                flat.adopt_(n, row)
+                views = flat.state(n, row)
+                if start is not None:
+                    segment.params[row].data.copy_(start)
+                    views["theta"].copy_(start)
+                for name, view in views.items():
+                    if name in old[row]:
+                        view.copy_(old[row][name])
+                    elif name == "initialization":
+                        view.copy_(start)
+                self.state[segment.params[row]] = views
+        return differing
+
+    def __getstate__(self) -> dict:
+        own = ("_nonfinite", "_backend_choice", "_sizes", "_num_tasks")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._build()
+
+    # The step --------------------------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Inner step of all tasks, meta-update, shift and, at K, reset; nothing at all where no parameter has a gradient.
+
+        closure: evaluates the losses again and returns what `step` returns; called once, with gradients enabled.
+        Under torch.compile this is a graph break. Raises ValueError for sparse gradients, before anything moved.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._report_nonfinite()
+        gradients = [ops.collect_gradients_(flats) for flats in self._flats]
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return loss
+        if all(gradient is None for gradient in chain.from_iterable(gradients)):
+            return loss
+        hyper, options = self._hyper(), self.param_groups[0]
+        inner_step, round_, meta_updates, skipped = self._counters.tolist()
+        if self._nonfinite == "skip" and not ops.all_finite(gradients):
+            self._counters[3] += 1
+            return loss
+
+        inner_step += 1
+        scale = getattr(self, "grad_scale", None)
+        control = ops.Control(
+            meta_update=inner_step % options["meta_interval"] == 0,
+            reset=options["horizon"] is not None and inner_step >= options["horizon"],
+            reset_momentum=options["reset_momentum"],
+            inverse_scale=1.0 if scale is None else 1.0 / scale.item(),
+        )
+        flags = [torch.zeros(len(g), dtype=torch.uint8, device=f[0].device) for g, f in zip(gradients, self._flats, strict=True)]
+        ops.shifting_step_(self._launchers, self._flats, gradients, hyper, control, flags if self._nonfinite == "raise" else None)
+        self._counters.copy_(
+            torch.tensor([0 if control.reset else inner_step, round_ + control.reset, meta_updates + control.meta_update, skipped])
+        )
+        if self._nonfinite == "raise":
+            self._unread_flags = flags
+            if all(flag.device.type == "cpu" for flag in flags):
+                self._report_nonfinite()
+        return loss
+
+    def _hyper(self) -> list[ops.Hyper]:
+        hyper = []
+        for group in self.param_groups:
+            values = {name: group[name].item() if isinstance(group[name], Tensor) else group[name] for name in PER_GROUP}
+            check_hyper(values)
+            hyper.append(ops.Hyper(**values))
+        return hyper
+
+    def _report_nonfinite(self) -> None:
+        unread, self._unread_flags = self._unread_flags, []
+        for flags, flats in zip(unread, self._flats, strict=False):
+            for i in flags.nonzero().flatten().tolist():
+                places = [segment.where(row) for flat in flats for segment in flat.segments for row in range(flat.rows)]
+                raise RuntimeError(f"{places[i]}: the gradient of the last step held a NaN or an infinity; that step was applied")
+
+    # What users read and set -------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_tasks(self) -> int:
+        """T, the number of tasks."""
+        return self._num_tasks
+
+    @property
+    def initialization(self) -> tuple[Tensor, ...]:
+        """φ: one tensor for each shared parameter of a task, in their order; live views (float32 for low-precision parameters)."""
+        return tuple(self._initialization.values())
+
+    @property
+    def inner_step(self) -> int:
+        """k: inner steps taken in this round; 0 right after a reset."""
+        return int(self._counters[0])
+
+    @property
+    def round(self) -> int:
+        """m: resets so far."""
+        return int(self._counters[1])
+
+    @property
+    def meta_updates(self) -> int:
+        """Meta-updates so far."""
+        return int(self._counters[2])
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because a gradient was not finite (nonfinite="skip")."""
+        return int(self._counters[3])
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that runs (of the first device and dtype, where there are several)."""
+        return self._backends[0]
+
+    def initialization_state_dict(self) -> dict[str, Tensor]:
+        """φ by parameter name, as live views; loads with ``module.load_state_dict(…, strict=False)``."""
+        return dict(self._initialization)
+
+    @torch.no_grad()
+    def load_initialization(self, values: Mapping[str, Tensor] | Iterable[Tensor]) -> None:
+        """Set φ and every θ; the round starts anew (inner_step 0), `round` stays.
+
+        values: tensors in the order of `initialization`, or a dict with at least its names.
+        Raises ValueError, naming the parameter, for missing ones and other shapes.
+        """
+        if isinstance(values, Mapping):
+            missing = [name for name in self._initialization if name not in values]
+            if missing:
+                raise ValueError(f"parameter {missing[0]!r}: not in the given initialization")
+            values = [values[name] for name in self._initialization]
+        values = list(values)
+        if len(values) != len(self._initialization):
+            raise ValueError(f"{len(values)} tensors given, but the initialization has {len(self._initialization)}")
+        for (name, phi), value in zip(self._initialization.items(), values, strict=True):
+            if not isinstance(value, Tensor) or value.shape != phi.shape:
+                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"parameter {name!r}: {given} given, but its shape is {tuple(phi.shape)}")
+        for phi, value in zip(self._initialization.values(), values, strict=True):
+            phi.copy_(value)
+        self._reset_()
+
+    @torch.no_grad()
+    def reset_tasks(self) -> None:
+        """The reset at K, now: θ ← φ for every task, shared momentum cleared if `reset_momentum`, inner_step 0, round + 1."""
+        self._reset_()
+        self._counters[1] += 1
+
+    def _reset_(self) -> None:
+        for flat in chain.from_iterable(self._flats):
+            if flat.shared:
+                ops.adopt_moved_(flat)
+                flat.reset_(self.param_groups[0]["reset_momentum"])
+                torch.autograd.graph.increment_version(flat.written)
+        self._counters[0] = 0
+
+    # State dicts -------------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """All that a bit-equal continuation needs, θ included, as references; see torch.optim.Optimizer.state_dict."""
+        self._report_nonfinite()
+        return super().state_dict()
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping) -> None:
+        """Continue from `state_dict`: θ, φ, momentum, counters and hyper-parameters, in place.
+
+        Raises ValueError, before anything changed, for another number of tasks or groups, other names, shapes or dtypes.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        saved_groups = deepcopy(state_dict["param_groups"])
+        self._check_groups(saved_groups)
+        saved = self._check_state(saved_groups, state_dict["state"])
+
+        for flat in chain.from_iterable(self._flats):
+            ops.adopt_moved_(flat)
+        for param, entry in saved:
+            for name, view in self.state[param].items():
+                view.copy_(entry[name])
+        for flat in chain.from_iterable(self._flats):
+            flat.all_started = False
+            if flat.master is not None:
+                flat.theta.copy_(flat.master)
+            torch.autograd.graph.increment_version(flat.written)
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            kept = ("params", "param_names", "capturable", "shared", "num_tasks")
+            group.update({name: value for name, value in saved_group.items() if name not in kept})
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _check_groups(self, saved_groups: list[dict]) -> None:
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError(f"loaded state dict has {len(saved_groups)} parameter groups, but the optimizer has {len(self.param_groups)}")
+        for g, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            for name in ("num_tasks", "shared"):
+                if saved.get(name, group[name]) != group[name]:
+                    raise ValueError(f"group {g}: loaded state dict has {name} {saved[name]}, but the optimizer has {group[name]}")
+            if len(saved["params"]) != len(group["params"]):
+                raise ValueError(f"group {g}: loaded state dict has {len(saved['params'])} parameters, but the optimizer has {len(group['params'])}")
+            for mine, theirs in zip(group.get("param_names", ()), saved.get("param_names", ()), strict=False):
+                if mine != theirs:
+                    raise ValueError(f"group {g}, parameter {mine!r}: is named {theirs!r} in the loaded state dict")
+            check_hyper({**group, **saved})
+
+    def _check_state(self, saved_groups: list[dict], state: Mapping) -> list[tuple[Tensor, Mapping]]:
+        """(parameter, its saved entry) for every parameter."""
+        saved = []
+        places = {param: segment.where(row) for segment in self._segments() for row, param in enumerate(segment.params)}
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            for param, index in zip(group["params"], saved_group["params"], strict=True):
+                entry = state.get(index, {})
+                for name, view in self.state[param].items():
+                    if name not in entry:
+                        raise ValueError(f"{places[param]}: {name!r} is missing in the loaded state dict")
+                    if entry[name].shape != view.shape or entry[name].dtype != view.dtype:
+                        raise ValueError(
+                            f"{places[param]}: {name!r} is {entry[name].dtype} {tuple(entry[name].shape)} in the loaded state dict, "
+                            f"but {view.dtype} {tuple(view.shape)} here"
+                        )
+                saved.append((param, entry))
+        return saved
