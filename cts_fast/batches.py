@@ -1,0 +1,98 @@
+"""Batches of one task as tensors: resized once, then cropped, flipped and normalised a whole batch at a time."""
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resize(images: Tensor, size: int | None) -> Tensor:
+    """uint8 [N, C, H, W] to uint8 [N, C, size, size], bilinear with antialiasing; None keeps the size."""
+    if size is None or tuple(images.shape[-2:]) == (size, size):
+        return images
+    parts = [F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round_().clamp_(0, 255).byte()
+             for part in images.split(1024)]
+    return torch.cat(parts)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 [N, C, H, W] to float32 [N, 3, H, W], channels-last: (x / 255 - 0.5) / 0.5, grey repeated to 3 channels."""
+    x = images.float().div_(127.5).sub_(1.0)
+    return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+
+
+def task_seed(seed: int, *names: object) -> int:
+    """A 63-bit seed that depends on `seed` and on every name, the same in every process."""
+    digest = hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class TaskBatches:
+    """An endless stream of augmented batches (x float32 [B, 3, S, S] channels-last, y int64 [B]) of one task.
+
+    Every epoch is a new order without replacement; a batch may join the end of one epoch and the start of the next.
+    Each image is padded by `padding` black pixels and cropped to S x S at random, and flipped with probability 1/2 if
+    `flip`.
+    All random numbers come from one CPU generator, so the batches depend on `seed` alone and not on the device, and
+    `state_dict` is enough to go on exactly.
+
+    Args:
+        images: uint8 [N, C, H, W] with C 1 or 3; labels: int64 [N].
+        size: side length S, or None for the images' own size.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, *, seed: int, size: int | None = None,
+                 padding: int = 0, flip: bool = False, device: torch.device | str = "cpu"):
+        if len(images) == 0:
+            raise ValueError("a task needs at least one image")
+        images = F.pad(resize(images, size), (padding,) * 4)
+        self.images = images.permute(0, 2, 3, 1).contiguous().to(device)    # [N, H, W, C]: crops come channels-last
+        self.labels = labels.to(device)
+        self.batch_size = batch_size
+        self.padding = padding
+        self.flip = flip
+        self.shape = [side - 2 * padding for side in images.shape[-2:]]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.int64)
+        self.cursor = 0
+
+    def __iter__(self) -> "TaskBatches":
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        index = self._indices()
+        n = len(index)
+        offsets = torch.randint(2 * self.padding + 1, (2, n, 1), generator=self.generator)
+        rows, columns = (offset + torch.arange(side) for offset, side in zip(offsets, self.shape))
+        if self.flip:
+            flipped = torch.rand(n, 1, generator=self.generator) < 0.5
+            columns = torch.where(flipped, columns.flip(1), columns)
+        index, rows, columns = (i.to(self.images.device) for i in (index, rows, columns))
+        x = self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return normalize(x.permute(0, 3, 1, 2)), self.labels[index]
+
+    def _indices(self) -> Tensor:
+        """The next `batch_size` image numbers; begins a new epoch as often as needed."""
+        parts, missing = [], self.batch_size
+        while missing:
+            if self.cursor == len(self.order):
+                self.order = torch.randperm(len(self.images), generator=self.generator)
+                self.cursor = 0
+            part = self.order[self.cursor:self.cursor + missing]
+            self.cursor += len(part)
+            missing -= len(part)
+            parts.append(part)
+        return torch.cat(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Generator, order and position; loads with `torch.load(weights_only=True)`."""
+        return {"generator": self.generator.get_state(), "order": self.order, "cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on exactly where `state` was taken; raises ValueError if it is of another number of images."""
+        if len(state["order"]) not in (0, len(self.images)):
+            raise ValueError(f"the stream's state is of {len(state['order'])} images, this task has {len(self.images)}")
+        self.generator.set_state(state["generator"])
+        self.order, self.cursor = state["order"], state["cursor"]

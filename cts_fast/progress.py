@@ -1,0 +1,39 @@
+"""Progress on a terminal as a bar, elsewhere as one line now and then."""
+
+import sys
+import time
+from typing import Any
+
+
+class Progress:
+    """A context manager that counts to `total` from `done`; `advance` adds one and shows a note and the speed.
+
+    Where standard error is no terminal it prints about ten lines in all.
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0, unit: str = "step"):
+        self.title, self.total, self.done, self.unit = title, total, done, unit
+        self.first, self.started = done, time.monotonic()
+        self.every = max(1, total // 10)
+        self.bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+            self.bar = tqdm(total=self.total, initial=self.done, desc=self.title, unit=self.unit, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, note: str = "") -> None:
+        """One more is done."""
+        self.done += 1
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update()
+        elif self.done % self.every == 0 or self.done == self.total:
+            speed = (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
+            print(f"{self.title}: {self.done}/{self.total} {self.unit}s, {note}, {speed:.2f} {self.unit}s/s",
+                  flush=True)

@@ -1,0 +1,148 @@
+"""Meta-training: one loop for every method of `cts_fast.baselines.METHODS`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batches import TaskBatches, task_seed
+from .models import ResNet20
+
+
+@dataclass(frozen=True)
+class MetaTrainSettings:
+    """What all methods have in common while they meta-train.
+
+    size: side length of the images, None for each task's own; padding: of the random crop; lr, momentum, weight_decay: inner
+    SGD without Nesterov; horizon: inner steps per round (K); rounds: M; held_back: fraction of each task's training
+    images that no inner step sees, for methods that need held-out losses (the same for every method).
+    """
+
+    horizon: int
+    rounds: int
+    batch_size: int = 128
+    size: int | None = None
+    padding: int = 4
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    held_back: float = 0.1
+
+    @property
+    def steps(self) -> int:
+        """Inner steps of every task in the whole of meta-training: K M."""
+        return self.horizon * self.rounds
+
+
+def new_net(num_classes: int, *, seed: int, head: object) -> ResNet20:
+    """A ResNet20 whose body depends on `seed` alone, and whose head on `seed` and the name `head`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(task_seed(seed, "head", head))
+        net = ResNet20(num_classes)
+        torch.manual_seed(task_seed(seed, "body"))
+        net.body.load_state_dict(ResNet20(1).body.state_dict())
+    return net
+
+
+class MetaTrainer:
+    """T ResNet20s with one meta-learned body, trained by one method; every call of `train_step` is one inner step of all.
+
+    With the same seed, every method starts from the same phi and heads and sees the same batches.
+
+    Args:
+        method: a class of `cts_fast.baselines.METHODS`; options: further arguments of it.
+        tasks: `cts_fast.data.Task`s; their training images are used.
+        meta_lr: the method's beta.
+        map: runs a function for every task, as `cts_fast.parallel.task_map` yields it.
+    """
+
+    def __init__(self, method: type, tasks: Sequence[Any], settings: MetaTrainSettings, *, meta_lr: float, seed: int,
+                 device: torch.device | str = "cpu", map: Callable[..., Any] = map, **options: Any):
+        if not tasks:
+            raise ValueError("meta-training needs at least one task")
+        self.tasks = tuple(task.name for task in tasks)
+        self.step = 0
+        self.map = map
+        self.nets = [new_net(len(task.classes), seed=seed, head=task.name).to(device) for task in tasks]
+        self.streams, self.held_back = [], []
+        for task in tasks:
+            held = int(settings.held_back * len(task.train.labels))
+            order = torch.randperm(len(task.train.labels),
+                                   generator=torch.Generator().manual_seed(task_seed(seed, "held back", task.name)))
+            for streams, part, use in ((self.streams, order[held:], "train"), (self.held_back, order[:held], "held out")):
+                if len(part):
+                    streams.append(TaskBatches(
+                        task.train.images[part], task.train.labels[part], settings.batch_size, size=settings.size,
+                        padding=settings.padding, flip=task.flip, device=device, seed=task_seed(seed, use, task.name)))
+        options = {"lr": settings.lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay,
+                   "horizon": settings.horizon, "meta_lr": meta_lr, **options}
+        self.optimizer = method([net.body.named_parameters() for net in self.nets],
+                                heads=[net.head.parameters() for net in self.nets], **options)
+        self.needs = frozenset(getattr(self.optimizer, "needs", ()))
+        if "heldout" in self.needs and len(self.held_back) < len(tasks):
+            raise ValueError(f"{method.__name__} needs held-out images of every task: raise held_back")
+
+    @property
+    def initialization(self) -> dict[str, Tensor]:
+        """A copy of phi, name to tensor."""
+        return {name: tensor.detach().clone() for name, tensor in self.optimizer.initialization_state_dict().items()}
+
+    def train_step(self) -> Tensor:
+        """One inner step of every task and what the method does with it; returns the T training losses, detached."""
+        batches = [next(stream) for stream in self.streams]
+        losses = self.inner_step(batches)
+        self.step += 1
+        return losses
+
+    def inner_step(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The work on given batches: T forward and backward passes and the optimizer's step; reads nothing back."""
+        self.optimizer.zero_grad()
+        losses = list(self.map(_backward, self.nets, batches))
+        needed: dict[str, Any] = {}
+        if "losses" in self.needs:
+            needed["losses"] = losses
+        if "heldout" in self.needs:
+            needed["heldout"] = [_HeldOutLoss(net, stream) for net, stream in zip(self.nets, self.held_back)]
+        self.optimizer.step(**needed)
+        return torch.stack(losses)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a bit-equal continuation needs; loads with `torch.load(weights_only=True)`."""
+        return {"tasks": list(self.tasks), "step": self.step, "optimizer": self.optimizer.state_dict(),
+                "nets": [net.state_dict() for net in self.nets],
+                "streams": [stream.state_dict() for stream in self.streams],
+                "held_back": [stream.state_dict() for stream in self.held_back]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on exactly where `state` was taken; raises ValueError if it is of other tasks."""
+        if tuple(state["tasks"]) != self.tasks:
+            raise ValueError(f"the state is of the tasks {', '.join(state['tasks'])}, not of {', '.join(self.tasks)}")
+        for net, saved in zip(self.nets, state["nets"]):
+            net.load_state_dict(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for streams, saved in ((self.streams, state["streams"]), (self.held_back, state["held_back"])):
+            for stream, one in zip(streams, saved):
+                stream.load_state_dict(one)
+        self.step = state["step"]
+
+
+class _HeldOutLoss:
+    """Calling it returns the loss, with its graph, of the next batch of images that no inner step sees."""
+
+    def __init__(self, net: ResNet20, stream: TaskBatches):
+        self.net, self.stream = net, stream
+
+    def __call__(self) -> Tensor:
+        x, y = next(self.stream)
+        return F.cross_entropy(self.net(x), y)
+
+
+def _backward(net: ResNet20, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Adds the gradients of one task's batch; returns its loss, detached."""
+    x, y = batch
+    loss = F.cross_entropy(net(x), y)
+    loss.backward()
+    return loss.detach()
