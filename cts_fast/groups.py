@@ -42,6 +42,21 @@ def check_options(horizon, meta_interval, nonfinite) -> None:
         raise ValueError(f'Invalid nonfinite: {nonfinite!r}; known: "ignore", "raise", "skip"')
 
 
+def check_needs(needs: frozenset[str], num_tasks: int, losses, heldout) -> None:
+    """Raise ValueError where `step` is not given what a method needs: T losses, or T callables that return held-out losses."""
+    for name, given in (("losses", losses), ("heldout", heldout)):
+        if name in needs and given is None:
+            raise ValueError(f"this method needs {name}: call step({name}=…) with one for each of the {num_tasks} tasks")
+        if given is not None and len(given) != num_tasks:
+            raise ValueError(f"{name} of {len(given)} tasks given, but there are {num_tasks} tasks; give one for each task")
+    for t, loss in enumerate(losses or ()):
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"task {t}: its loss has the shape {tuple(loss.shape)}; give one number for each task")
+    for t, function in enumerate(heldout or ()):
+        if not callable(function):
+            raise ValueError(f"task {t}: its heldout is {function!r}; give a function that returns the held-out loss with its graph")
+
+
 def _is_parameter(item) -> bool:
     return isinstance(item, Tensor) or (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str))
 

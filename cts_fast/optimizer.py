@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cts_fast import ops
 from cts_fast.flat import Flat, Segment
-from cts_fast.groups import PER_GROUP, as_groups, check_hyper, check_options, check_parameters, drop_duplicates, split_tasks
+from cts_fast.groups import PER_GROUP, as_groups, check_hyper, check_needs, check_options, check_parameters, drop_duplicates, split_tasks
 
 OPTIONS = ("horizon", "meta_interval", "reset_momentum", "capturable")  # of the whole optimizer; every group carries them
 
@@ -56,6 +56,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    needs: frozenset[str] = frozenset()  # what `step` must be given beside gradients: "losses", "heldout" (see cts_fast.baselines)
 
     def __init__(
         self, tasks: Iterable, lr: float | Tensor = 1e-3, *, momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0,
@@ -224,12 +225,16 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(
+        self, closure: Callable[[], float] | None = None, *, losses: Sequence | None = None, heldout: Sequence[Callable] | None = None
+    ) -> float | None:  # fmt: skip
         """Inner step of all tasks, meta-update, shift and, at K, reset; nothing at all where no parameter has a gradient.
 
         closure: evaluates the losses again and returns what `step` returns; called once, with gradients enabled.
+        losses, heldout: for the methods of `cts_fast.baselines` that name them in `needs`; not read by this one.
         Under torch.compile this is a graph break. Raises ValueError for sparse gradients, before anything moved.
         """
+        check_needs(self.needs, self._num_tasks, losses, heldout)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -241,30 +246,36 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             return loss
         if all(gradient is None for gradient in chain.from_iterable(gradients)):
             return loss
-        hyper, options = self._hyper(), self.param_groups[0]
+        hyper = self._hyper()
         inner_step, round_, meta_updates, skipped = self._counters.tolist()
         if self._nonfinite == "skip" and not ops.all_finite(gradients):
             self._counters[3] += 1
             return loss
 
-        inner_step += 1
+        control, counted = self._plan(inner_step, round_, meta_updates)
         scale = getattr(self, "grad_scale", None)
-        control = ops.Control(
-            meta_update=inner_step % options["meta_interval"] == 0,
-            reset=options["horizon"] is not None and inner_step >= options["horizon"],
-            reset_momentum=options["reset_momentum"],
-            inverse_scale=1.0 if scale is None else 1.0 / scale.item(),
-        )
+        if scale is not None:
+            control = control._replace(inverse_scale=1.0 / scale.item())
         flags = [torch.zeros(len(g), dtype=torch.uint8, device=f[0].device) for g, f in zip(gradients, self._flats, strict=True)]
-        ops.shifting_step_(self._launchers, self._flats, gradients, hyper, control, flags if self._nonfinite == "raise" else None)
-        self._counters.copy_(
-            torch.tensor([0 if control.reset else inner_step, round_ + control.reset, meta_updates + control.meta_update, skipped])
-        )
+        self._apply_(gradients, hyper, control, flags if self._nonfinite == "raise" else None, losses, heldout)
+        self._counters.copy_(torch.tensor([*counted, skipped]))
         if self._nonfinite == "raise":
             self._unread_flags = flags
             if all(flag.device.type == "cpu" for flag in flags):
                 self._report_nonfinite()
         return loss
+
+    def _plan(self, inner_step: int, round_: int, meta_updates: int) -> tuple[ops.Control, tuple[int, int, int]]:
+        """What the next step does, and the three counters after it."""
+        options = self.param_groups[0]
+        inner_step += 1
+        meta_update = inner_step % options["meta_interval"] == 0
+        reset = options["horizon"] is not None and inner_step >= options["horizon"]
+        return ops.Control(meta_update, reset, options["reset_momentum"]), (0 if reset else inner_step, round_ + reset, meta_updates + meta_update)
+
+    def _apply_(self, gradients, hyper: list[ops.Hyper], control: ops.Control, nonfinite, losses, heldout) -> None:
+        """The step itself; another method of `cts_fast.baselines` puts its own meta-update here."""
+        ops.shifting_step_(self._launchers, self._flats, gradients, hyper, control, nonfinite)
 
     def _hyper(self) -> list[ops.Hyper]:
         hyper = []

@@ -1,0 +1,26 @@
+"""Multi-task learning: one body, trained on the mean loss of all tasks."""
+
+from cts_fast.baselines.base import Method
+from cts_fast.ops import Control, Hyper
+
+
+class MultiTask(Method):
+    r"""φ ← φ − α u with the gradient of mean_t L_t(φ), and θ_t = φ at all times: plain SGD on one shared body with T heads.
+
+    The inner step is linear in gradient and momentum, so T steps from the same θ followed by θ_t, φ ← mean_t θ_t are that step: the
+    fused op with β = 1 and a reset that keeps the momentum. There is no meta-update to set: `meta_lr`, `shift`, `meta_interval` and
+    `reset_momentum` have no effect, and `horizon` only counts rounds.
+
+    Source: Caruana, "Multitask Learning", 1997; Shin et al., ICML 2021, section 4 (MTL).
+    """
+
+    on_host = True
+
+    def _plan(self, inner_step: int, round_: int, meta_updates: int) -> tuple[Control, tuple[int, int, int]]:
+        horizon = self.param_groups[0]["horizon"]
+        inner_step += 1
+        ends = horizon is not None and inner_step >= horizon
+        return Control(True, True, False), (0 if ends else inner_step, round_ + ends, meta_updates + 1)
+
+    def _hyper(self) -> list[Hyper]:
+        return [hyper._replace(meta_lr=1.0) for hyper in super()._hyper()]
