@@ -97,15 +97,20 @@ class Flat:
             views["initialization"] = self.initialization[n]
         return views
 
-    def adopt_(self, n: int, row: int) -> None:
-        """Take over the values of a parameter that lives elsewhere and make it a view of theta."""
-        segment = self.segments[n]
+    def check_param(self, segment: Segment, row: int) -> None:
+        """Raise ValueError if the user cast, moved or reshaped a parameter after the optimizer was made."""
         param = segment.params[row]
         if param.shape != segment.shape or param.dtype != self.dtype or param.device != self.device:
             raise ValueError(
                 f"{segment.where(row)}: was {self.dtype} {tuple(segment.shape)} on {self.device} when the optimizer was made and is "
                 f"{param.dtype} {tuple(param.shape)} on {param.device} now; move or cast modules before making the optimizer"
             )
+
+    def adopt_(self, n: int, row: int) -> None:
+        """Take over the values of a parameter that lives elsewhere and make it a view of theta."""
+        segment = self.segments[n]
+        self.check_param(segment, row)
+        param = segment.params[row]
         view = self.view(self.theta[row], segment)
         view.copy_(param.detach())
         if self.master is not None:

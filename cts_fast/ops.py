@@ -105,6 +105,7 @@ def collect_gradients_(flats: Sequence[Flat]) -> list[Tensor | None]:
 
 
 def _dense(gradient: Tensor, flat: Flat, segment: Segment, row: int) -> Tensor:
+    flat.check_param(segment, row)
     if gradient.layout != torch.strided:
         raise ValueError(f"{segment.where(row)}: gradient is {gradient.layout}; the step takes dense gradients (use sparse=False)")
     if gradient.dtype != flat.dtype or gradient.device != flat.device:
