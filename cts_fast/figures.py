@@ -8,7 +8,8 @@ from typing import Any
 from .metatest import mean_and_interval
 
 # Okabe and Ito's colours, which remain distinct to the colour-blind; one per method, the same in every figure.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#5B3FA8", "#B0A000", "#4D4D4D")
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#5B3FA8", "#B0A000", "#4D4D4D",
+            "#7A2048")
 _SCRATCH = "#9A9A9A"
 
 
@@ -54,6 +55,7 @@ def convergence(path: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[f
     axes.set_ylabel("training loss, mean over tasks")
     axes.set_title("Meta-training")
     axes.margins(x=0.01)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
     figure.savefig(path)
 
@@ -61,13 +63,14 @@ def convergence(path: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[f
 def accuracy_vs_steps(path: Path, points: Mapping[str, Mapping[int, Sequence[float]]], scratch: Sequence[float],
                       labels: Mapping[str, str]) -> None:
     """Held-out accuracy against meta-training steps spent: method to step to accuracies (fractions, one per seed)."""
-    figure, axes = _axes(7, 4.2)
+    figure, axes = _axes(7, 4.6)
     palette = colours(list(points))
-    for method, by_step in points.items():
+    for i, (method, by_step) in enumerate(points.items()):
         steps = sorted(by_step)
         centres, halves = zip(*(mean_and_interval(by_step[step]) for step in steps))
-        axes.errorbar(steps, [100 * centre for centre in centres], yerr=_bars(halves), color=palette[method], marker="o",
-                      linewidth=2, capsize=3, label=labels[method])
+        aside = 0.006 * steps[-1] * (i - (len(points) - 1) / 2)    # or intervals would hide each other
+        axes.errorbar([step + aside for step in steps], [100 * centre for centre in centres], yerr=_bars(halves), color=palette[method], marker="o",
+                      markersize=5, linewidth=2, elinewidth=1, capsize=3, label=labels[method])
     centre, half = mean_and_interval(scratch)
     axes.axhline(100 * centre, color=_SCRATCH, linestyle="--", label=labels["scratch"])
     if math.isfinite(half):
@@ -75,7 +78,8 @@ def accuracy_vs_steps(path: Path, points: Mapping[str, Mapping[int, Sequence[flo
     axes.set_xlabel("meta-training steps spent (inner steps of each task)")
     axes.set_ylabel("accuracy after fine-tuning, %")
     axes.set_title("Held-out tasks: mean accuracy, 95 % intervals")
-    axes.legend(frameon=False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(frameon=False, ncols=2 if len(points) < 6 else 4, loc="outside lower center")
     figure.savefig(path)
 
 
@@ -83,7 +87,7 @@ def final_accuracy(path: Path, accuracy: Mapping[str, Mapping[str, Sequence[floa
     """Bars with 95 % intervals: method to held-out task to accuracies (fractions, one per seed)."""
     methods = list(accuracy)
     targets = list(accuracy[methods[0]])
-    figure, axes = _axes(max(6.0, 1.2 + 0.32 * (len(methods) + 1) * len(targets)), 4.2)
+    figure, axes = _axes(max(6.0, 1.2 + 0.32 * (len(methods) + 1) * len(targets)), 4.2 + 0.12 * len(methods))
     palette = colours(methods)
     width = 0.8 / len(methods)
     lowest = 1.0
@@ -102,7 +106,7 @@ def final_accuracy(path: Path, accuracy: Mapping[str, Mapping[str, Sequence[floa
     axes.set_ylabel("accuracy after fine-tuning, %" + (" (axis cut)" if axes.get_ylim()[0] else ""))
     axes.set_title("Held-out tasks: accuracy by initialization, 95 % intervals")
     axes.grid(axis="x", visible=False)
-    axes.legend(frameon=False, ncols=min(4, len(methods)), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    figure.legend(frameon=False, ncols=2 if len(methods) < 6 else 4, loc="outside lower center")
     figure.savefig(path)
 
 
