@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cts_fast import ops
-from cts_fast.flat import Flat, Segment
+from cts_fast.flat import Flat, Segment, make_flats
 from cts_fast.groups import PER_GROUP, as_groups, check_hyper, check_needs, check_options, check_parameters, drop_duplicates, split_tasks
 
 OPTIONS = ("horizon", "meta_interval", "reset_momentum", "capturable")  # of the whole optimizer; every group carries them
@@ -173,7 +173,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         backends = [ops.resolve(self._backend_choice, device, dtype, capturable) for device, dtype in by_kind]
         counters = self.state[segments[0].params[0]].get("counters") if self.state else None
         differing = None
-        self._flats = [[Flat(kind[shared], shared) for shared in (True, False) if shared in kind] for kind in by_kind.values()]
+        self._counting = capturable and ops.counts_on_device(backends)
+        self._flats = [make_flats(kind, self._counting) for kind in by_kind.values()]
         for flat in chain.from_iterable(self._flats):
             differing = self._fill_(flat) or differing
         if differing:
@@ -223,7 +224,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
     # The step --------------------------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(
         self, closure: Callable[[], float] | None = None, *, losses: Sequence | None = None, heldout: Sequence[Callable] | None = None
