@@ -5,6 +5,9 @@ training losses at the current θ, or "heldout", T functions that return a task'
 """
 
 from cts_fast.baselines.ablations import NoShifting, RandomShifting, ShiftingAccurate
+from cts_fast.baselines.fomaml import FOMAML, FOMAMLPlusPlus
+from cts_fast.baselines.imaml import IMAML
+from cts_fast.baselines.leap import Leap
 from cts_fast.baselines.multitask import MultiTask
 from cts_fast.baselines.reptile import Reptile
 from cts_fast.optimizer import ShiftingMetaOptimizer
@@ -12,10 +15,16 @@ from cts_fast.optimizer import ShiftingMetaOptimizer
 METHODS: dict[str, type[ShiftingMetaOptimizer]] = {  # name on the command line → class
     "cts": ShiftingMetaOptimizer,
     "reptile": Reptile,
+    "fomaml": FOMAML,
+    "fomaml++": FOMAMLPlusPlus,
+    "imaml": IMAML,
+    "leap": Leap,
     "mtl": MultiTask,
     "no-shift": NoShifting,
     "random-shift": RandomShifting,
     "cts-accurate": ShiftingAccurate,
 }
 
-__all__ = ["METHODS", "MultiTask", "NoShifting", "RandomShifting", "Reptile", "ShiftingAccurate"]
+__all__ = [
+    "FOMAML", "FOMAMLPlusPlus", "IMAML", "Leap", "METHODS", "MultiTask", "NoShifting", "RandomShifting", "Reptile", "ShiftingAccurate",
+]  # fmt: skip

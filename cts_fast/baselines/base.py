@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from cts_fast.flat import Flat, Segment
+from cts_fast.flat import Flat
 from cts_fast.ops import Control, Hyper
 from cts_fast.optimizer import ShiftingMetaOptimizer
 
@@ -17,7 +17,7 @@ class Method(ShiftingMetaOptimizer):
     """A method on the flat buffers of `ShiftingMetaOptimizer`; its options and what it shares are described there.
 
     A subclass names in `own_options` its further options, and in `buffers` the float buffers it keeps beside theta and phi: name →
-    whether there is one row a task (laid out as theta) or one in all (as phi). Both are part of the state dict.
+    whether there is one row a task (laid out as theta) or one in all (as phi). Both are part of the state dict; a reset clears buffers.
     """
 
     own_options: dict[str, object] = {}
@@ -51,18 +51,18 @@ class Method(ShiftingMetaOptimizer):
     def _build(self) -> None:
         kept = {p: {n: x for n, x in entry.items() if n in self.buffers} for p, entry in self.state.items()} if self.buffers else {}
         super()._build()
-        self._own: list[dict[str, Tensor]] = []
+        self._own: list[dict[str, Tensor]] = []  # one entry a shared flat buffer: name → [T, S] or [S]
+        self._views: list[dict[str, list[Tensor]]] = []  # the same in the parameters' shapes, in the order of gradients
         for flat in self._shared():
             own = {name: torch.zeros_like(flat.theta if per_task else flat.phi, dtype=flat.work_dtype) for name, per_task in self.buffers.items()}
             self._own.append(own)
-            for name, buffer in own.items():
-                rows = buffer if self.buffers[name] else buffer[None]
-                for segment in flat.segments:
-                    for row, values in enumerate(rows):
-                        param, view = segment.params[row], flat.view(values, segment)
-                        if name in kept.get(param, {}):
-                            view.copy_(kept[param][name])
-                        self.state[param][name] = view
+            self._views.append({name: views_of(flat, buffer if self.buffers[name] else buffer[None]) for name, buffer in own.items()})
+            for name, views in self._views[-1].items():
+                owners = flat.params if self.buffers[name] else [segment.params[0] for segment in flat.segments]
+                for param, view in zip(owners, views, strict=True):
+                    if name in kept.get(param, {}):
+                        view.copy_(kept[param][name])
+                    self.state[param][name] = view
 
     def _shared(self) -> list[Flat]:
         return [flat for flat in chain.from_iterable(self._flats) if flat.shared]
@@ -81,17 +81,48 @@ class Method(ShiftingMetaOptimizer):
         """The fused inner step of all tasks and nothing else."""
         super()._apply_(gradients, hyper, control._replace(meta_update=False, reset=False), nonfinite, None, None)
 
-    def _finish_(self, hyper: list[Hyper], control: Control) -> None:
-        """phi ← phi − β meta_gradient (descent on the meta-loss) where a meta-update is due, and the reset."""
-        for flat, own in zip(self._shared(), self._own, strict=True):
+    def _shared_gradients(self, gradients: Sequence[Sequence[Tensor | None]]) -> list[Sequence[Tensor | None]]:
+        """The collected gradients of each shared flat buffer, heads left out."""
+        return [g[: len(flats[0].params)] for g, flats in zip(gradients, self._flats, strict=True) if flats[0].shared]
+
+    def _heldout_gradients(self, heldout: Sequence[Callable[[], Tensor]], targets: Sequence[Sequence[Tensor]], weight: float) -> None:
+        """targets ← targets + weight · mean_t ∇ heldout_t(θ_t); targets: one list of tensors, one a segment, for each shared flat buffer."""
+        for row, loss in enumerate(heldout):
+            for (flat, gradients), target in zip(self._task_gradients(loss, row), targets, strict=True):
+                add_present_(target, gradients, alpha=weight / flat.rows)
+
+    def _task_gradients(self, heldout: Callable[[], Tensor], row: int) -> list[tuple[Flat, list[Tensor | None]]]:
+        """∇ of one task's held-out loss by its shared parameters; None where it does not depend on one."""
+        shared = self._shared()
+        params = [segment.params[row] for flat in shared for segment in flat.segments]
+        gradients = iter(torch.autograd.grad(evaluate(heldout, row), params, allow_unused=True))
+        return [(flat, [next(gradients) for _ in flat.segments]) for flat in shared]
+
+    def _finish_(self, hyper: list[Hyper], control: Control, meta_gradient: Sequence[Tensor] | None) -> None:
+        """phi ← phi − β meta_gradient where a meta-update is due, and the reset. meta_gradient: [S] for each shared flat buffer."""
+        for i, flat in enumerate(self._shared()):
             if control.meta_update:
                 for columns, h in blocks(flat, hyper):
-                    flat.phi[columns].sub_(own["meta_gradient"][columns], alpha=h.meta_lr)
+                    flat.phi[columns].sub_(meta_gradient[i][columns], alpha=h.meta_lr)
             if control.reset:
                 flat.reset_(control.reset_momentum)
             torch.autograd.graph.increment_version(flat.written)
         if control.reset:
             self._clear_()
+
+
+def evaluate(heldout: Callable[[], Tensor], row: int) -> Tensor:
+    """A task's held-out loss with its graph. Raises ValueError if it has none."""
+    with torch.enable_grad():
+        loss = heldout()
+    if not isinstance(loss, Tensor) or not loss.requires_grad or loss.numel() != 1:
+        raise ValueError(f"task {row}: its heldout returned {loss!r}; it must return one loss with its graph (do not detach it)")
+    return loss
+
+
+def views_of(flat: Flat, rows: Tensor) -> list[Tensor]:
+    """The parts of rows [R, S] in the parameters' shapes, segment by segment and row by row."""
+    return [flat.view(row, segment) for segment in flat.segments for row in rows]
 
 
 def blocks(flat: Flat, hyper: Sequence[Hyper]) -> Iterator[tuple[slice, Hyper]]:
@@ -109,18 +140,18 @@ def work_theta(flat: Flat) -> Tensor:
     return flat.theta if flat.master is None else flat.master
 
 
-def segment_values(values: Tensor, segment: Segment) -> Tensor:
-    """The tensor's values in memory order, [numel]; values: dense, of the segment's shape and strides."""
-    return values.detach().as_strided((segment.numel,), (1,), values.storage_offset())
+def copy_present_(targets: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """targets ← gradients, tensor by tensor; where a gradient is missing, 0."""
+    missing = [a for a, b in zip(targets, gradients, strict=True) if b is None]
+    if missing:
+        torch._foreach_zero_(missing)
+    present = [(a, b) for a, b in zip(targets, gradients, strict=True) if b is not None]
+    if present:
+        torch._foreach_copy_(*map(list, zip(*present, strict=True)))
 
 
-def copy_gradients_(target: Tensor, flat: Flat, gradients: Sequence[Tensor | None]) -> Tensor:
-    """Fill target [T, S] with collected gradients of the flat; a missing one is zero."""
-    for n, segment in enumerate(flat.segments):
-        columns = slice(segment.offset, segment.offset + segment.numel)
-        for row, gradient in enumerate(gradients[n * flat.rows : (n + 1) * flat.rows]):
-            if gradient is None:
-                target[row, columns].zero_()
-            else:
-                target[row, columns].copy_(segment_values(gradient, segment))
-    return target
+def add_present_(targets: Sequence[Tensor], gradients: Sequence[Tensor | None], alpha: float = 1.0) -> None:
+    """targets ← targets + alpha · gradients, tensor by tensor; a missing gradient adds nothing."""
+    present = [(a, b) for a, b in zip(targets, gradients, strict=True) if b is not None]
+    if present:
+        torch._foreach_add_(*map(list, zip(*present, strict=True)), alpha=alpha)

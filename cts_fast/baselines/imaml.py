@@ -1,0 +1,129 @@
+"""Implicit MAML: the meta-gradient of a proximal inner problem, whatever path led to its solution.
+
+Rajeswaran et al. write φ_i for the parameters of task i and θ for the meta-parameters; here, as everywhere in this package, θ_t are the
+task's and φ the initialization. Their G(φ_i, θ) = L̂_i(φ_i) + λ/2 ‖φ_i − θ‖² reads L_t(θ_t) + λ/2 ‖θ_t − φ‖².
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from cts_fast.baselines.base import Method, add_present_, evaluate, views_of, work_theta
+from cts_fast.ops import Control, Hyper
+
+
+class IMAML(Method):
+    r"""φ ← φ − β mean_t (I + H_t/λ)⁻¹ ∇L_t^held(θ_t) after K inner steps on L_t(θ_t) + λ/2 ‖θ_t − φ‖², then θ_t ← φ.
+
+    The inverse is taken by conjugate gradient with exact Hessian-vector products; weight decay is part of H_t, as it is of the inner
+    problem. Should a direction of negative curvature of I + H_t/λ turn up, the solution found so far is taken.
+
+    `step` needs heldout: T functions that return a loss with its graph at the current θ_t. At K each is called twice: the first loss
+    gives ∇L_t^held, the second H_t (a training loop may return the training loss there; the next held-out batch estimates it too).
+
+    cg_steps: iterations of conjugate gradient. lam: λ, the weight of the proximal term.
+
+    Raises ValueError for `maximize`: give the negative loss.
+
+    Source: Rajeswaran et al., "Meta-Learning with Implicit Gradients", NeurIPS 2019, Eq. (3) and Algorithms 1 and 2 (λ = 1, 5 iterations).
+    """
+
+    needs = frozenset({"heldout"})
+    once_a_round = True
+    on_host = True
+    own_options = {"cg_steps": 5, "lam": 1.0}
+
+    def check_own_options(self, own: dict) -> None:
+        """Raise ValueError for options that no step can use."""
+        if not isinstance(own["cg_steps"], int) or own["cg_steps"] < 1:
+            raise ValueError(f"Invalid cg_steps: {own['cg_steps']}; it is a number of iterations ≥ 1")
+        if not 0 < own["lam"] < math.inf:
+            raise ValueError(f"Invalid lam: {own['lam']}; λ is a finite number > 0")
+
+    def _build(self) -> None:
+        super()._build()
+        self._proximal = [torch.zeros_like(flat.theta) for flat in self._shared()]
+        self._proximal_views = [views_of(flat, rows) for flat, rows in zip(self._shared(), self._proximal, strict=True)]
+
+    def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
+        if any(h.maximize for h in hyper):
+            raise ValueError("IMAML: its proximal problem is a minimization; give the negative loss and maximize=False")
+        self._inner_step_(self._with_proximal_term(gradients, control.inverse_scale), hyper, control, nonfinite)
+        meta_gradient = None
+        if control.meta_update:
+            meta_gradient = [torch.zeros_like(flat.phi) for flat in self._shared()]
+            targets = [view for flat, values in zip(self._shared(), meta_gradient, strict=True) for view in views_of(flat, values[None])]
+            for row, loss in enumerate(heldout):
+                add_present_(targets, self._implicit_gradient(loss, row, hyper), alpha=1 / self.num_tasks)
+        self._finish_(hyper, control, meta_gradient)
+
+    def _with_proximal_term(self, gradients, inverse_scale: float) -> list[list[Tensor | None]]:
+        """g_t + λ (θ_t − φ), where the step will multiply all of it by inverse_scale; heads as they are."""
+        result, shared = [], iter(zip(self._shared(), self._proximal, self._proximal_views, strict=True))
+        for own, flats in zip(gradients, self._flats, strict=True):
+            terms: list[Tensor] = []
+            if flats[0].shared:
+                flat, rows, terms = next(shared)
+                torch.sub(work_theta(flat), flat.phi, out=rows)
+                rows.mul_(self.param_groups[0]["lam"] / inverse_scale)
+                add_present_(terms, own[: len(terms)])
+            result.append([None if g is None else term for g, term in zip(own, terms, strict=False)] + list(own[len(terms) :]))
+        return result
+
+    def _implicit_gradient(self, heldout: Callable[[], Tensor], row: int, hyper: list[Hyper]) -> list[Tensor]:
+        """(I + H/λ)⁻¹ ∇L^held of one task, one tensor a segment."""
+        gradient = [g for flat, found in self._task_gradients(heldout, row) for g in _filled(found, [s.params[row] for s in flat.segments])]
+        segments = [segment for flat in self._shared() for segment in flat.segments]
+        params = [segment.params[row] for segment in segments]
+        decay, lam = [hyper[segment.group].weight_decay for segment in segments], self.param_groups[0]["lam"]
+        loss = evaluate(heldout, row)
+        with torch.enable_grad():
+            slope = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        curved = [g for g in slope if g is not None and g.requires_grad]
+
+        def operator(vectors: Sequence[Tensor]) -> list[Tensor]:
+            """(I + H/λ) v."""
+            outputs = [v for v, g in zip(vectors, slope, strict=True) if g is not None and g.requires_grad]
+            products = torch.autograd.grad(curved, params, outputs, retain_graph=True, allow_unused=True) if curved else [None] * len(params)
+            return [
+                v + (hv + wd * v) / lam for v, hv, wd in zip(vectors, _filled(products, params), decay, strict=True)
+            ]
+
+        return conjugate_gradient(operator, gradient, self.param_groups[0]["cg_steps"])
+
+
+def conjugate_gradient(operator: Callable[[Sequence[Tensor]], list[Tensor]], b: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """x with operator(x) ≈ b for a symmetric positive operator, from x = 0; b: the parts of one vector.
+
+    Ends early at the solution, or where it meets a direction of curvature ≤ 0 (x so far; b itself in the first iteration).
+    Source: Hestenes and Stiefel, 1952; Steihaug, 1983, for the early end.
+    """
+    x, residual, direction = [torch.zeros_like(part) for part in b], list(b), list(b)
+    squared = start = _dot(residual, residual)
+    for step in range(steps):
+        if squared <= 1e-30 * start or squared == 0:
+            break
+        image = operator(direction)
+        curvature = _dot(direction, image)
+        if not curvature > 0:
+            return x if step else list(b)
+        alpha = squared / curvature
+        x = [a + alpha * d for a, d in zip(x, direction, strict=True)]
+        residual = [r - alpha * i for r, i in zip(residual, image, strict=True)]
+        before, squared = squared, _dot(residual, residual)
+        direction = [r + squared / before * d for r, d in zip(residual, direction, strict=True)]
+    return x
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The inner product of two vectors given in parts."""
+    return math.fsum(torch.stack([(p.double() * q.double()).sum().to(a[0].device) for p, q in zip(a, b, strict=True)]).tolist())
+
+
+def _filled(gradients: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients, zeros where there is none."""
+    return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(gradients, params, strict=True)]
