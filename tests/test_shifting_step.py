@@ -1,10 +1,12 @@
 """Facts about the step itself, on every backend that runs here. Oracle: the reference equations in float64."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from step_cases import Case, assert_as_exact_as_reference, build, cases, places, result, run, set_gradients
 
 from cts_fast import ShiftingMetaOptimizer
@@ -43,11 +45,11 @@ def test_any_layout_of_parameters_and_gradients(backend, device, layout, grad_la
     assert_as_exact_as_reference(case, backend, device)
 
 
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize(("momentum", "dampening", "nesterov"), [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.4, False), (0.9, 0.0, True)])
-def test_without_meta_learning_the_reference_is_torch_sgd_bit_for_bit(momentum, dampening, nesterov, maximize):
-    sgd = dict(lr=0.1, momentum=momentum, dampening=dampening, weight_decay=0.01, nesterov=nesterov, maximize=maximize)
-    case = Case(4, ((5, 3), (7,)), steps=9, missing=frozenset({(2, 1, 0), (0, 2, 1)}), options={**sgd, "meta_lr": 0.0, "horizon": None})
+@relaxed
+@given(case=cases())
+def test_without_meta_learning_the_reference_is_torch_sgd_bit_for_bit(case):
+    sgd = {name: case.options[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
+    case = replace(case, dtype=torch.float32, options={**sgd, "meta_lr": 0.0, "horizon": None})
     opt, params = build(case, "reference")
     twins = [[torch.nn.Parameter(p.detach().clone()) for p in task] for task in params]
     sgds = [torch.optim.SGD(task, **sgd) for task in twins]
@@ -73,29 +75,39 @@ def test_one_step_by_hand(backend, device):
 
 
 @everywhere_and_reference
-def test_the_shift_changes_no_offset_from_phi(backend, device):
-    case = Case(5, ((33,),), dtype=torch.float64, steps=1, options=dict(lr=0.1, meta_lr=0.4))
-    still = run(Case(**{**case.__dict__, "options": dict(lr=0.1, meta_lr=0.0)}), backend, device)
-    moved = run(case, backend, device)
-    for t in range(5):
-        torch.testing.assert_close(moved[1 + t] - moved[0], still[1 + t] - still[0])
+@relaxed
+@given(case=cases())
+def test_the_shift_changes_no_offset_from_phi(backend, device, case):
+    options = {**case.options, "horizon": None, "meta_interval": 1, "shift": 1.0}
+    with_meta, without = (replace(case, dtype=torch.float64, steps=1, options={**options, "meta_lr": b}) for b in (0.4, 0.0))
+    moved, still = run(with_meta, backend, device), run(without, backend, device)
+    n = len(case.shapes)
+    for i in range(n):
+        for t in range(case.tasks):
+            at = n + t * n + i
+            torch.testing.assert_close(moved[at] - moved[i], still[at] - still[i])
 
 
 @everywhere_and_reference
-def test_permuting_tasks_permutes_the_result(backend, device):
-    case = Case(4, ((9,),), dtype=torch.float64, options=dict(lr=0.1, momentum=0.9, meta_lr=0.3))
-    order = [2, 0, 3, 1]
+@relaxed
+@given(case=cases(), data=st.data())
+def test_permuting_tasks_permutes_the_result(backend, device, case, data):
+    case = replace(case, dtype=torch.float64, heads=(), missing=frozenset())
+    order = data.draw(st.permutations(range(case.tasks)))
     opt, params = build(case, backend, device)
     other, permuted = build(case, backend, device)
     for step in range(case.steps):
         set_gradients(case, params, step)
         for t, source in enumerate(order):
-            permuted[t][0].grad = params[source][0].grad.clone()
+            for mine, theirs in zip(permuted[t], params[source], strict=True):
+                mine.grad = theirs.grad.clone()
         opt.step()
         other.step()
-    torch.testing.assert_close(opt.initialization[0], other.initialization[0])
+    for a, b in zip(opt.initialization, other.initialization, strict=True):
+        torch.testing.assert_close(a, b)
     for t, source in enumerate(order):
-        torch.testing.assert_close(permuted[t][0], params[source][0])
+        for mine, theirs in zip(permuted[t], params[source], strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 @everywhere_and_reference
