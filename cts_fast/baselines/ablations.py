@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from cts_fast.baselines.base import Method, work_theta
+from cts_fast.baselines.base import Method, views_of, work_theta
 from cts_fast.ops import Control, Hyper
 
 
@@ -45,10 +45,10 @@ class RandomShifting(NoShifting):
         before = [flat.phi.clone() for flat in shared]
         super()._apply_(gradients, hyper, control._replace(reset=False), nonfinite, losses, heldout)
         if control.meta_update:
-            directions = [self._direction(i, flat) for i, flat in enumerate(shared)]
+            self._draw_()
             moved = _norm([flat.phi - old for flat, old in zip(shared, before, strict=True)])
-            scale = moved / (_norm(directions) or 1.0)
-            for flat, direction in zip(shared, directions, strict=True):
+            scale = moved / (_norm(self._directions) or 1.0)
+            for flat, direction in zip(shared, self._directions, strict=True):
                 work_theta(flat).add_(direction, alpha=scale)
                 if flat.master is not None:
                     flat.theta.copy_(flat.master)
@@ -57,14 +57,19 @@ class RandomShifting(NoShifting):
                 flat.reset_(control.reset_momentum)
             torch.autograd.graph.increment_version(flat.written)
 
-    def _direction(self, i: int, flat) -> torch.Tensor:
-        """Normal noise on the coordinates of the i-th flat buffer, zero on its padding, [S]."""
-        seed = (self.param_groups[0]["seed"] << 40) + (self.meta_updates << 8) + i
-        generator = torch.Generator(flat.device).manual_seed(seed & (2**63 - 1))
-        noise = torch.randn(flat.columns, dtype=flat.work_dtype, device=flat.device, generator=generator)
-        for segment, end in zip(flat.segments, [*(s.offset for s in flat.segments[1:]), flat.columns], strict=True):
-            noise[segment.offset + segment.numel : end] = 0
-        return noise
+    def _build(self) -> None:
+        super()._build()
+        self._directions = [torch.zeros_like(flat.phi) for flat in self._shared()]
+        self._direction_views = [views_of(flat, values[None]) for flat, values in zip(self._shared(), self._directions, strict=True)]
+
+    def _draw_(self) -> None:
+        """Normal noise into the directions, the same whatever the precision and the layout; their padding stays 0."""
+        for i, (flat, views) in enumerate(zip(self._shared(), self._direction_views, strict=True)):
+            seed = (self.param_groups[0]["seed"] << 40) + (self.meta_updates << 8) + i
+            generator = torch.Generator(flat.device).manual_seed(seed & (2**63 - 1))
+            noise = torch.randn(sum(view.numel() for view in views), device=flat.device, generator=generator)
+            parts = noise.split([view.numel() for view in views])
+            torch._foreach_copy_(views, [part.view(view.shape) for part, view in zip(parts, views, strict=True)])
 
 
 class ShiftingAccurate(Method):
