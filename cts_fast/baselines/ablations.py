@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import torch
 
@@ -65,8 +66,8 @@ class RandomShifting(NoShifting):
     def _draw_(self) -> None:
         """Normal noise into the directions, the same whatever the precision and the layout; their padding stays 0."""
         for i, (flat, views) in enumerate(zip(self._shared(), self._direction_views, strict=True)):
-            seed = (self.param_groups[0]["seed"] << 40) + (self.meta_updates << 8) + i
-            generator = torch.Generator(flat.device).manual_seed(seed & (2**63 - 1))
+            key = f"{self.param_groups[0]['seed']} {self.meta_updates} {i}"  # CPU generators hear 32 bits of a seed: mix it into them
+            generator = torch.Generator(flat.device).manual_seed(random.Random(key).getrandbits(32))
             noise = torch.randn(sum(view.numel() for view in views), device=flat.device, generator=generator)
             parts = noise.split([view.numel() for view in views])
             torch._foreach_copy_(views, [part.view(view.shape) for part, view in zip(parts, views, strict=True)])
