@@ -244,6 +244,8 @@ def _rates(text: str) -> dict[str, float]:
             rates[name] = float(value)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{part!r} is not METHOD=NUMBER") from None
+        if not 0 <= rates[name] < math.inf:
+            raise argparse.ArgumentTypeError(f"{part!r}: the step size must be finite and not negative")
     return rates
 
 

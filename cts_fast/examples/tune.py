@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cts_fast.baselines import METHODS
-from cts_fast.data import load_suite
+from cts_fast.data import DamagedFile, load_suite
 from cts_fast.examples.presets import PRESETS
 from cts_fast.experiment import Entry, Experiment, Interrupted
 
@@ -29,6 +29,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--preset", choices=PRESETS, default="quick")
     for name, kind in (("horizon", int), ("rounds", int), ("lr", float), ("batch-size", int)):
         p.add_argument(f"--{name}", type=kind, help="instead of the preset's")
+    p.add_argument("--test-steps", type=int, help="fine-tuning steps, instead of the preset's")
+    p.add_argument("--test-images", type=int, help="training images to fine-tune on, instead of the preset's")
     p.add_argument("--test-seeds", type=int, default=1, help="fine-tuning runs per task (default: 1)")
     p.add_argument("--folds", type=int, default=2)
     p.add_argument("--out", type=Path, default=Path("runs/tune"), metavar="DIR")
@@ -57,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     preset = PRESETS[args.preset]
     changes = {key: value for key in ("horizon", "rounds", "lr", "batch_size") if (value := getattr(args, key)) is not None}
     train = dataclasses.replace(preset.train, **changes)
-    test = dataclasses.replace(preset.test, seeds=args.test_seeds)
+    test_changes = {"steps": args.test_steps, "images": args.test_images, "seeds": args.test_seeds}
+    test = dataclasses.replace(preset.test, **{key: value for key, value in test_changes.items() if value is not None})
     accuracy: dict[str, dict[str, list[float]]] = {}
     loss: dict[str, list[float]] = {}
     try:
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted:
         print("stopped; the same command with --resume goes on", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DamagedFile) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
     means = {key: sum(map(sum, by_task.values())) / sum(map(len, by_task.values())) for key, by_task in accuracy.items()}
     (args.out / "tune.json").write_text(json.dumps({"accuracy": accuracy, "mean": means}, indent=1))

@@ -1,0 +1,206 @@
+"""`python -m cts_fast.examples.resnet20`: what it writes, what it refuses, and how it goes on after Ctrl-C."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from image_tasks import make_suite
+from safetensors.torch import load_file
+
+from cts_fast.data import suite
+from cts_fast.examples import resnet20, tune
+from cts_fast.models import ResNet20
+
+SMALL = ["--suite", "tiny", "--horizon", "2", "--rounds", "2", "--test-steps", "2", "--test-seeds", "2"]
+FIGURES = ("convergence.png", "accuracy-vs-steps.png", "accuracy.png")
+
+
+@pytest.fixture(autouse=True)
+def tiny_suite(monkeypatch):
+    monkeypatch.setitem(suite.SUITES, "tiny", make_suite)
+
+
+def run(out, *arguments):
+    return resnet20.main([*SMALL, "--out", str(out), *arguments])
+
+
+def refused(capsys, out, *arguments):
+    """What the program says when it ends with status 2."""
+    with pytest.raises(SystemExit) as end:
+        run(out, *arguments)
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run of three methods, and the text that it printed."""
+    out = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(suite.SUITES, "tiny", make_suite)
+        assert run(out, "--methods", "reptile,cts,finetune") == 0
+    return out
+
+
+def test_results_have_the_promised_form(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results) == {"config", "meta_train", "meta_test"}
+    assert set(results["meta_train"]) == {"cts", "reptile", "finetune"}
+    for curve in results["meta_train"].values():
+        assert curve["steps"] == [1, 2, 3, 4]
+        assert all(isinstance(loss, float) for loss in curve["loss"])
+    assert set(results["meta_test"]) == {"cts", "reptile", "finetune", "scratch"}
+    for by_target in results["meta_test"].values():
+        assert set(by_target) == {"rings", "stars"}
+        for entry in by_target.values():
+            assert len(entry["accuracy"]) == 2 and all(0 <= x <= 1 for x in entry["accuracy"])
+
+
+def test_metrics_hold_every_loss_and_accuracy(finished):
+    with open(finished / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    train = [row for row in rows if row["phase"] == "meta-train"]
+    assert {(row["method"], row["task"]) for row in train if row["step"] == "4"} == {
+        ("finetune", "waves"), *((method, task) for method in ("cts", "reptile") for task in ("stripes", "dots", "waves"))}
+    assert all(float(row["loss"]) > 0 for row in train)
+    test = [row for row in rows if row["phase"] == "meta-test"]
+    assert len(test) == (3 * 4 + 1) * 2 * 2    # (three methods at four points, and scratch) x targets x seeds
+    assert all(0 <= float(row["accuracy"]) <= 1 for row in test)
+
+
+def test_the_initialization_is_that_of_cts_and_loads_into_a_body(finished):
+    phi = load_file(finished / "initialization.safetensors")
+    net = ResNet20(3)
+    assert set(phi) == {name for name, _ in net.body.named_parameters()}
+    assert not net.body.load_state_dict(phi, strict=False).unexpected_keys
+    of_cts, of_reptile = (load_file(finished / f"initialization-{name}.safetensors") for name in ("cts", "reptile"))
+    assert all(torch.equal(phi[name], of_cts[name]) for name in phi)
+    assert not torch.equal(of_cts["conv.weight"], of_reptile["conv.weight"])
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_written(finished, name):
+    assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_resuming_a_finished_run_prints_its_table_again(finished, capsys):
+    before = (finished / "results.json").read_text()
+    assert run(finished, "--methods", "reptile,cts,finetune", "--resume") == 0
+    text = capsys.readouterr().out
+    assert (finished / "results.json").read_text() == before
+    for words in ("rings", "stars", "mean", "Reptile", "continual trajectory shifting", "scratch", "What was run"):
+        assert words in text
+
+
+def test_two_runs_with_one_seed_give_bit_equal_phi(finished, tmp_path):
+    run(tmp_path, "--methods", "cts")
+    one, other = (load_file(out / "initialization-cts.safetensors") for out in (finished, tmp_path))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_scratch_alone_needs_no_meta_training(tmp_path):
+    assert run(tmp_path, "--methods", "scratch", "--targets", "rings", "--test-seeds", "1") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["meta_test"]) == {"scratch"} and not results["meta_train"]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--methods", "cts,sgd"], ["'sgd'", "reptile"]),
+    (["--tasks", "stripes,zebra"], ["'zebra'", "stripes"]),
+    (["--targets", "zebra"], ["'zebra'", "rings"]),
+    (["--tasks", "stripes,rings"], ["rings", "held out"]),
+    (["--suite", "nowhere"], ["nowhere", "builtin"]),
+    (["--source", "zebra", "--methods", "finetune"], ["zebra", "stripes"]),
+    (["--preset", "huge"], ["huge", "quick"]),
+    (["--horizon", "0"], ["horizon", "'0'"]),
+    (["--meta-lr", "cts=fast"], ["cts=fast"]),
+    (["--meta-lr", "sgd=1"], ["'sgd'"]),
+    (["--meta-lr", "cts=-1", "--methods", "cts"], ["cts=-1", "negative"]),
+    (["--device", "abacus"], ["abacus"]),
+    (["--resume"], ["config.json", "no run to resume"]),
+])
+def test_bad_arguments_are_named_and_end_with_status_2(arguments, words, tmp_path, capsys):
+    message = refused(capsys, tmp_path, *arguments)
+    for word in words:
+        assert word in message
+
+
+def test_missing_data_are_named(tmp_path, capsys):
+    message = refused(capsys, tmp_path / "out", "--suite", "builtin", "--data-root", str(tmp_path / "empty"))
+    assert str(tmp_path / "empty") in message
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
+    run(tmp_path, "--methods", "cts", "--targets", "rings")
+    checkpoint = tmp_path / "checkpoint-cts.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    message = refused(capsys, tmp_path, "--methods", "cts", "--targets", "rings", "--resume")
+    assert str(checkpoint) in message and "delete" in message
+
+
+def test_resuming_with_other_arguments_names_the_difference(tmp_path, capsys):
+    run(tmp_path, "--methods", "scratch", "--targets", "rings")
+    message = refused(capsys, tmp_path, "--methods", "scratch", "--targets", "rings", "--seed", "7", "--resume")
+    assert "seed was 0, now 7" in message
+
+
+# Interruption
+
+DRIVER = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from image_tasks import make_suite
+from cts_fast.data import suite
+from cts_fast.examples import resnet20
+suite.SUITES["tiny"] = make_suite
+sys.exit(resnet20.main())
+"""
+
+
+@pytest.mark.parametrize("moment", ["meta-train cts: 4/", "meta-test: 1/"])
+def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_result(moment, tmp_path):
+    arguments = ["--suite", "tiny", "--horizon", "10", "--rounds", "2", "--test-steps", "1", "--test-seeds", "3", "--targets", "rings",
+                 "--methods", "cts"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", DRIVER, str(Path(__file__).parent), *arguments, "--out", str(tmp_path / "stopped")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    for line in process.stdout:
+        if line.startswith(moment.split("/")[0].rstrip("0123456789")):
+            process.send_signal(signal.SIGINT)
+            break
+    process.stdout.read()
+    message = process.stderr.read()
+    assert process.wait(timeout=120) == 130, message
+    assert "--resume" in message and "Traceback" not in message
+    assert not (tmp_path / "stopped" / "results.json").exists()
+
+    again = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert again.returncode == 2 and "--resume" in again.stderr
+
+    assert subprocess.run([*command, "--resume"], env=environment, capture_output=True).returncode == 0
+    assert resnet20.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    for file in ("results.json", "metrics.csv", "initialization.safetensors"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+# Tuning
+
+
+def test_tuning_never_touches_held_out_tasks(tmp_path, capsys):
+    arguments = ["--suite", "tiny", "--horizon", "2", "--rounds", "1", "--grid", "cts=0.1", "--grid", "reptile=0.5,1", "--test-steps", "2", "--out", str(tmp_path)]
+    assert tune.main(arguments) == 0
+    results = json.loads((tmp_path / "tune.json").read_text())
+    assert set(results["mean"]) == {"cts@0.1", "reptile@0.5", "reptile@1", "scratch"}
+    assert all(set(by_task) == {"stripes", "dots", "waves"} for by_task in results["accuracy"].values())
+    assert "mean accuracy on 3 validation tasks" in capsys.readouterr().out
