@@ -1,4 +1,4 @@
-"""The one in-place op of the package: checks, the choice of a backend, and the step on the flat buffers."""
+"""The one in-place op of the package: the choice of a backend, and the step on the flat buffers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cts_fast.flat import Flat, Segment
+from cts_fast.flat import Flat
+from cts_fast.gradients import Gradients
 
 BACKENDS = {  # name → module with `unavailable(device, dtype, capturable)` and `Launcher(flats)`
     "cuda": "cts_fast.cuda",
@@ -35,14 +36,29 @@ class Hyper(NamedTuple):
     shift: float
 
 
+NEVER = 1 << 62  # a horizon that no round reaches
+
+
+class Counting(NamedTuple):
+    """Where a captured step finds what the host may not decide: the kernel reads it and, after its last block, advances it."""
+
+    counters: Tensor  # int64: inner_step, round, meta_updates, skipped_steps
+    horizon: int  # NEVER: no reset
+    meta_interval: int
+    found_inf: Tensor | None  # float32, one element: not 0 where nothing may change
+    grad_scale: Tensor | None  # float32, one element: gradients are divided by it
+    advances: bool = True  # this launch is the last of its step and advances the counters
+
+
 class Control(NamedTuple):
-    """What this step does besides the inner step."""
+    """What this step does besides the inner step. Under `counting` the device decides about meta-update, reset and scale."""
 
     meta_update: bool
     reset: bool
     reset_momentum: bool
     inverse_scale: float = 1.0  # gradients are multiplied by it (mixed precision)
     nonfinite: Tensor | None = None  # uint8, one per gradient in collected order: set to 1 where one is NaN or infinite
+    counting: Counting | None = None
 
     def flag_nonfinite(self, first: int, gradients: Sequence[Tensor | None]) -> None:
         """Set the flags first, first + 1, … of gradients that hold a NaN or infinity."""
@@ -80,56 +96,25 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, capturable: 
     raise RuntimeError(f"no backend can run {dtype} on {device}: " + "; ".join(f"{name!r}: {reason}" for name, reason in why.items()))
 
 
+def counts_on_device(backends: Iterable[str]) -> bool:
+    """Whether these backends can take a step's decisions on the device; the others take them on the host."""
+    return all(getattr(importlib.import_module(BACKENDS[name]).Launcher, "on_device", False) for name in backends)
+
+
 def make_launcher(backend: str, flats: Sequence[Flat]):
     """The callable (gradients, hyper, control) → None that steps these buffers, all of one device and dtype."""
     return importlib.import_module(BACKENDS[backend]).Launcher(flats)
 
 
-def collect_gradients_(flats: Sequence[Flat]) -> list[Tensor | None]:
-    """Every replica's gradient, segment by segment and row by row, dense in its parameter's memory order; None where there is none.
-
-    Parameters whose storage was exchanged (`p.data = …`, deepcopy, share_memory_) are taken back into the flat buffers first.
-    Raises ValueError naming task and parameter, before anything moved, for sparse gradients and other dtypes or devices.
-    """
-    gradients: list[Tensor | None] = []
-    for flat in flats:
-        for segment in flat.segments:
-            for row, param in enumerate(segment.params):
-                gradient = param.grad
-                if gradient is not None and (gradient.layout != torch.strided or gradient.stride() != segment.stride or gradient.dtype != flat.dtype):
-                    gradient = _dense(gradient, flat, segment, row)
-                gradients.append(gradient)
-    for flat in flats:
-        adopt_moved_(flat)
-    return gradients
-
-
-def _dense(gradient: Tensor, flat: Flat, segment: Segment, row: int) -> Tensor:
-    flat.check_param(segment, row)
-    if gradient.layout != torch.strided:
-        raise ValueError(f"{segment.where(row)}: gradient is {gradient.layout}; the step takes dense gradients (use sparse=False)")
-    if gradient.dtype != flat.dtype or gradient.device != flat.device:
-        raise ValueError(f"{segment.where(row)}: gradient is {gradient.dtype} on {gradient.device}, the parameter {flat.dtype} on {flat.device}")
-    return torch.empty_strided(segment.shape, segment.stride, dtype=flat.dtype, device=flat.device).copy_(gradient)
-
-
-def adopt_moved_(flat: Flat) -> None:
-    """Take parameters whose storage was exchanged back into the flat buffer."""
-    size, bases = flat.dtype.itemsize, [row.data_ptr() for row in flat.theta]
-    for n, segment in enumerate(flat.segments):
-        for row, param in enumerate(segment.params):
-            if segment.numel and param.data_ptr() != bases[row] + segment.offset * size:
-                flat.adopt_(n, row)
-
-
-def all_finite(gradients: Iterable[Sequence[Tensor | None]]) -> bool:
-    """Whether no gradient holds a NaN or infinity; waits for the device."""
-    norms = [torch._foreach_norm([g for g in group if g is not None and g.numel()], float("inf")) for group in gradients]
-    return all(bool(torch.stack(group).isfinite().all()) for group in norms if group)
+def any_nonfinite(gradients: Iterable[Sequence[Tensor | None]]) -> Tensor:
+    """1.0 if a gradient holds a NaN or infinity, else 0.0: a float32 scalar on the first one's device, not waited for."""
+    present = [[g for g in group if g is not None and g.numel()] for group in gradients]
+    flags = [~torch.stack(torch._foreach_norm(group, float("inf"))).isfinite().all() for group in present if group]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any().float() if flags else torch.zeros(())
 
 
 def shifting_step_(
-    launchers: Sequence, flats: Sequence[Sequence[Flat]], gradients: Sequence[Sequence[Tensor | None]], hyper: Sequence[Hyper],
+    launchers: Sequence, flats: Sequence[Sequence[Flat]], gradients: Sequence[Gradients], hyper: Sequence[Hyper],
     control: Control, nonfinite: Sequence[Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Inner step, meta-update, shift and, if control.reset, reset of all tasks, in place (Algorithm 2 of Shin et al., 2021).
@@ -139,20 +124,22 @@ def shifting_step_(
     One launch for each device and dtype. launchers, flats, gradients, nonfinite: one entry for each of those. hyper: one a param group.
     """
     for i, launcher in enumerate(launchers):
+        if control.counting is not None:
+            control = control._replace(counting=control.counting._replace(advances=i == len(launchers) - 1))
         launcher(gradients[i], hyper, control if nonfinite is None else control._replace(nonfinite=nonfinite[i]))
         _after_step_(flats[i], gradients[i], hyper, control)
 
 
-def _after_step_(flats: Sequence[Flat], gradients: Sequence[Tensor | None], hyper: Sequence[Hyper], control: Control) -> None:
+def _after_step_(flats: Sequence[Flat], gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
     """Keep the first-gradient flags, and tell autograd of writes that went behind its back."""
     first = 0
     for flat in flats:
-        if not flat.all_started:
+        if not flat.all_started and control.counting is None:
             present = torch.tensor([gradient is not None for gradient in gradients[first : first + flat.started.numel()]])
             uses_momentum = torch.tensor([hyper[segment.group].momentum != 0 for segment in flat.segments])
             flat.started |= present.view_as(flat.started) & uses_momentum[:, None]
             flat.all_started = bool(flat.started.all())
-        if control.reset and control.reset_momentum and flat.shared:
+        if control.counting is None and control.reset and control.reset_momentum and flat.shared:
             flat.started.zero_()
             flat.all_started = False
         torch.autograd.graph.increment_version(flat.written)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cts_fast import ops
 from cts_fast.flat import Flat, Segment, make_flats
+from cts_fast.gradients import Collector, adopt_moved_
 from cts_fast.groups import PER_GROUP, as_groups, check_hyper, check_needs, check_options, check_parameters, drop_duplicates, split_tasks
 
 OPTIONS = ("horizon", "meta_interval", "reset_momentum", "capturable")  # of the whole optimizer; every group carries them
@@ -180,6 +181,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         if differing:
             warnings.warn(f"{differing}: differs from task 0; every task starts at task 0's parameters", stacklevel=4)
         self._backends = backends
+        self._collectors = [Collector(flats) for flats in self._flats]
         self._launchers = [ops.make_launcher(name, flats) for name, flats in zip(backends, self._flats, strict=True)]
         self._initialization = {s.name: self.state[s.params[0]]["initialization"] for s in segments if s.task is None}
         first = segments[0].params[0]
@@ -187,7 +189,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             counters = torch.zeros(4, dtype=torch.int64, device=first.device if capturable else "cpu")
         self._counters = counters
         self.state[first]["counters"] = counters
-        self._unread_flags: list[Tensor] = []
+        raises = self._nonfinite == "raise"
+        self._flags = [torch.zeros(sum(len(f.params) for f in flats), dtype=torch.uint8, device=flats[0].device) for flats in self._flats] if raises else None
         self._built = True
 
     def _fill_(self, flat: Flat) -> str | None:
@@ -241,15 +244,18 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._report_nonfinite()
-        gradients = [ops.collect_gradients_(flats) for flats in self._flats]
+        gradients = [collect() for collect in self._collectors]
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():
+        if found_inf is not None and not self._counting and found_inf.item():
             return loss
-        if all(gradient is None for gradient in chain.from_iterable(gradients)):
+        if not any(collected.count for collected in gradients):
             return loss
         hyper = self._hyper()
+        if self._counting:
+            self._step_on_device(gradients, hyper, losses, heldout)
+            return loss
         inner_step, round_, meta_updates, skipped = self._counters.tolist()
-        if self._nonfinite == "skip" and not ops.all_finite(gradients):
+        if self._nonfinite == "skip" and ops.any_nonfinite(gradients):
             self._counters[3] += 1
             return loss
 
@@ -257,14 +263,24 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             control = control._replace(inverse_scale=1.0 / scale.item())
-        flags = [torch.zeros(len(g), dtype=torch.uint8, device=f[0].device) for g, f in zip(gradients, self._flats, strict=True)]
-        self._apply_(gradients, hyper, control, flags if self._nonfinite == "raise" else None, losses, heldout)
+        self._apply_(gradients, hyper, control, self._flags, losses, heldout)
         self._counters.copy_(torch.tensor([*counted, skipped]))
-        if self._nonfinite == "raise":
-            self._unread_flags = flags
-            if all(flag.device.type == "cpu" for flag in flags):
-                self._report_nonfinite()
+        if self._flags and all(flags.device.type == "cpu" for flags in self._flags):
+            self._report_nonfinite()
         return loss
+
+    def _step_on_device(self, gradients, hyper: list[ops.Hyper], losses, heldout) -> None:
+        """The step with every decision left to the device, so that a CUDA graph may hold it."""
+        options = self.param_groups[0]
+        found_inf = getattr(self, "found_inf", None)
+        if self._nonfinite == "skip":
+            bad = ops.any_nonfinite(gradients)
+            self._counters[3] += bad.to(torch.int64)
+            found_inf = bad if found_inf is None else torch.maximum(found_inf.view(()), bad)
+        horizon = ops.NEVER if options["horizon"] is None else options["horizon"]
+        counting = ops.Counting(self._counters, horizon, options["meta_interval"], found_inf, getattr(self, "grad_scale", None))
+        control = ops.Control(False, False, options["reset_momentum"], counting=counting)
+        self._apply_(gradients, hyper, control, self._flags, losses, heldout)
 
     def _plan(self, inner_step: int, round_: int, meta_updates: int) -> tuple[ops.Control, tuple[int, int, int]]:
         """What the next step does, and the three counters after it."""
@@ -281,15 +297,21 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     def _hyper(self) -> list[ops.Hyper]:
         hyper = []
         for group in self.param_groups:
-            values = {name: group[name].item() if isinstance(group[name], Tensor) else group[name] for name in PER_GROUP}
+            values = {name: group[name] for name in PER_GROUP}
+            for name, value in values.items():  # the device reads its own tensors in a captured step; the host takes part in no other
+                if isinstance(value, Tensor) and not (self._counting and value.device == self._counters.device):
+                    values[name] = value.item()
             check_hyper(values)
             hyper.append(ops.Hyper(**values))
         return hyper
 
     def _report_nonfinite(self) -> None:
-        unread, self._unread_flags = self._unread_flags, []
-        for flags, flats in zip(unread, self._flats, strict=False):
+        if not self._flags or torch.cuda.is_current_stream_capturing():
+            return
+        for flags, flats in zip(self._flags, self._flats, strict=True):
             for i in flags.nonzero().flatten().tolist():
+                for seen in self._flags:
+                    seen.zero_()
                 places = [segment.where(row) for flat in flats for segment in flat.segments for row in range(flat.rows)]
                 raise RuntimeError(f"{places[i]}: the gradient of the last step held a NaN or an infinity; that step was applied")
 
@@ -366,7 +388,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     def _reset_(self) -> None:
         for flat in chain.from_iterable(self._flats):
             if flat.shared:
-                ops.adopt_moved_(flat)
+                adopt_moved_(flat)
                 flat.reset_(self.param_groups[0]["reset_momentum"])
                 torch.autograd.graph.increment_version(flat.written)
         self._counters[0] = 0
@@ -394,7 +416,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         saved = self._check_state(saved_groups, state_dict["state"])
 
         for flat in chain.from_iterable(self._flats):
-            ops.adopt_moved_(flat)
+            adopt_moved_(flat)
         for param, entry in saved:
             for name, view in self.state[param].items():
                 view.copy_(entry[name])

@@ -1,0 +1,66 @@
+// The Python module cts_fast._cpu: raw addresses and numbers in, no logic. cts_fast/cpu.py and cts_fast/gradients.py use it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu.h"
+#include "gradients.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using FlatTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int32_t>;
+using SegmentTuple = std::tuple<int64_t, int64_t, int32_t, int32_t>;
+using GroupTuple = std::tuple<double, double, double, double, bool, bool, double, double>;
+
+cts::Plan make_plan(int dtype, const std::vector<FlatTuple>& flats, const std::vector<std::vector<SegmentTuple>>& segments,
+                    const std::string& isa) {
+  std::vector<cts::Flat> native;
+  for (auto [phi, theta, momentum, master, stride, rows] : flats)
+    native.push_back({pointer<void>(phi), pointer<void>(theta), pointer<void>(momentum), pointer<void>(master), stride, rows, 0, nullptr});
+  std::vector<std::vector<cts::Segment>> places;
+  for (const auto& of_flat : segments) {
+    places.emplace_back();
+    for (auto [offset, numel, group, first] : of_flat) places.back().push_back({offset, numel, group, first});
+  }
+  return cts::Plan(static_cast<cts::DType>(dtype), std::move(native), std::move(places), isa);
+}
+
+void step(const cts::Plan& plan, uintptr_t gradients, uintptr_t started, uintptr_t nonfinite, const std::vector<GroupTuple>& hyper,
+          bool meta_update, bool reset, bool reset_momentum, double inverse_scale, int threads) {
+  std::vector<cts::Group> groups;
+  for (auto [lr, momentum, dampening, weight_decay, nesterov, maximize, meta_lr, shift] : hyper)
+    groups.push_back({lr, momentum, dampening, weight_decay, meta_lr, shift, nesterov, maximize});
+  const cts::Step step{pointer<const void* const>(gradients), pointer<const uint8_t>(started), pointer<uint8_t>(nonfinite),
+                       groups.data(), inverse_scale, meta_update, reset, reset_momentum};
+  py::gil_scoped_release release;
+  plan.step(step, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "The step on the CPU, and the addresses of gradients on any device.";
+  m.def("instruction_sets", &cts::instruction_sets, "Instruction sets that can run here, the widest first.");
+  m.def("share_openmp", &cts::share_openmp, "library"_a, "Use the OpenMP runtime that a loaded library is linked with; False if none.");
+  py::class_<cts::Plan>(m, "Plan", "Buffers of one dtype, cut into tiles; the buffers must outlive it.")
+      .def(py::init(&make_plan), "dtype"_a, "flats"_a, "segments"_a, "isa"_a,
+           "dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. flats: (phi, theta, momentum, master, stride, rows), addresses or 0. "
+           "segments: for each flat, (offset, numel, group, index of row 0's gradient).")
+      .def("step", &step, "gradients"_a, "started"_a, "nonfinite"_a, "hyper"_a, "meta_update"_a, "reset"_a, "reset_momentum"_a,
+           "inverse_scale"_a, "threads"_a, "One step in place. The first three are addresses, the last two of them may be 0.");
+  py::class_<cts::GradientTable>(m, "GradientTable", "The addresses of the gradients of a list of parameters.")
+      .def(py::init<py::list, const std::vector<uintptr_t>&, const std::vector<py::tuple>&, py::object>(), "params"_a, "addresses"_a,
+           "layouts"_a, "like"_a)
+      .def("collect", &cts::GradientTable::collect, "(gradients, how many, indices of odd gradients, indices of moved parameters)")
+      .def("set", &cts::GradientTable::set, "i"_a, "address"_a, "Enter the address of a gradient that was made dense.")
+      .def_property_readonly("address", [](const cts::GradientTable& t) { return reinterpret_cast<uintptr_t>(t.data()); },
+                             "Where the table is: one pointer for each parameter, null where there is no gradient.")
+      .def_property_readonly("changed", &cts::GradientTable::changed, "Whether the last collect found other addresses than the one before.");
+}

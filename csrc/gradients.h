@@ -1,0 +1,43 @@
+// Gradients where autograd left them: their addresses, read through the C functions that torch offers for DLPack exchange.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+namespace cts {
+
+// The addresses of the gradients of a list of parameters of one device and dtype; works for any device.
+class GradientTable {
+ public:
+  // params: torch tensors. addresses: where each one's own data has to be, 0 for empty ones. layouts[i]: (shape, strides) of param i.
+  // like: a tensor of the dtype and device that gradients must have. Raises RuntimeError where torch offers no exchange functions.
+  GradientTable(pybind11::list params, const std::vector<uintptr_t>& addresses, const std::vector<pybind11::tuple>& layouts,
+                pybind11::object like);
+
+  // Reads every gradient. Returns (gradients, count, odd, moved): a list of tensors or None, how many are tensors, the entries that
+  // are not plain dense tensors in their parameter's layout (null in the table), and the parameters that are not where they should be.
+  pybind11::tuple collect();
+
+  void set(size_t i, uintptr_t address);
+
+  const void* const* data() const { return pointers_.data(); }
+  size_t size() const { return pointers_.size(); }
+  bool changed() const { return changed_; }  // whether the last collect found an address that the one before did not
+
+ private:
+  struct Layout {
+    std::vector<int64_t> shape, strides;
+  };
+
+  pybind11::list params_;
+  std::vector<uintptr_t> addresses_;
+  std::vector<Layout> layouts_;
+  std::vector<const void*> pointers_;
+  pybind11::object tensor_type_, name_;
+  const void* exchange_;
+  int device_type_, device_id_, type_code_, type_bits_;
+  bool changed_ = true;
+};
+
+}  // namespace cts

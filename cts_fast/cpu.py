@@ -1,0 +1,61 @@
+"""The step on the CPU in native code: one parallel region and one pass over memory (csrc/shifting_step.cpp).
+
+The environment variable CTS_FAST_ISA takes another instruction set than the widest ("avx512", "avx2" or "plain").
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cts_fast.flat import Flat
+from cts_fast.ops import Control, Hyper
+
+try:
+    from cts_fast import _cpu
+except ImportError as error:
+    raise ImportError(f"the native module is not there ({error}); reinstall with CTS_FAST_BUILD=cpu and a C++ compiler to see why") from error
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+_cpu.share_openmp(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # torch's threads, not more threads
+
+
+def instruction_set() -> str:
+    """The instruction set that runs: the environment's CTS_FAST_ISA, else the widest that this machine has."""
+    return os.environ.get("CTS_FAST_ISA") or _cpu.instruction_sets()[0]
+
+
+def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool) -> str | None:
+    """Why this backend cannot run there; None if it can."""
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device}"
+    if instruction_set() not in _cpu.instruction_sets():
+        return f"CTS_FAST_ISA={instruction_set()!r}; this machine has {', '.join(_cpu.instruction_sets())}"
+    return None if dtype in DTYPES else f"it has no kernel for {dtype}"
+
+
+class Launcher:
+    """All buffers of one dtype, cut into tiles once; a call is one native call."""
+
+    def __init__(self, flats: Sequence[Flat]) -> None:
+        self.flats = flats
+        self.started = flats[0].started  # the flags of all flats lie behind it
+        buffers, segments, first = [], [], 0
+        for flat in flats:
+            pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (flat.phi, flat.theta, flat.momentum, flat.master)]
+            buffers.append((*pointers, flat.theta.stride(0), flat.rows))
+            segments.append([(s.offset, s.numel, s.group, first + n * flat.rows) for n, s in enumerate(flat.segments)])
+            first += len(flat.params)
+        self.plan = _cpu.Plan(DTYPES[flats[0].dtype], buffers, segments, instruction_set())
+
+    def __call__(self, gradients, hyper: Sequence[Hyper], control: Control) -> None:
+        started = 0 if all(flat.all_started for flat in self.flats) else self.started.data_ptr()
+        nonfinite = 0 if control.nonfinite is None else control.nonfinite.data_ptr()
+        self.plan.step(
+            gradients.address, started, nonfinite, hyper, control.meta_update, control.reset, control.reset_momentum,
+            control.inverse_scale, torch.get_num_threads(),
+        )  # fmt: skip
