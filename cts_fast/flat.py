@@ -6,7 +6,7 @@ head tensors of all tasks one after the other (rows = 1, no phi). Columns are th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,7 +46,7 @@ class Flat:
     `started[n, r]` says whether momentum of segment n, row r has taken its first gradient; where it has not, momentum is 0.
     """
 
-    def __init__(self, segments: Sequence[Segment], shared: bool) -> None:
+    def __init__(self, segments: Sequence[Segment], shared: bool, started: Tensor | None = None) -> None:
         first = segments[0].params[0]
         self.device, self.dtype = first.device, first.dtype
         self.segments, self.shared, self.rows = list(segments), shared, len(segments[0].params)
@@ -64,7 +64,7 @@ class Flat:
         self.momentum = self._zeros(stride, self.dtype)
         self.master = self._zeros(stride, torch.float32) if self.work_dtype != self.dtype else None
         self.phi = torch.zeros(columns, dtype=self.work_dtype, device=self.device) if shared else None
-        self.started = torch.zeros(len(self.segments), self.rows, dtype=torch.uint8)
+        self.started = torch.zeros(len(self.segments), self.rows, dtype=torch.uint8) if started is None else started.view(-1, self.rows)
         self.all_started = False
         self.initialization = [self.view(self.phi, segment) for segment in self.segments] if shared else []
         # all replicas, segment by segment and row by row: the order of gradients everywhere
@@ -130,3 +130,15 @@ class Flat:
             self.master.copy_(self.phi)
         if clear_momentum:
             self.clear_momentum_()
+
+
+def make_flats(kinds: Mapping[bool, Sequence[Segment]], capturable: bool) -> list[Flat]:
+    """The buffers of one device and dtype, by "shared": shared parameters first, then heads.
+
+    Their `started` flags lie one after another in the order of gradients, on the device if capturable.
+    """
+    kinds = {shared: kinds[shared] for shared in (True, False) if shared in kinds}
+    counts = [len(segments) * len(segments[0].params) for segments in kinds.values()]
+    device = next(iter(kinds.values()))[0].params[0].device if capturable else "cpu"
+    started = torch.zeros(sum(counts), dtype=torch.uint8, device=device).split(counts)
+    return [Flat(segments, shared, part) for (shared, segments), part in zip(kinds.items(), started, strict=True)]

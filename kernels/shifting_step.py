@@ -1,0 +1,347 @@
+r"""One step of continual trajectory shifting for all T tasks, in one launch (Shin et al., ICML 2021, Algorithm 2).
+
+    d = ±g_t + λ θ_t;   v_t ← μ v_t + (1 − dampening) d;   u = v_t  (Nesterov: d + μ v_t;  μ = 0: d)
+    θ_t ← θ_t − α u                                      inner step of every task t with a gradient
+    Δ = (β / T) Σ_t (θ_t − φ);   φ ← φ + Δ               meta-update
+    θ_t ← θ_t + shift · Δ                                shift;   at K:  θ_t ← φ  (and v_t ← 0)
+
+A program owns BLOCK columns of one tensor and holds θ′ of up to ROWS tasks in registers, so every number is read once and written once.
+Above ROWS tasks, θ′ is stored, summed up on the way, and read back (from cache) for the shift. Heads take the inner step alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cts_fast.flat import Flat
+from cts_fast.ops import Control, Hyper
+
+TILE = tl.constexpr(5)  # numbers a tile: its column in the buffers, columns left in its tensor, its place in the tensor, group, first gradient
+HYPER = tl.constexpr(11)  # numbers a group: Hyper's eight, the gradients' factor, addresses of a tensor α and β
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+META_UPDATE, RESET, RESET_MOMENTUM = (tl.constexpr(1 << i) for i in range(3))  # bits of `mode`
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """x in the parameters' dtype, ties to even; the interpreter would truncate to bfloat16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)
+    return x.to(dtype)
+
+
+@triton.jit
+def _is_set(number):
+    """number ≠ 0 as a mask [1], since the interpreter cannot broadcast the comparison of a scalar."""
+    return number + tl.zeros([1], number.dtype) != 0
+
+
+@triton.jit
+def _learning_rate(value, address):
+    """A rate as the user gave it: a number, or the address of a float32 tensor, or of a float64 tensor plus one."""
+    rate = tl.load(value)
+    where = tl.load(address.to(tl.pointer_type(tl.int64), bitcast=True))
+    if (where & 1) != 0:
+        rate = tl.load((where - 1).to(tl.pointer_type(tl.float64)))
+    elif where != 0:
+        rate = tl.load(where.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    return rate
+
+
+@triton.jit
+def _stored(theta, master, spot, mask, WORK: tl.constexpr):
+    """θ in working precision: float32 or float64 as stored; lower precision from its master, unless the user wrote the parameter since."""
+    x = tl.load(theta + spot, mask=mask, other=0)
+    if master is None:
+        return x
+    else:
+        exact = tl.load(master + spot, mask=mask, other=0)
+        return tl.where(_rounded(exact, theta.dtype.element_ty) == x, exact, x.to(WORK))
+
+
+@triton.jit
+def _store(theta, master, spot, mask, x):
+    """Write θ, and its master where it has one."""
+    tl.store(theta + spot, _rounded(x, theta.dtype.element_ty), mask=mask)
+    if master is not None:
+        tl.store(master + spot, x, mask=mask)
+
+
+@triton.jit
+def _inner_step(
+    theta, v, master, stride, rows, here, gradients, started, nonfinite, h, scale, column, at, inside, clear,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WORK: tl.constexpr,
+):  # fmt: skip
+    """θ′ [ROWS, BLOCK] of the tasks `rows`; writes their momentum. clear: momentum ends at zero."""
+    numbers = tl.arange(0, BLOCK)
+    spot = rows.to(tl.int64)[:, None] * stride + (column + numbers)[None, :]
+    mask = here[:, None] & inside[None, :]
+    address = tl.load(gradients + rows, mask=here, other=0)
+    has = (address != 0)[:, None]
+    gradient = address.to(tl.pointer_type(theta.dtype.element_ty))[:, None] + (at + numbers)[None, :]
+    if ALIGNED:
+        gradient = tl.multiple_of(gradient, [1, 16])
+    mu = tl.load(h + 1).to(WORK)
+    has_momentum = _is_set(mu)
+    g = tl.load(gradient, mask=mask & has, other=0).to(WORK)
+    x = _stored(theta, master, spot, mask, WORK)
+    old = tl.load(v + spot, mask=mask & has_momentum, other=0).to(WORK)
+
+    lr = _learning_rate(h, h + 9)
+    gain = (1 - tl.load(h + 2)).to(WORK)
+    weight_decay = tl.load(h + 3).to(WORK)
+    nesterov, maximize = _is_set(tl.load(h + 4)), _is_set(tl.load(h + 5))
+    g = g * scale.to(WORK)
+    if nonfinite is not None:
+        bad = tl.max((tl.abs(g) < float("inf")).to(tl.int32) ^ 1, axis=1)
+        tl.store(nonfinite + rows, bad.to(tl.uint8), mask=here & (bad != 0))
+    d = tl.where(maximize, -g, g)
+    d = tl.where(_is_set(weight_decay), tl.fma(weight_decay + tl.zeros_like(x), x, d), d)
+    new = tl.fma(gain + tl.zeros_like(d), d, mu * old)
+    if started is not None:
+        new = tl.where((tl.load(started + rows, mask=here, other=1) != 0)[:, None], new, d)
+    u = tl.where(has_momentum, tl.where(nesterov, tl.fma(mu + tl.zeros_like(d), new, d), new), d)
+    new = tl.where(clear, 0.0, tl.where(has, new, old))
+    tl.store(v + spot, _rounded(new, v.dtype.element_ty), mask=mask & (clear | (has & has_momentum)))
+    return tl.where(has, tl.fma((-lr).to(WORK) + tl.zeros_like(x), u, x), x), spot, mask
+
+
+@triton.jit
+def _step(
+    theta, v, master, phi, stride, gradients, started, nonfinite, h, scale, column, at, left, mode,
+    T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr, ALIGNED: tl.constexpr, WORK: tl.constexpr,
+):  # fmt: skip
+    """One step of BLOCK columns of all T tasks. FULL: none of them lies behind the tensor's end."""
+    numbers = tl.arange(0, BLOCK)
+    inside = numbers < (BLOCK if FULL else left)
+    rows = tl.arange(0, ROWS)
+    if phi is None:
+        x, spot, mask = _inner_step(
+            theta, v, master, stride, rows, rows < T, gradients, started, nonfinite, h, scale, column, at, inside, rows < 0, BLOCK, ALIGNED, WORK
+        )
+        _store(theta, master, spot, mask, x)
+    else:
+        meta_update, reset = _is_set(mode & META_UPDATE), _is_set(mode & RESET)
+        clear = reset & _is_set(mode & RESET_MOMENTUM)
+        p = tl.load(phi + column + numbers, mask=inside, other=0)
+        meta_lr, shift = _learning_rate(h + 6, h + 10), tl.load(h + 7).to(WORK)
+        total = tl.zeros([BLOCK], WORK)
+        for t in tl.static_range(0, T, ROWS):
+            here = t + rows < T
+            x, spot, mask = _inner_step(
+                theta, v, master, stride, t + rows, here, gradients, started, nonfinite, h, scale, column, at, inside, clear, BLOCK, ALIGNED, WORK
+            )
+            total += tl.sum(tl.where(here[:, None], x - p[None, :], 0.0), axis=0)
+            if T > ROWS:
+                _store(theta, master, spot, mask, x)
+        moves = meta_update & _is_set(meta_lr)
+        delta = tl.where(moves, total * (meta_lr / T).to(WORK), 0.0)
+        p = tl.where(moves, p + delta, p)
+        tl.store(phi + column + numbers, p, mask=inside & moves)
+        for t in tl.static_range(0, T, ROWS):
+            if T > ROWS:
+                spot = (t + rows).to(tl.int64)[:, None] * stride + (column + numbers)[None, :]
+                mask = (t + rows < T)[:, None] & inside[None, :]
+                x = _stored(theta, master, spot, mask, WORK)
+            x = tl.where(moves, tl.fma(shift + tl.zeros_like(x), tl.broadcast_to(delta[None, :], x.shape), x), x)
+            _store(theta, master, spot, mask, tl.where(reset, tl.broadcast_to(p[None, :], x.shape), x))
+
+
+@triton.jit
+def _advance(counters, started, gradients, groups, hyper, count, shared_count, meta_update, reset, clear, counts, BLOCK: tl.constexpr):
+    """What the last program to finish does: counters and first-gradient flags, and the ticket for the next step."""
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        mask = i < count
+        mu = tl.load(hyper + HYPER * tl.load(groups + i, mask=mask, other=0) + 1, mask=mask, other=0)
+        first = (tl.load(gradients + i, mask=mask, other=0) != 0) & (mu != 0)
+        flag = tl.load(started + i, mask=mask, other=0)
+        flag = tl.where(first, 1, flag).to(tl.uint8)
+        tl.store(started + i, tl.where(clear & (i < shared_count), 0, flag).to(tl.uint8), mask=mask)
+    if counts:
+        inner_step = tl.load(counters)
+        tl.store(counters, tl.where(reset, 0, inner_step + 1))
+        tl.store(counters + 1, tl.load(counters + 1) + reset.to(tl.int64))
+        tl.store(counters + 2, tl.load(counters + 2) + meta_update.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["mode", "horizon", "meta_interval", "shared_tiles", "shared_count", "count", "counts"])
+def shifting_step_kernel(
+    tiles, gradients, groups, hyper, started, nonfinite, theta, v, master, phi, stride, head_theta, head_v, head_master, shared_tiles, shared_count, count,
+    mode, counters, ticket, horizon, meta_interval, found_inf, grad_scale, counts,
+    T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WORK: tl.constexpr, DAMPENED: tl.constexpr,
+):  # fmt: skip
+    """See the module. Grid: one program a tile, those of shared tensors first.
+
+    tiles: int64 [tiles, TILE]. gradients: int64 [count] addresses, 0 for none; those of shared tensors first. groups: int32 [count].
+    hyper: float64 [groups, HYPER]. started, nonfinite: uint8 [count]. theta, v: [T, stride]; master: the same in float32 or None;
+    phi: [stride]; head_*: [1, columns] or None. counters: int64 [4], and what follows it: only where the device counts, else None.
+    """
+    tile = tl.program_id(0)
+    mine = tiles + tile.to(tl.int64) * TILE
+    column = tl.multiple_of(tl.load(mine), 16)
+    left = tl.load(mine + 1)
+    at = tl.load(mine + 2)
+    h = hyper + tl.load(mine + 3) * HYPER
+    first = tl.load(mine + 4)
+    scale = tl.load(h + 8)
+    works = True
+    if counters is not None:
+        inner_step = tl.load(counters) + 1
+        updates = inner_step % meta_interval == 0
+        mode = (mode & RESET_MOMENTUM) | tl.where(updates, META_UPDATE, 0) | tl.where(inner_step >= horizon, RESET, 0)
+        if grad_scale is not None:
+            scale = 1 / tl.load(grad_scale).to(tl.float64)
+        if found_inf is not None:
+            works = tl.load(found_inf) == 0
+            left = tl.where(works, left, 0)
+    flags = started + first if DAMPENED else None
+    bad = None if nonfinite is None else nonfinite + first
+    at = tl.multiple_of(at, BLOCK)
+    if tile < shared_tiles:
+        if left >= BLOCK:
+            _step(
+                theta, v, master, phi, stride, gradients + first, flags, bad, h, scale, column, at, left, mode, T, ROWS, BLOCK, True, ALIGNED, WORK
+            )
+        else:
+            _step(
+                theta, v, master, phi, stride, gradients + first, flags, bad, h, scale, column, at, left, mode, T, ROWS, BLOCK, False, ALIGNED, WORK
+            )
+    elif head_theta is not None:
+        if left >= BLOCK:
+            _step(
+                head_theta, head_v, head_master, None, 0, gradients + first, flags, bad, h, scale, column, at, left, mode, 1, 1, BLOCK, True, ALIGNED, WORK
+            )
+        else:
+            _step(
+                head_theta, head_v, head_master, None, 0, gradients + first, flags, bad, h, scale, column, at, left, mode, 1, 1, BLOCK, False, ALIGNED, WORK
+            )
+    if counters is not None:
+        tl.debug_barrier()  # every thread has read the counters before this program hands in its ticket
+        if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
+            tl.store(ticket, 0)
+            if works:
+                reset = (mode & RESET) != 0
+                clear = reset & ((mode & RESET_MOMENTUM) != 0)
+                _advance(
+                    counters, started, gradients, groups, hyper, count, shared_count, (mode & META_UPDATE) != 0, reset, clear, counts, BLOCK
+                )
+
+
+def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool) -> str | None:
+    """Why this backend cannot run there; None if it can. Under TRITON_INTERPRET=1 it runs on CPU tensors, else on CUDA ones."""
+    if INTERPRETED.value:
+        return None if device.type == "cpu" else "TRITON_INTERPRET is set, which runs Triton on CPU tensors only"
+    if device.type != "cuda":
+        return f"Triton runs on NVIDIA GPUs, or on CPU tensors under TRITON_INTERPRET=1; the parameters are on {device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"Triton's kernels here need compute capability 8.0; {device} has {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
+    return None
+
+
+def tile_shape(tasks: int, work_dtype: torch.dtype) -> dict[str, int]:
+    """Rows held in registers at once and columns of a program: 16 bytes of each row for each of 128 threads."""
+    return {"ROWS": min(triton.next_power_of_2(tasks), 8), "BLOCK": 128 * 16 // work_dtype.itemsize}
+
+
+def make_tiles(flats: Sequence[Flat], block: int) -> Tensor:
+    """The tiles of all segments, in order; int64 [tiles, TILE]."""
+    tiles, first = [], 0
+    for flat in flats:
+        for segment in flat.segments:
+            at = torch.arange(0, segment.numel, block)
+            rows = [segment.offset + at, segment.numel - at, at, torch.full_like(at, segment.group), torch.full_like(at, first)]
+            tiles.append(torch.stack(rows, dim=1))
+            first += flat.rows
+    return torch.cat(tiles)
+
+
+class Launcher:
+    """Launches the kernel for all buffers of one device and dtype; tables stay on the device and are sent again only when they changed."""
+
+    on_device = True  # it can take a captured step's decisions on the device
+
+    def __init__(self, flats: Sequence[Flat]) -> None:
+        self.flats, shared = flats, flats[0]
+        self.head = flats[1] if len(flats) > 1 else None
+        if not shared.shared:
+            self.head, shared = shared, None
+        self.shared, self.device = shared, flats[0].device
+        self.count, self.shared_count = sum(len(flat.params) for flat in flats), len(shared.params) if shared else 0
+        self.tasks, self.work_dtype = shared.rows if shared else 1, flats[0].work_dtype
+        self.shape = tile_shape(self.tasks, self.work_dtype)
+        tiles = make_tiles(flats, self.shape["BLOCK"])
+        self.shared_tiles = sum(-(-segment.numel // self.shape["BLOCK"]) for segment in shared.segments) if shared else 0
+        self.num_tiles = len(tiles)
+        self.tiles = (tiles if len(tiles) else torch.zeros(1, TILE.value, dtype=torch.int64)).to(self.device)
+        groups = [segment.group for flat in flats for segment in flat.segments for _ in range(flat.rows)]
+        self.groups = torch.tensor(groups, dtype=torch.int32).to(self.device)
+        self.num_groups = max(groups) + 1
+        self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.sent: tuple | None = None
+        self.table: Tensor | None = None
+        self.aligned = True
+        self.captured: list[Tensor] = []  # tables that captured graphs read at every replay
+
+    def __call__(self, gradients: Sequence[Tensor | None], hyper: Sequence[Hyper], control: Control) -> None:
+        if not self.num_tiles and control.counting is None:
+            return
+        table = self._send([0 if g is None else g.data_ptr() for g in gradients], hyper[: self.num_groups], control.inverse_scale)
+        counting, shared, head = control.counting, self.shared, self.head
+        started, dampened = None, any(h.dampening and h.momentum for h in hyper)
+        if counting is not None:
+            started = self.flats[0].started
+        elif dampened and not all(flat.all_started for flat in self.flats):
+            started = torch.cat([flat.started.flatten() for flat in self.flats]).to(self.device, non_blocking=True)
+        mode = control.meta_update * META_UPDATE.value | control.reset * RESET.value | control.reset_momentum * RESET_MOMENTUM.value
+        on = [None] * 7 if counting is None else [
+            counting.counters, self.ticket, counting.horizon, counting.meta_interval, counting.found_inf, counting.grad_scale, int(counting.advances)
+        ]  # fmt: skip
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            shifting_step_kernel[(max(self.num_tiles, 1),)](
+                self.tiles, table[: self.count], self.groups, table[self.count :].view(torch.float64), started, control.nonfinite,
+                *((shared.theta, shared.momentum, shared.master, shared.phi, shared.theta.stride(0)) if shared else (None,) * 5),
+                *((head.theta, head.momentum, head.master) if head else (None,) * 3),
+                self.shared_tiles, self.shared_count, self.count, mode, *on,
+                T=self.tasks, **self.shape, ALIGNED=self.aligned, WORK=tl.float64 if self.work_dtype == torch.float64 else tl.float32,
+                DAMPENED=dampened and started is not None, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+
+    def _send(self, addresses: list[int], hyper: Sequence[Hyper], inverse_scale: float) -> Tensor:
+        """The device table: int64 [count + groups · HYPER], gradients' addresses and then the hyper-parameters' bits."""
+        values = [[_address(value) if isinstance(value, Tensor) else float(value) for value in h] for h in hyper]
+        key = (addresses, values, inverse_scale)
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if key == self.sent and not capturing:
+            return self.table
+        numbers = torch.zeros(len(hyper), HYPER.value, dtype=torch.float64)
+        for row, h in zip(numbers, values, strict=True):
+            row[:9] = torch.tensor([*(0.0 if isinstance(value, int) else value for value in h), inverse_scale], dtype=torch.float64)
+            row.view(torch.int64)[9:] = torch.tensor([value if isinstance(value, int) else 0 for value in (h[0], h[6])])
+        host = torch.cat([torch.tensor(addresses, dtype=torch.int64), numbers.view(torch.int64).flatten()])
+        self.aligned = all(address % 16 == 0 for address in addresses)
+        if capturing:  # a graph reads its own table, and the pinned copy that it is filled from, for as long as it lives
+            host = host.pin_memory()
+            table = host.to(self.device, non_blocking=True)
+            self.captured += [host, table]
+            self.sent = None
+            return table
+        if self.table is None:
+            self.table = torch.empty_like(host, device=self.device)
+        self.table.copy_(host, non_blocking=True)
+        self.sent = key
+        return self.table
+
+
+def _address(rate: Tensor) -> int:
+    """A float32 tensor's address, or a float64 tensor's plus one."""
+    if rate.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"a tensor lr or meta_lr that the device reads must be float32 or float64, but is {rate.dtype}")
+    return rate.data_ptr() + (rate.dtype == torch.float64)
