@@ -130,7 +130,7 @@ class Experiment:
         writer = self._tensorboard_writer(name)
 
         def save() -> None:
-            _save(path, {"trainer": trainer.state_dict(), "pending": pending, "steps": curve.steps, "losses": curve.losses,
+            save_atomically(path, {"trainer": trainer.state_dict(), "pending": pending, "steps": curve.steps, "losses": curve.losses,
                          "snapshots": kept})
 
         saved = time.monotonic()
@@ -196,15 +196,10 @@ class Experiment:
         """Finds out what `out` holds: nothing, a finished run, or one to resume."""
         config_file, accuracy_file = self.out / "config.json", self.out / "meta-test.json"
         if resume:
-            saved = _read_json(config_file)
-            changed = [key for key in sorted({*saved, *self.config}) if saved.get(key) != self.config.get(key)]
-            if changed:
-                differences = ", ".join(f"{key} was {saved.get(key)!r}, now {self.config.get(key)!r}" for key in changed)
-                raise CheckpointError(f"{self.out} holds another run ({differences}): "
-                                      "give the same arguments, or another --out without --resume")
+            check_same_config(config_file, self.config)
             if accuracy_file.exists():
                 self.accuracy = {(method, step, target, seed): accuracy
-                                 for method, step, target, seed, accuracy in _read_json(accuracy_file)}
+                                 for method, step, target, seed, accuracy in read_json(accuracy_file)}
             return
         stale = [*self.out.glob("checkpoint-*.pt"), accuracy_file]
         if config_file.exists() and not (self.out / "results.json").exists() and any(map(Path.exists, stale)):
@@ -213,7 +208,7 @@ class Experiment:
         self.out.mkdir(parents=True, exist_ok=True)
         for path in (*stale, self.out / "results.json"):
             path.unlink(missing_ok=True)
-        _write_text(config_file, json.dumps(self.config, indent=1))
+        write_text(config_file, json.dumps(self.config, indent=1))
 
     def _load(self, path: Path, trainer: MetaTrainer, curve: Curve, kept: dict) -> list[Tensor]:
         try:
@@ -227,7 +222,7 @@ class Experiment:
                                   "meta-train this method anew, then resume") from error
 
     def _save_accuracy(self) -> None:
-        _write_text(self.out / "meta-test.json", json.dumps([[*job, value] for job, value in self.accuracy.items()]))
+        write_text(self.out / "meta-test.json", json.dumps([[*job, value] for job, value in self.accuracy.items()]))
 
     def write_metrics(self) -> None:
         """metrics.csv: one line per loss or accuracy."""
@@ -242,20 +237,32 @@ class Experiment:
                              for (method, step, target, seed), accuracy in sorted(self.accuracy.items()))
 
 
-def _save(path: Path, state: Any) -> None:
+def save_atomically(path: Path, state: Any) -> None:
     """Writes beside the old file and then takes its place, so that one of the two is always whole."""
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes beside the old file and then takes its place."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
 
 
-def _read_json(path: Path) -> Any:
+def check_same_config(path: Path, config: dict[str, Any]) -> None:
+    """Raises CheckpointError if the run whose config is in the file is not there or is another one."""
+    saved = read_json(path)
+    changed = [key for key in sorted({*saved, *config}) if saved.get(key) != config.get(key)]
+    if changed:
+        differences = ", ".join(f"{key} was {saved.get(key)!r}, now {config.get(key)!r}" for key in changed)
+        raise CheckpointError(f"{path.parent} holds another run ({differences}): "
+                              "give the same arguments, or another --out without --resume")
+
+
+def read_json(path: Path) -> Any:
+    """What a run left in a file; raises CheckpointError that says what to do where it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

@@ -216,11 +216,11 @@ def _percent(values: Sequence[float]) -> str:
     return f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if math.isfinite(half) else "")
 
 
-def resume_command(argv: Sequence[str] | None) -> str:
-    """The command that goes on with this run."""
+def resume_command(argv: Sequence[str] | None, module: str = "cts_fast.examples.resnet20") -> str:
+    """The command that goes on with this run of a program."""
     import shlex
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return shlex.join(["python", "-m", "cts_fast.examples.resnet20", *arguments, *([] if "--resume" in arguments else ["--resume"])])
+    return shlex.join(["python", "-m", module, *arguments, *([] if "--resume" in arguments else ["--resume"])])
 
 
 def _names(text: str) -> list[str]:
