@@ -71,7 +71,7 @@ def test_held_out_tasks_share_neither_images_nor_classes_with_meta_training(task
     images, classes = {"train": set(), "target": set()}, {"train": set(), "target": set()}
     for task in tasks.values():
         images[task.role] |= bitmaps(task.train.images) | bitmaps(task.test.images)
-        classes[task.role] |= set(task.classes) if max(map(len, task.classes)) > 1 else set()
+        classes[task.role] |= {name for name in task.classes if len(name) > 1}  # a letter alone names no class
     assert not images["train"] & images["target"]
     assert not classes["train"] & classes["target"]
 
@@ -152,7 +152,8 @@ def test_damage_is_found_and_named(tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pictures_and_crops_survive_packing(channels):
     generator = torch.Generator().manual_seed(channels)
-    pictures = [torch.randint(0, 256, (channels, h, w), dtype=torch.uint8, generator=generator) for h, w in ((9, 14), (11, 8))]
+    pictures = [torch.randint(0, 256, (channels, h, w), dtype=torch.uint8, generator=generator)
+                for h, w in ((9, 14), (11, 8))]
     corners = torch.tensor([[0, 0, 0], [1, 3, 0], [0, 1, 6], [1, 2, 0]])
     labels = torch.tensor([0, 1, 0, 1])
     images, decoded = archive.unpack(*archive.pack_crops(pictures, corners, labels, 8))
@@ -194,7 +195,8 @@ def test_every_task_stands_on_the_licence_page():
 
 def test_loading_needs_torch_and_the_standard_library_only():
     code = ("import sys, torch; before = set(sys.modules); import cts_fast.data as d; d.load_suite(names=['greek']);"
-            "print({m.split('.')[0] for m in set(sys.modules) - before} & {'numpy', 'PIL', 'fontTools', 'matplotlib', 'torchvision'})")
+            "new = {m.split('.')[0] for m in set(sys.modules) - before};"
+            "print(new & {'numpy', 'PIL', 'fontTools', 'matplotlib', 'torchvision'})")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 
@@ -202,3 +204,29 @@ def test_loading_needs_torch_and_the_standard_library_only():
 def test_show_samples_name_every_class_of_a_small_task(tasks):
     tile, names = show.samples(tasks["scenes"])
     assert tile.shape[-1] == 3 and [name for _, name in names] == list(tasks["scenes"].classes)
+
+
+def test_the_builder_keeps_one_of_each_bitmap_and_none_with_two_meanings():
+    np = pytest.importorskip("numpy")
+    from cts_fast.data.assemble import Draft, distinct, without
+
+    a, b, c = (np.full((1, 2, 2), value, np.uint8) for value in (1, 2, 3))
+    kept = distinct([(a, 0, False), (a, 0, True), (b, 0, False), (b, 1, False), (c, 1, True)])
+    assert [(int(image[0, 0, 0]), label, test) for image, label, test in kept] == [(1, 0, False), (3, 1, True)]
+    drafts = [Draft("one", "train", "", "", ["x", "y"], candidates=kept),
+              Draft("two", "target", "", "", ["x", "y"], candidates=[(c, 0, True)])]
+    assert [int(image[0, 0, 0]) for image, _, _ in without(*drafts).candidates] == [1]
+
+
+def test_the_builder_renders_type_whole_and_on_one_base_line():
+    matplotlib = pytest.importorskip("matplotlib")
+    pytest.importorskip("fontTools")
+    from cts_fast.data.type_tasks import covered, render
+
+    path = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    assert ord("A") in covered(path) and 0xAC00 not in covered(path)
+    images = render(path, ["A", "x", "g", "W"], 28)
+    rows = {text: image[0].max(1).nonzero()[0] for text, image in images.items()}
+    assert all(image.shape == (1, 28, 28) and not set(image.ravel() % 17) - {0} for image in images.values())
+    assert all(held.min() >= 1 and held.max() <= 26 for held in rows.values())
+    assert abs(int(rows["A"].max()) - int(rows["x"].max())) <= 1 < rows["g"].max() - rows["x"].max()

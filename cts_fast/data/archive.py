@@ -1,12 +1,13 @@
 """The suite file: image tasks in one compressed file that torch and the standard library can read.
 
-Layout, little endian: 8 bytes magic, 4 bytes header length, 32 bytes sha256 of the header, the header (JSON), then one
-XZ-compressed member per task at the offset that the header gives from the end of the header. A member holds, in this order,
-the class of every image (one byte, training images first) and the pixels, in one of two kinds:
+Layout, little endian: 8 bytes magic, 4 bytes header length, 32 bytes sha256 of the header, the header (JSON), then
+one XZ-compressed member per task at the offset that the header gives from the end of the header. A member holds, in
+this order, the class of every image (one byte, training images first) and the pixels, in one of two kinds:
 
-* "images": uint8 [N, C, H, W], each plane stored as horizontal differences modulo 256 where the header says ``"filter": "left"``;
-* "crops": pictures [C, h, w] stored as two-dimensional differences (colour as G, R - G, B - G), and for every image the
-  picture and the corner (int16 picture, y, x) from which it is cropped, so that overlapping crops cost no space.
+* "images": uint8 [N, C, H, W], each plane stored as horizontal differences modulo 256 where the header says
+  ``"filter": "left"``;
+* "crops": pictures [C, h, w] stored as two-dimensional differences (colour as G, R - G, B - G), and for every image
+  the picture and the corner (int16 picture, y, x) from which it is cropped, so that overlapping crops cost no space.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def pack_images(images: Tensor, labels: Tensor, filter: str | None = None) -> tu
 
 
 def pack_crops(pictures: list[Tensor], corners: Tensor, labels: Tensor, size: int) -> tuple[dict, bytes]:
-    """Encode square crops: pictures uint8 [C, h, w], corners int16 [N, 3] (picture, y, x), labels [N], ``size`` pixels."""
+    """Encode crops of ``size`` x ``size``: pictures uint8 [C, h, w], corners [N, 3] (picture, y, x), labels [N]."""
     channels = pictures[0].shape[0]
     entry = {"kind": "crops", "pictures": [list(p.shape) for p in pictures],
              "shape": [len(labels), channels, size, size]}
@@ -85,7 +86,7 @@ def pack_crops(pictures: list[Tensor], corners: Tensor, labels: Tensor, size: in
 
 
 def unpack(entry: dict, member: bytes) -> tuple[Tensor, Tensor]:
-    """Decode a member: images uint8 [N, C, H, W] and labels int64 [N]; raises `DamagedFile` where the sizes do not agree."""
+    """Decode a member: images uint8 [N, C, H, W], labels int64 [N]; raises `DamagedFile` where sizes do not agree."""
     count, channels, height, width = entry["shape"]
     data = _decompress(entry, member)
     labels = _tensor(data[:count]).to(torch.int64)
@@ -129,7 +130,7 @@ def _corners(data: bytes, count: int) -> Tensor:
 
 
 def stratified_order(labels: Tensor) -> Tensor:
-    """Indices that put the classes in turn (first image of each class, then the second, ...), so that any prefix is balanced."""
+    """Indices that put the classes in turn: the first image of each, then the second; any prefix is balanced."""
     by_class = labels.argsort(stable=True)
     counts = labels.bincount()
     starts = counts.cumsum(0) - counts
@@ -139,7 +140,7 @@ def stratified_order(labels: Tensor) -> Tensor:
 
 
 def write(path: Path, about: dict, members: list[tuple[dict, bytes]]) -> None:
-    """Write a suite file: ``about`` is the header's general part, ``members`` the (entry, compressed data) of each task."""
+    """Write a suite file: ``about`` is the header's general part, ``members`` each task's (entry, compressed data)."""
     entries, offset = [], 0
     for entry, data in members:
         entries.append({**entry, "offset": offset, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})

@@ -40,7 +40,7 @@ def distinct(candidates: list[tuple[np.ndarray, int, bool]]) -> list[tuple[np.nd
 
 
 def capped(candidates: list, train: int, test: int, seed: str) -> list:
-    """At most ``train`` and ``test`` images of each class, drawn with ``seed``; training images first, then by class."""
+    """At most ``train`` and ``test`` images a class, drawn with ``seed``; training images first, then by class."""
     groups = defaultdict(list)
     for candidate in candidates:
         groups[candidate[2], candidate[1]].append(candidate)

@@ -1,9 +1,10 @@
 """Make the built-in suite anew from its sources: ``python -m cts_fast.data.build --out FILE [--work FOLDER]``.
 
-Needs numpy, pillow and fonttools (the extra ``[data]``), pip and, for four Debian packages, ``apt-get`` (or the .deb files put into
-``FOLDER/downloads``); about 220 MB are downloaded. The sources and their versions stand in `cts_fast.data.sources`. With
-these sources and the renderer's versions of `sources.RENDERER` the file comes out byte for byte as it is committed; another
-FreeType may change grey levels of rendered type, another liblzma the compressed bytes. The file's header records the versions.
+Needs numpy, pillow and fonttools (the extra ``[data]``), pip and, for four Debian packages, ``apt-get`` (or the .deb
+files put into ``FOLDER/downloads``); about 220 MB are downloaded. The sources and their versions stand in
+`cts_fast.data.sources`. With these sources and the renderer's versions of `sources.RENDERER` the file comes out byte
+for byte as it is committed; another FreeType may change grey levels of rendered type, another liblzma the compressed
+bytes. The file's header records the versions.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ def emoji(root: Path) -> Draft:
     """Emoji without skin tones, on white; all sequences that begin with one emoji fall into one split."""
     if not features.check("raqm"):
         raise RuntimeError("emoji sequences need a pillow with raqm (the wheels on PyPI have it)")
-    font = ImageFont.truetype(str(root / "fonts-noto-color-emoji/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"), STRIKE,
-                              layout_engine=ImageFont.Layout.RAQM)
+    path = root / "fonts-noto-color-emoji/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+    font = ImageFont.truetype(str(path), STRIKE, layout_engine=ImageFont.Layout.RAQM)
     draft = Draft("emoji", "train", "Unicode group of an emoji",
                   "Noto Color Emoji, Google (OFL; artwork Apache 2.0), from Debian; groups from unicode-data", [])
     listing = (root / "unicode-data/usr/share/unicode/emoji/emoji-test.txt").read_text(encoding="utf-8")
@@ -32,7 +32,8 @@ def emoji(root: Path) -> Draft:
             points = match["points"].split()
             flag = len(points) == 2 and points[0].startswith("1F1")
             test = random.Random(" ".join(points) if flag else points[0]).random() < 0.2
-            draft.candidates.append((_render(font, "".join(chr(int(p, 16)) for p in points)), len(draft.classes) - 1, test))
+            image = _render(font, "".join(chr(int(point, 16)) for point in points))
+            draft.candidates.append((image, len(draft.classes) - 1, test))
     return draft
 
 

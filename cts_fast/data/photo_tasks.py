@@ -1,7 +1,7 @@
 """Tasks of photographs: Fashion-MNIST, and patches cropped from photographs (builder only).
 
-A patch task asks from which photograph a patch comes. Each photograph is divided into blocks of 64 pixels; a fifth of the blocks
-is for test. No training patch contains a pixel of a test block, and test patches lie inside test blocks.
+A patch task asks from which photograph a patch comes. Each photograph is divided into blocks of 64 pixels; a fifth of
+the blocks is for test. No training patch contains a pixel of a test block, and test patches lie inside test blocks.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ PATCH_TASKS = {  # name: (role, title, source, channels, {class: file})
                    "astronaut": SKIMAGE + "astronaut.png", "cat": SKIMAGE + "chelsea.png",
                    "coffee": SKIMAGE + "coffee.png", "stained tissue": SKIMAGE + "ihc.png",
                    "galaxies": SKIMAGE + "hubble_deep_field.jpg", "retina": SKIMAGE + "retina.jpg",
-                   "rocket": SKIMAGE + "rocket.jpg", "pavilion": SKLEARN + "china.jpg", "dahlia": SKLEARN + "flower.jpg"}),
-    "textures": ("train", "Patches of eight grey photographs", "photographs in scikit-image (public domain, CC0, no known "
-                 "restrictions) and scipy (public domain)", 1, {
+                   "rocket": SKIMAGE + "rocket.jpg", "pavilion": SKLEARN + "china.jpg",
+                   "dahlia": SKLEARN + "flower.jpg"}),
+    "textures": ("train", "Patches of eight grey photographs", "photographs in scikit-image (public domain, CC0, no "
+                 "known restrictions) and scipy (public domain)", 1, {
                      "brick": SKIMAGE + "brick.png", "grass": SKIMAGE + "grass.png", "gravel": SKIMAGE + "gravel.png",
                      "cameraman": SKIMAGE + "camera.png", "coins": SKIMAGE + "coins.png",
                      "handwriting": SKIMAGE + "text.png", "staircase": SCIPY + "ascent.dat",

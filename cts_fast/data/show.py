@@ -1,8 +1,7 @@
 """Contact sheet of a suite: ``python -m cts_fast.data.show [--out FILE.png] [--tasks NAME ...]``.
 
-One block per task: its name, what it asks, size, number of classes and images, and samples in columns by class (20 columns
-at most). Needs
-matplotlib (the extra ``[examples]``).
+One block per task: its name, what it asks, size, number of classes and images, and samples in columns by class (20
+columns at most). Needs matplotlib (the extra ``[examples]``).
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def sheet(tasks: dict[str, Task], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 0.6 + 2.15 * len(tasks)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11.3, 0.6 + 2.15 * len(tasks)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
     for axis, task in zip(axes, tasks.values()):
@@ -56,18 +55,18 @@ def sheet(tasks: dict[str, Task], path: Path) -> None:
         axis.imshow(tile.numpy(), interpolation="nearest")
         room = tile.shape[1] / len(names) / 4  # letters of a name before it touches the next one
         wide = max(len(name) for _, name in names) > room
-        axis.set_xticks([place for place, _ in names], [textwrap.shorten(name, 18, placeholder=" …") for _, name in names],
-                        rotation=20 if wide else 0, ha="right" if wide else "center", rotation_mode="anchor", fontsize=8)
+        axis.set_xticks([place for place, _ in names],
+                        [textwrap.shorten(name, 20, placeholder=" …") for _, name in names], fontsize=8,
+                        rotation=20 if wide else 0, ha="right" if wide else "center", rotation_mode="anchor")
         axis.set_anchor("W")
         axis.set_yticks([(row + 0.5) * CELL for row in range(ROWS)], ["train"] * (ROWS - 1) + ["test"], fontsize=8)
         axis.tick_params(length=0)
         for side in axis.spines.values():
             side.set_visible(False)
         channels, height, width = task.train.images.shape[1:]
-        axis.set_title(f"{task.name}: {task.title}  ({ROLES[task.role]}; {height}×{width} {'colour' if channels == 3 else 'grey'}"
-                       f"{', shown smaller' if height > CELL else ''}; "
-                       f"{len(task.classes)} classes; {len(task.train):,} training and {len(task.test):,} test images)",
-                       loc="left", fontsize=10)
+        size = f"{height}×{width} {'colour' if channels == 3 else 'grey'}{', shown smaller' if height > CELL else ''}"
+        axis.set_title(f"{task.name}: {task.title}  ({ROLES[task.role]}; {size}; {len(task.classes)} classes; "
+                       f"{len(task.train):,} training and {len(task.test):,} test images)", loc="left", fontsize=10)
     figure.savefig(path)
 
 

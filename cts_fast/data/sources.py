@@ -1,4 +1,4 @@
-"""Where the built-in suite comes from: packages at fixed versions, fetched and unpacked into a folder (builder only)."""
+"""Where the built-in suite comes from: packages at fixed versions, fetched and unpacked (builder only)."""
 
 from __future__ import annotations
 

@@ -64,7 +64,8 @@ def _builtin(root: str | Path | None, names: list[str] | None) -> dict[str, Task
         try:
             images, labels = archive.unpack(entry, archive.read_member(path, start, entry))
         except archive.DamagedFile as error:
-            raise archive.DamagedFile(f"task {name!r} of the built-in suite {path} is damaged: {error}; {remedy}") from None
+            message = f"task {name!r} of the built-in suite {path} is damaged: {error}; {remedy}"
+            raise archive.DamagedFile(message) from None
         train, test = (_image_set(images[part], labels[part])
                        for part in (slice(None, entry["train"]), slice(entry["train"], None)))
         tasks[name] = Task(name, train, test, tuple(entry["classes"]), entry["flip"], entry["role"], entry["title"],
@@ -86,12 +87,13 @@ SUITES: dict[str, Callable[[str | Path | None, list[str] | None], dict[str, Task
 """Suite name to its loader(root, names); a further suite adds itself here."""
 
 
-def load_suite(name: str = "builtin", root: str | Path | None = None, names: Iterable[str] | None = None) -> dict[str, Task]:
+def load_suite(name: str = "builtin", root: str | Path | None = None,
+               names: Iterable[str] | None = None) -> dict[str, Task]:
     """Load the tasks of a suite, by name; only the tasks asked for are decoded.
 
     Args:
         name: the suite; "builtin" comes with the package.
-        root: folder that holds the suite's data; None means where the suite keeps it (the package itself for "builtin").
+        root: folder that holds the suite's data; None means its own place (the package itself for "builtin").
         names: tasks wanted, returned in this order; None means all, those for meta-training first.
 
     Raises:

@@ -1,8 +1,9 @@
 """Tasks of rendered type: letters, symbols, Hangul, typefaces and icons (builder only).
 
-Every image is one glyph (or two, for typefaces) rendered white on black with 16 grey levels. Letters keep their place and size
-relative to the base line; icons are scaled to the box. Training and test images come from different font families, from
-different characters (typefaces, Hangul) or from different icon names and sets, never from a draw over images.
+Every image is one glyph (or two, for typefaces) rendered white on black with 16 grey levels. Letters keep their place
+and size relative to the base line; icons are scaled to the box. Training and test images come from different font
+families, from different characters (typefaces, Hangul) or from different icon names or sets, never from a draw over
+images.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ CONCEPTS = {  # class of the held-out icon task: words of an icon's name that st
     "lock": ["lock"], "magnifier": ["search", "magnify", "magnifying"], "map": ["map"],
     "message": ["chat", "message", "comment"], "pen": ["edit", "pencil", "pen"],
     "person": ["user", "users", "account", "person"], "phone": ["phone"], "play": ["play"], "question": ["question"],
-    "shield": ["shield"], "star": ["star"], "table": ["table"], "video": ["video"], "wifi": ["wifi"],
+    "shield": ["shield"], "star": ["star"], "table": ["table"], "video": ["video"],
+    "wifi": ["wifi"],
 }
 TEST_ICON_SETS = {"remixicon", "fontawesome6", "elusiveicons"}
 
@@ -95,7 +97,8 @@ def _font(path: Path, size: float) -> ImageFont.FreeTypeFont:
 def render(path: Path, texts: list[str], pixels: int, baseline: bool = True) -> dict[str, np.ndarray]:
     """Render ``texts`` with a font, each to uint8 [1, pixels, pixels], centred, two pixels of margin.
 
-    With ``baseline`` one scale and one base line serve all texts (a text too wide is shrunk); otherwise each fills the box.
+    With ``baseline`` one scale and one base line serve all texts (a text too wide is shrunk); without, each fills the
+    box.
     """
     reference = 200
     boxes = {text: _font(path, reference).getbbox(text, anchor="ls") for text in texts}
@@ -154,14 +157,16 @@ def typefaces(root: Path, count: int = 400) -> Draft:
             test = number % 4 == 3
             pool = letters_all[:14] if test else letters_all[14:]
             text = "".join(rng.sample(pool, 2))
-            draft.candidates += [(image, index, test) for image in render(files[number % len(files)], [text], 64).values()]
+            images = render(files[number % len(files)], [text], 64)
+            draft.candidates += [(image, index, test) for image in images.values()]
     return draft
 
 
 def hangul(root: Path, count: int = 400) -> Draft:
-    """Which consonant begins this Korean syllable? Syllable = initial * 588 + (vowel, final); the latter divide the splits."""
+    """Which consonant begins this Korean syllable? Its vowel and final decide the split (588 pairs)."""
     initials = "g kk n d tt r m b pp s ss (silent) j jj ch k t p h".split()
-    files = sorted(root.glob("rendercv-fonts/**/NotoSansKR-*.ttf")) + sorted(root.glob("weblate-fonts/**/KurintoSansKR-*.ttf"))
+    patterns = ["rendercv-fonts/**/NotoSansKR-*.ttf", "weblate-fonts/**/KurintoSansKR-*.ttf"]
+    files = [path for pattern in patterns for path in sorted(root.glob(pattern))]
     rng = random.Random("hangul")
     rests = list(range(588))
     rng.shuffle(rests)
@@ -171,7 +176,8 @@ def hangul(root: Path, count: int = 400) -> Draft:
             test = number % 4 == 3
             rest = rng.choice(rests[:118] if test else rests[118:])
             text = chr(0xAC00 + index * 588 + rest)
-            draft.candidates += [(image, index, test) for image in render(rng.choice(files), [text], 32, False).values()]
+            images = render(rng.choice(files), [text], 32, baseline=False)
+            draft.candidates += [(image, index, test) for image in images.values()]
     return draft
 
 
@@ -207,7 +213,7 @@ def icon_concepts(root: Path) -> Draft:
         concepts = _concept(name)
         if len(concepts) == 1:
             index = draft.classes.index(concepts.pop())
-            images = render(path, [chr(point)], 32, False)
+            images = render(path, [chr(point)], 32, baseline=False)
             draft.candidates += [(image, index, font in TEST_ICON_SETS) for image in images.values()]
     return draft
 
@@ -227,7 +233,7 @@ def _style(font: str, path: Path, name: str) -> str | None:
 
 
 def icon_styles(root: Path) -> Draft:
-    """Which set and weight drew this icon? The first word of the name divides the splits; no concept of `icon_concepts`."""
+    """Which set and weight drew this icon? The name's first word decides the split; no concept of `icon_concepts`."""
     draft = Draft("icon_styles", "train", "Drawing style of an icon", ICON_SOURCE, [])
     for font, path, name, point in icon_names(root):
         style = _style(font, path, name)
@@ -236,6 +242,6 @@ def icon_styles(root: Path) -> Draft:
         if style not in draft.classes:
             draft.classes.append(style)
         test = random.Random(_words(name)[0]).random() < 0.2
-        images = render(path, [chr(point)], 32, False)
+        images = render(path, [chr(point)], 32, baseline=False)
         draft.candidates += [(image, draft.classes.index(style), test) for image in images.values()]
     return draft
