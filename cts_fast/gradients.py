@@ -25,10 +25,18 @@ class Gradients(Sequence):
     changed: whether the table differs from the one before (False is certain). Valid until the next call of the same `Collector`.
     """
 
-    __slots__ = ("tensors", "count", "address", "changed")
+    __slots__ = ("tensors", "count", "address", "changed", "table")
 
     def __init__(self, tensors: list[Tensor | None], count: int, address: int, changed: bool) -> None:
         self.tensors, self.count, self.address, self.changed = tensors, count, address, changed
+
+    @classmethod
+    def of(cls, tensors: list[Tensor | None]) -> Gradients:
+        """Other tensors in the gradients' place, each laid out as its parameter."""
+        table = torch.tensor([0 if tensor is None else tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
+        gradients = cls(tensors, sum(tensor is not None for tensor in tensors), table.data_ptr(), True)
+        gradients.table = table  # lives as long as its address is in use
+        return gradients
 
     def __getitem__(self, index):
         return self.tensors[index]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cts_fast.baselines.base import Method, add_present_, evaluate, views_of, work_theta
+from cts_fast.gradients import Gradients
 from cts_fast.ops import Control, Hyper
 
 
@@ -61,17 +62,18 @@ class IMAML(Method):
                 add_present_(targets, self._implicit_gradient(loss, row, hyper), alpha=1 / self.num_tasks)
         self._finish_(hyper, control, meta_gradient)
 
-    def _with_proximal_term(self, gradients, inverse_scale: float) -> list[list[Tensor | None]]:
+    def _with_proximal_term(self, gradients: Sequence[Gradients], inverse_scale: float) -> list[Gradients]:
         """g_t + λ (θ_t − φ), where the step will multiply all of it by inverse_scale; heads as they are."""
         result, shared = [], iter(zip(self._shared(), self._proximal, self._proximal_views, strict=True))
-        for own, flats in zip(gradients, self._flats, strict=True):
+        for collected, flats in zip(gradients, self._flats, strict=True):
             terms: list[Tensor] = []
             if flats[0].shared:
                 flat, rows, terms = next(shared)
                 torch.sub(work_theta(flat), flat.phi, out=rows)
                 rows.mul_(self.param_groups[0]["lam"] / inverse_scale)
-                add_present_(terms, own[: len(terms)])
-            result.append([None if g is None else term for g, term in zip(own, terms, strict=False)] + list(own[len(terms) :]))
+                add_present_(terms, collected[: len(terms)])
+            tensors = [None if g is None else term for g, term in zip(collected, terms, strict=False)] + collected[len(terms) :]
+            result.append(Gradients.of(tensors))
         return result
 
     def _implicit_gradient(self, heldout: Callable[[], Tensor], row: int, hyper: list[Hyper]) -> list[Tensor]:
