@@ -12,8 +12,10 @@ def resize(images: Tensor, size: int | None) -> Tensor:
     """uint8 [N, C, H, W] to uint8 [N, C, size, size], bilinear with antialiasing; None keeps the size."""
     if size is None or tuple(images.shape[-2:]) == (size, size):
         return images
-    parts = [F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round_().clamp_(0, 255).byte()
-             for part in images.split(1024)]
+    parts = [
+        F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round_().clamp_(0, 255).byte()
+        for part in images.split(1024)
+    ]
     return torch.cat(parts)
 
 
@@ -40,15 +42,28 @@ class TaskBatches:
 
     Args:
         images: uint8 [N, C, H, W] with C 1 or 3; labels: int64 [N].
-        size: side length S, or None for the images' own size.
+        size: side length S, or None for the images' own size; padding: None for 4 up to 32 pixels and 8 above.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, *, seed: int, size: int | None = None,
-                 padding: int = 0, flip: bool = False, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        seed: int,
+        size: int | None = None,
+        padding: int | None = None,
+        flip: bool = False,
+        device: torch.device | str = "cpu",
+    ):
         if len(images) == 0:
             raise ValueError("a task needs at least one image")
-        images = F.pad(resize(images, size), (padding,) * 4)
-        self.images = images.permute(0, 2, 3, 1).contiguous().to(device)    # [N, H, W, C]: crops come channels-last
+        images = resize(images, size)
+        if padding is None:
+            padding = 4 if images.shape[-1] <= 32 else 8
+        images = F.pad(images, (padding,) * 4)
+        self.images = images.permute(0, 2, 3, 1).contiguous().to(device)  # [N, H, W, C]: crops come channels-last
         self.labels = labels.to(device)
         self.batch_size = batch_size
         self.padding = padding
@@ -80,7 +95,7 @@ class TaskBatches:
             if self.cursor == len(self.order):
                 self.order = torch.randperm(len(self.images), generator=self.generator)
                 self.cursor = 0
-            part = self.order[self.cursor:self.cursor + missing]
+            part = self.order[self.cursor : self.cursor + missing]
             self.cursor += len(part)
             missing -= len(part)
             parts.append(part)

@@ -23,8 +23,8 @@ from .parallel import task_map
 from .progress import Progress
 from .training import MetaTrainer
 
-SAVE_EVERY = 60.0    # seconds between checkpoints
-POINTS = 2000        # a method's curve has at most twice as many points
+SAVE_EVERY = 60.0  # seconds between checkpoints
+POINTS = 2000  # a method's curve has at most twice as many points
 
 
 class Interrupted(Exception):
@@ -63,10 +63,15 @@ class Curve:
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C was pressed; a second Ctrl-C stops at once."""
     requested = threading.Event()
+    first = math.inf
 
     def on_signal(number: int, frame: Any) -> None:
+        nonlocal first
+        now = time.monotonic()
+        first = min(first, now)
         requested.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if now - first > 1:  # a wrapper may pass one Ctrl-C on twice
+            raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield requested.is_set
@@ -84,20 +89,32 @@ class Experiment:
     Args:
         config: what defines the run, ready for JSON; a resumed run must have the same.
         entries: method name to `Entry`. `targets`: tasks to meta-test on.
-        train, test: settings; `snapshots`: meta-training steps at which phi is kept and meta-tested, the last one included.
+        train, test: settings; `snapshots`: meta-training steps at which phi is kept and meta-tested, beside the last.
         resume: go on from the files in `out`; otherwise a run in `out` that was not finished raises `CheckpointError`.
     """
 
-    def __init__(self, out: Path, config: dict[str, Any], entries: Mapping[str, Entry], targets: Sequence[Any], *,
-                 train: Any, test: Any, snapshots: Sequence[int], seed: int, device: str = "cpu",
-                 resume: bool = False, tensorboard: bool = False):
+    def __init__(
+        self,
+        out: Path,
+        config: dict[str, Any],
+        entries: Mapping[str, Entry],
+        targets: Sequence[Any],
+        *,
+        train: Any,
+        test: Any,
+        snapshots: Sequence[int],
+        seed: int,
+        device: str = "cpu",
+        resume: bool = False,
+        tensorboard: bool = False,
+    ):
         self.out, self.config, self.entries, self.targets = out, config, entries, targets
         self.train, self.test, self.seed, self.device = train, test, seed, device
         self.snapshot_steps = frozenset(snapshots) | {train.steps}
         self.tensorboard = tensorboard
         self.curves: dict[str, Curve] = {}
-        self.snapshots: dict[str, dict[int, dict[str, Tensor]]] = {}    # method to step to phi
-        self.accuracy: dict[tuple[str, int, str, int], float] = {}      # (method, step, target, seed)
+        self.snapshots: dict[str, dict[int, dict[str, Tensor]]] = {}  # method to step to phi
+        self.accuracy: dict[tuple[str, int, str, int], float] = {}  # (method, step, target, seed)
         self._prepare(resume)
 
     def run(self) -> None:
@@ -108,18 +125,30 @@ class Experiment:
             self._meta_test(stop, map_tasks)
         self.write_metrics()
 
+    def accuracy_at(self, method: str, step: int) -> dict[str, list[float]]:
+        """Held-out task to accuracies, one per seed, of phi after `step` meta-training steps."""
+        seeds = range(self.test.seeds)
+        return {task.name: [self.accuracy[method, step, task.name, seed] for seed in seeds] for task in self.targets}
+
     def final_accuracy(self) -> dict[str, dict[str, list[float]]]:
-        """Method to target to accuracies, one per seed, of the last phi; `scratch` is one of the methods."""
-        return {method: {target.name: [self.accuracy[method, step, target.name, seed] for seed in range(self.test.seeds)]
-                         for target in self.targets}
-                for method, step in [*((name, self.train.steps) for name in self.entries), ("scratch", 0)]}
+        """Method to held-out task to accuracies of the last phi; `scratch` is one of the methods."""
+        last = {name: self.accuracy_at(name, self.train.steps) for name in self.entries}
+        return {**last, "scratch": self.accuracy_at("scratch", 0)}
 
     # Meta-training
 
     def _meta_train(self, name: str, stop: Callable[[], bool], map_tasks: Callable[..., list]) -> None:
         entry = self.entries[name]
-        trainer = MetaTrainer(entry.method, entry.tasks, self.train, meta_lr=entry.meta_lr, seed=self.seed,
-                              device=self.device, map=map_tasks, **entry.options)
+        trainer = MetaTrainer(
+            entry.method,
+            entry.tasks,
+            self.train,
+            meta_lr=entry.meta_lr,
+            seed=self.seed,
+            device=self.device,
+            map=map_tasks,
+            **entry.options,
+        )
         curve = self.curves[name] = Curve(trainer.tasks)
         kept = self.snapshots[name] = {}
         pending: list[Tensor] = []
@@ -130,8 +159,16 @@ class Experiment:
         writer = self._tensorboard_writer(name)
 
         def save() -> None:
-            save_atomically(path, {"trainer": trainer.state_dict(), "pending": pending, "steps": curve.steps, "losses": curve.losses,
-                         "snapshots": kept})
+            save_atomically(
+                path,
+                {
+                    "trainer": trainer.state_dict(),
+                    "pending": pending,
+                    "steps": curve.steps,
+                    "losses": curve.losses,
+                    "snapshots": kept,
+                },
+            )
 
         saved = time.monotonic()
         with Progress(f"meta-train {name}", self.train.steps, trainer.step) as progress:
@@ -159,15 +196,21 @@ class Experiment:
         if not self.tensorboard:
             return None
         from torch.utils.tensorboard import SummaryWriter
+
         return SummaryWriter(self.out / "tensorboard" / name)
 
     # Meta-test
 
     def _meta_test(self, stop: Callable[[], bool], map_tasks: Callable[..., list]) -> None:
         phis = {(name, step): phi for name, kept in self.snapshots.items() for step, phi in kept.items()}
-        phis["scratch", 0] = {}    # every seed draws a body of its own
+        phis["scratch", 0] = {}  # every seed draws a body of its own
         testers = {task.name: MetaTester(task, self.test, device=self.device) for task in self.targets}
-        jobs = [(method, step, target, seed) for seed in range(self.test.seeds) for target in testers for method, step in phis]
+        jobs = [
+            (method, step, target, seed)
+            for seed in range(self.test.seeds)
+            for target in testers
+            for method, step in phis
+        ]
         todo = [job for job in jobs if job not in self.accuracy]
         lock = threading.Lock()
 
@@ -198,13 +241,17 @@ class Experiment:
         if resume:
             check_same_config(config_file, self.config)
             if accuracy_file.exists():
-                self.accuracy = {(method, step, target, seed): accuracy
-                                 for method, step, target, seed, accuracy in read_json(accuracy_file)}
+                self.accuracy = {
+                    (method, step, target, seed): accuracy
+                    for method, step, target, seed, accuracy in read_json(accuracy_file)
+                }
             return
         stale = [*self.out.glob("checkpoint-*.pt"), accuracy_file]
         if config_file.exists() and not (self.out / "results.json").exists() and any(map(Path.exists, stale)):
-            raise CheckpointError(f"{self.out} holds a run that was interrupted: add --resume to go on with it, "
-                                  "or choose another --out, or delete the folder")
+            raise CheckpointError(
+                f"{self.out} holds a run that was interrupted: add --resume to go on with it, "
+                "or choose another --out, or delete the folder"
+            )
         self.out.mkdir(parents=True, exist_ok=True)
         for path in (*stale, self.out / "results.json"):
             path.unlink(missing_ok=True)
@@ -218,8 +265,10 @@ class Experiment:
             kept.update(state["snapshots"])
             return state["pending"]
         except (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"the checkpoint {path} is damaged ({str(error).splitlines()[0]}): delete it to "
-                                  "meta-train this method anew, then resume") from error
+            raise CheckpointError(
+                f"the checkpoint {path} is damaged ({str(error).splitlines()[0]}): delete it to "
+                "meta-train this method anew, then resume"
+            ) from error
 
     def _save_accuracy(self) -> None:
         write_text(self.out / "meta-test.json", json.dumps([[*job, value] for job, value in self.accuracy.items()]))
@@ -231,10 +280,13 @@ class Experiment:
             writer.writerow(["phase", "method", "step", "task", "seed", "loss", "accuracy"])
             for name, curve in self.curves.items():
                 for step, losses in zip(curve.steps, curve.losses):
-                    writer.writerows(["meta-train", name, step, task, self.seed, loss, ""]
-                                     for task, loss in zip(curve.tasks, losses))
-            writer.writerows(["meta-test", method, step, target, seed, "", accuracy]
-                             for (method, step, target, seed), accuracy in sorted(self.accuracy.items()))
+                    writer.writerows(
+                        ["meta-train", name, step, task, self.seed, loss, ""] for task, loss in zip(curve.tasks, losses)
+                    )
+            writer.writerows(
+                ["meta-test", method, step, target, seed, "", accuracy]
+                for (method, step, target, seed), accuracy in sorted(self.accuracy.items())
+            )
 
 
 def save_atomically(path: Path, state: Any) -> None:
@@ -257,8 +309,10 @@ def check_same_config(path: Path, config: dict[str, Any]) -> None:
     changed = [key for key in sorted({*saved, *config}) if saved.get(key) != config.get(key)]
     if changed:
         differences = ", ".join(f"{key} was {saved.get(key)!r}, now {config.get(key)!r}" for key in changed)
-        raise CheckpointError(f"{path.parent} holds another run ({differences}): "
-                              "give the same arguments, or another --out without --resume")
+        raise CheckpointError(
+            f"{path.parent} holds another run ({differences}): "
+            "give the same arguments, or another --out without --resume"
+        )
 
 
 def read_json(path: Path) -> Any:

@@ -8,8 +8,19 @@ from typing import Any
 from .metatest import mean_and_interval
 
 # Okabe and Ito's colours, which remain distinct to the colour-blind; one per method, the same in every figure.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#5B3FA8", "#B0A000", "#4D4D4D",
-            "#7A2048")
+_COLOURS = (
+    "#D55E00",
+    "#0072B2",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8C6D1F",
+    "#5B3FA8",
+    "#B0A000",
+    "#4D4D4D",
+    "#7A2048",
+)
 _SCRATCH = "#9A9A9A"
 
 
@@ -43,14 +54,21 @@ def smooth(values: Sequence[float], weight: float) -> list[float]:
     return result
 
 
-def convergence(path: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], labels: Mapping[str, str]) -> None:
+def convergence(
+    path: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], labels: Mapping[str, str]
+) -> None:
     """Task-average training loss against inner steps: method to (steps, losses); smoothed, raw values behind."""
     figure, axes = _axes(7, 4.2)
     palette = colours(list(curves))
     for method, (steps, losses) in curves.items():
         axes.plot(steps, losses, color=palette[method], alpha=0.18, linewidth=0.8)
-        axes.plot(steps, smooth(losses, 1 - 1 / max(1, len(losses) / 40)), color=palette[method], linewidth=2,
-                  label=labels[method])
+        axes.plot(
+            steps,
+            smooth(losses, 1 - 1 / max(1, len(losses) / 40)),
+            color=palette[method],
+            linewidth=2,
+            label=labels[method],
+        )
     axes.set_xlabel("inner steps of each task, all rounds together")
     axes.set_ylabel("training loss, mean over tasks")
     axes.set_title("Meta-training")
@@ -60,17 +78,28 @@ def convergence(path: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[f
     figure.savefig(path)
 
 
-def accuracy_vs_steps(path: Path, points: Mapping[str, Mapping[int, Sequence[float]]], scratch: Sequence[float],
-                      labels: Mapping[str, str]) -> None:
+def accuracy_vs_steps(
+    path: Path, points: Mapping[str, Mapping[int, Sequence[float]]], scratch: Sequence[float], labels: Mapping[str, str]
+) -> None:
     """Held-out accuracy against meta-training steps spent: method to step to accuracies (fractions, one per seed)."""
     figure, axes = _axes(7, 4.6)
     palette = colours(list(points))
     for i, (method, by_step) in enumerate(points.items()):
         steps = sorted(by_step)
         centres, halves = zip(*(mean_and_interval(by_step[step]) for step in steps))
-        aside = 0.006 * steps[-1] * (i - (len(points) - 1) / 2)    # or intervals would hide each other
-        axes.errorbar([step + aside for step in steps], [100 * centre for centre in centres], yerr=_bars(halves), color=palette[method], marker="o",
-                      markersize=5, linewidth=2, elinewidth=1, capsize=3, label=labels[method])
+        aside = 0.006 * steps[-1] * (i - (len(points) - 1) / 2)  # or intervals would hide each other
+        axes.errorbar(
+            [step + aside for step in steps],
+            [100 * centre for centre in centres],
+            yerr=_bars(halves),
+            color=palette[method],
+            marker="o",
+            markersize=5,
+            linewidth=2,
+            elinewidth=1,
+            capsize=3,
+            label=labels[method],
+        )
     centre, half = mean_and_interval(scratch)
     axes.axhline(100 * centre, color=_SCRATCH, linestyle="--", label=labels["scratch"])
     if math.isfinite(half):
@@ -83,7 +112,9 @@ def accuracy_vs_steps(path: Path, points: Mapping[str, Mapping[int, Sequence[flo
     figure.savefig(path)
 
 
-def final_accuracy(path: Path, accuracy: Mapping[str, Mapping[str, Sequence[float]]], labels: Mapping[str, str]) -> None:
+def final_accuracy(
+    path: Path, accuracy: Mapping[str, Mapping[str, Sequence[float]]], labels: Mapping[str, str]
+) -> None:
     """Bars with 95 % intervals: method to held-out task to accuracies (fractions, one per seed)."""
     methods = list(accuracy)
     targets = list(accuracy[methods[0]])
@@ -95,12 +126,27 @@ def final_accuracy(path: Path, accuracy: Mapping[str, Mapping[str, Sequence[floa
         centres, halves = zip(*(mean_and_interval(accuracy[method][target]) for target in targets))
         lowest = min(lowest, *(centre - (half if math.isfinite(half) else 0) for centre, half in zip(centres, halves)))
         places = [j + (i - (len(methods) - 1) / 2) * width for j in range(len(targets))]
-        axes.bar(places, [100 * centre for centre in centres], 0.92 * width, yerr=_bars(halves), capsize=2,
-                 error_kw={"elinewidth": 1}, color=palette[method], label=labels[method])
+        axes.bar(
+            places,
+            [100 * centre for centre in centres],
+            0.92 * width,
+            yerr=_bars(halves),
+            capsize=2,
+            error_kw={"elinewidth": 1},
+            color=palette[method],
+            label=labels[method],
+        )
         if len(methods) <= 4:
             for place, centre, half in zip(places, centres, halves):
-                axes.annotate(f"{100 * centre:.1f}", (place, 100 * (centre + (half if math.isfinite(half) else 0))),
-                              (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7)
+                axes.annotate(
+                    f"{100 * centre:.1f}",
+                    (place, 100 * (centre + (half if math.isfinite(half) else 0))),
+                    (0, 2),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    fontsize=7,
+                )
     axes.set_xticks(range(len(targets)), targets)
     axes.set_ylim(bottom=max(0.0, 10 * math.floor(10 * lowest - 0.5)))
     axes.set_ylabel("accuracy after fine-tuning, %" + (" (axis cut)" if axes.get_ylim()[0] else ""))

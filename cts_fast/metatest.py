@@ -20,7 +20,8 @@ _T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060,
 class MetaTestSettings:
     """How an initialization is fine-tuned: SGD with Nesterov momentum; lr times `decay` at each fraction of the steps.
 
-    images: training images drawn from each task (each class in turn), None for all of them. The rest as in `MetaTrainSettings`.
+    images: training images drawn from each task (each class in turn), None for all of them; the rest as in
+    `MetaTrainSettings`.
     """
 
     steps: int
@@ -28,7 +29,7 @@ class MetaTestSettings:
     images: int | None = None
     batch_size: int = 128
     size: int | None = None
-    padding: int = 4
+    padding: int | None = None
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -55,16 +56,30 @@ class MetaTester:
         net = new_net(len(self.task.classes), seed=seed, head=("meta-test", self.task.name))
         loaded = net.body.load_state_dict(dict(initialization), strict=False)
         if loaded.unexpected_keys:
-            raise ValueError(f"the initialization holds tensors that ResNet20 has not: {', '.join(loaded.unexpected_keys)}")
+            raise ValueError(
+                f"the initialization holds tensors that ResNet20 has not: {', '.join(loaded.unexpected_keys)}"
+            )
         net.to(self.device)
         chosen = _balanced_subset(self.task.train.labels, settings.images, task_seed(seed, "images", self.task.name))
-        stream = TaskBatches(self.train_images[chosen], self.task.train.labels[chosen], settings.batch_size,
-                             padding=settings.padding, flip=self.task.flip, device=self.device,
-                             seed=task_seed(seed, "meta-test", self.task.name))
-        optimizer = torch.optim.SGD(net.parameters(), lr=settings.lr, momentum=settings.momentum,
-                                    weight_decay=settings.weight_decay, nesterov=settings.momentum > 0)
+        stream = TaskBatches(
+            self.train_images[chosen],
+            self.task.train.labels[chosen],
+            settings.batch_size,
+            padding=settings.padding,
+            flip=self.task.flip,
+            device=self.device,
+            seed=task_seed(seed, "meta-test", self.task.name),
+        )
+        optimizer = torch.optim.SGD(
+            net.parameters(),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.momentum > 0,
+        )
         schedule = torch.optim.lr_scheduler.MultiStepLR(
-            optimizer, [round(fraction * settings.steps) for fraction in settings.decay_at], gamma=settings.decay)
+            optimizer, [round(fraction * settings.steps) for fraction in settings.decay_at], gamma=settings.decay
+        )
         for _ in range(settings.steps):
             x, y = next(stream)
             optimizer.zero_grad()
@@ -87,7 +102,7 @@ def _balanced_subset(labels: Tensor, count: int | None, seed: int) -> Tensor:
     if count is None or count >= len(labels):
         return order
     shuffled = labels[order]
-    position = torch.empty_like(shuffled)    # of an image within its class
+    position = torch.empty_like(shuffled)  # of an image within its class
     for label in shuffled.unique():
         members = shuffled == label
         position[members] = torch.arange(int(members.sum()))
@@ -109,5 +124,9 @@ def _t_quantile(degrees: int) -> float:
     if degrees <= len(_T_QUANTILES):
         return _T_QUANTILES[degrees - 1]
     z = 1.959964
-    return (z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3))
+    return (
+        z
+        + (z**3 + z) / (4 * degrees)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
+    )

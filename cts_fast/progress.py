@@ -20,6 +20,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         if sys.stderr.isatty():
             from tqdm import tqdm
+
             self.bar = tqdm(total=self.total, initial=self.done, desc=self.title, unit=self.unit, dynamic_ncols=True)
         return self
 
@@ -35,5 +36,6 @@ class Progress:
             self.bar.update()
         elif self.done % self.every == 0 or self.done == self.total:
             speed = (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
-            print(f"{self.title}: {self.done}/{self.total} {self.unit}s, {note}, {speed:.2f} {self.unit}s/s",
-                  flush=True)
+            print(
+                f"{self.title}: {self.done}/{self.total} {self.unit}s, {note}, {speed:.2f} {self.unit}s/s", flush=True
+            )

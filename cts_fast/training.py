@@ -16,16 +16,17 @@ from .models import ResNet20
 class MetaTrainSettings:
     """What all methods have in common while they meta-train.
 
-    size: side length of the images, None for each task's own; padding: of the random crop; lr, momentum, weight_decay: inner
-    SGD without Nesterov; horizon: inner steps per round (K); rounds: M; held_back: fraction of each task's training
-    images that no inner step sees, for methods that need held-out losses (the same for every method).
+    horizon: inner steps per round (K); rounds: M; size: side length of the images, None for each task's own;
+    padding: of the random crop, None for 4 up to 32 pixels and 8 above; lr, momentum, weight_decay: inner SGD without
+    Nesterov; held_back: fraction of each task's training images that no inner step sees, for methods that need
+    held-out losses (the same for every method).
     """
 
     horizon: int
     rounds: int
     batch_size: int = 128
     size: int | None = None
-    padding: int = 4
+    padding: int | None = None
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -48,7 +49,7 @@ def new_net(num_classes: int, *, seed: int, head: object) -> ResNet20:
 
 
 class MetaTrainer:
-    """T ResNet20s with one meta-learned body, trained by one method; every call of `train_step` is one inner step of all.
+    """T ResNet20s with one meta-learned body, trained by one method; each `train_step` is one inner step of all.
 
     With the same seed, every method starts from the same phi and heads and sees the same batches.
 
@@ -59,8 +60,18 @@ class MetaTrainer:
         map: runs a function for every task, as `cts_fast.parallel.task_map` yields it.
     """
 
-    def __init__(self, method: type, tasks: Sequence[Any], settings: MetaTrainSettings, *, meta_lr: float, seed: int,
-                 device: torch.device | str = "cpu", map: Callable[..., Any] = map, **options: Any):
+    def __init__(
+        self,
+        method: type,
+        tasks: Sequence[Any],
+        settings: MetaTrainSettings,
+        *,
+        meta_lr: float,
+        seed: int,
+        device: torch.device | str = "cpu",
+        map: Callable[..., Any] = map,
+        **options: Any,
+    ):
         if not tasks:
             raise ValueError("meta-training needs at least one task")
         self.tasks = tuple(task.name for task in tasks)
@@ -70,17 +81,39 @@ class MetaTrainer:
         self.streams, self.held_back = [], []
         for task in tasks:
             held = int(settings.held_back * len(task.train.labels))
-            order = torch.randperm(len(task.train.labels),
-                                   generator=torch.Generator().manual_seed(task_seed(seed, "held back", task.name)))
-            for streams, part, use in ((self.streams, order[held:], "train"), (self.held_back, order[:held], "held out")):
+            order = torch.randperm(
+                len(task.train.labels), generator=torch.Generator().manual_seed(task_seed(seed, "held back", task.name))
+            )
+            for streams, part, use in (
+                (self.streams, order[held:], "train"),
+                (self.held_back, order[:held], "held out"),
+            ):
                 if len(part):
-                    streams.append(TaskBatches(
-                        task.train.images[part], task.train.labels[part], settings.batch_size, size=settings.size,
-                        padding=settings.padding, flip=task.flip, device=device, seed=task_seed(seed, use, task.name)))
-        options = {"lr": settings.lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay,
-                   "horizon": settings.horizon, "meta_lr": meta_lr, **options}
-        self.optimizer = method([net.body.named_parameters() for net in self.nets],
-                                heads=[net.head.parameters() for net in self.nets], **options)
+                    streams.append(
+                        TaskBatches(
+                            task.train.images[part],
+                            task.train.labels[part],
+                            settings.batch_size,
+                            size=settings.size,
+                            padding=settings.padding,
+                            flip=task.flip,
+                            device=device,
+                            seed=task_seed(seed, use, task.name),
+                        )
+                    )
+        options = {
+            "lr": settings.lr,
+            "momentum": settings.momentum,
+            "weight_decay": settings.weight_decay,
+            "horizon": settings.horizon,
+            "meta_lr": meta_lr,
+            **options,
+        }
+        self.optimizer = method(
+            [net.body.named_parameters() for net in self.nets],
+            heads=[net.head.parameters() for net in self.nets],
+            **options,
+        )
         self.needs = frozenset(getattr(self.optimizer, "needs", ()))
         if "heldout" in self.needs and len(self.held_back) < len(tasks):
             raise ValueError(f"{method.__name__} needs held-out images of every task: raise held_back")
@@ -111,10 +144,14 @@ class MetaTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-equal continuation needs; loads with `torch.load(weights_only=True)`."""
-        return {"tasks": list(self.tasks), "step": self.step, "optimizer": self.optimizer.state_dict(),
-                "nets": [net.state_dict() for net in self.nets],
-                "streams": [stream.state_dict() for stream in self.streams],
-                "held_back": [stream.state_dict() for stream in self.held_back]}
+        return {
+            "tasks": list(self.tasks),
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "nets": [net.state_dict() for net in self.nets],
+            "streams": [stream.state_dict() for stream in self.streams],
+            "held_back": [stream.state_dict() for stream in self.held_back],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on exactly where `state` was taken; raises ValueError if it is of other tasks."""

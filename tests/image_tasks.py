@@ -5,7 +5,9 @@ import torch
 from cts_fast.data import ImageSet, Task
 
 
-def make_task(name: str, *, classes: int = 4, channels: int = 1, images: int = 60, role: str = "train", seed: int = 0) -> Task:
+def make_task(
+    name: str, *, classes: int = 4, channels: int = 1, images: int = 60, role: str = "train", seed: int = 0
+) -> Task:
     """Noisy copies of one random 8 x 8 picture per class."""
     generator = torch.Generator().manual_seed(seed)
     pictures = 255 * torch.rand(classes, channels, 8, 8, generator=generator)
@@ -15,11 +17,18 @@ def make_task(name: str, *, classes: int = 4, channels: int = 1, images: int = 6
         noise = 60 * torch.randn(count, channels, 8, 8, generator=generator)
         return ImageSet((pictures[labels] + noise).clamp(0, 255).byte(), labels)
 
-    return Task(name, draw(images), draw(images // 2), tuple(map(str, range(classes))), channels == 3, role, name, "test")
+    return Task(
+        name, draw(images), draw(images // 2), tuple(map(str, range(classes))), channels == 3, role, name, "test"
+    )
 
 
 def make_suite(root=None, names=None) -> dict[str, Task]:
     """Three tasks to meta-train on and two held-out ones, in the form of a suite's loader."""
-    tasks = [make_task("stripes"), make_task("dots", classes=6, channels=3, seed=1), make_task("waves", classes=5, images=80, seed=2),
-             make_task("rings", role="target", seed=3), make_task("stars", classes=3, channels=3, role="target", seed=4)]
+    tasks = [
+        make_task("stripes"),
+        make_task("dots", classes=6, channels=3, seed=1),
+        make_task("waves", classes=5, images=80, seed=2),
+        make_task("rings", role="target", seed=3),
+        make_task("stars", classes=3, channels=3, role="target", seed=4),
+    ]
     return {task.name: task for task in tasks if names is None or task.name in names}

@@ -21,7 +21,7 @@ def test_any_image_size_works(height, width):
 
 def test_shortcut_takes_every_second_pixel_and_pads_channels_on_both_sides():
     block = ResidualBlock(2, 4, 2).eval()
-    torch.nn.init.zeros_(block.bn2.weight)    # the block's own branch is then 0
+    torch.nn.init.zeros_(block.bn2.weight)  # the block's own branch is then 0
     x = torch.rand(1, 2, 6, 6)
     y = block(x)
     assert torch.equal(y[:, 1:3], x[:, :, ::2, ::2])

@@ -69,10 +69,12 @@ def test_metrics_hold_every_loss_and_accuracy(finished):
         rows = list(csv.DictReader(file))
     train = [row for row in rows if row["phase"] == "meta-train"]
     assert {(row["method"], row["task"]) for row in train if row["step"] == "4"} == {
-        ("finetune", "waves"), *((method, task) for method in ("cts", "reptile") for task in ("stripes", "dots", "waves"))}
+        ("finetune", "waves"),
+        *((method, task) for method in ("cts", "reptile") for task in ("stripes", "dots", "waves")),
+    }
     assert all(float(row["loss"]) > 0 for row in train)
     test = [row for row in rows if row["phase"] == "meta-test"]
-    assert len(test) == (3 * 4 + 1) * 2 * 2    # (three methods at four points, and scratch) x targets x seeds
+    assert len(test) == (3 * 4 + 1) * 2 * 2  # (three methods at four points, and scratch) x targets x seeds
     assert all(0 <= float(row["accuracy"]) <= 1 for row in test)
 
 
@@ -115,21 +117,24 @@ def test_scratch_alone_needs_no_meta_training(tmp_path):
 # Refusals
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--methods", "cts,sgd"], ["'sgd'", "reptile"]),
-    (["--tasks", "stripes,zebra"], ["'zebra'", "stripes"]),
-    (["--targets", "zebra"], ["'zebra'", "rings"]),
-    (["--tasks", "stripes,rings"], ["rings", "held out"]),
-    (["--suite", "nowhere"], ["nowhere", "builtin"]),
-    (["--source", "zebra", "--methods", "finetune"], ["zebra", "stripes"]),
-    (["--preset", "huge"], ["huge", "quick"]),
-    (["--horizon", "0"], ["horizon", "'0'"]),
-    (["--meta-lr", "cts=fast"], ["cts=fast"]),
-    (["--meta-lr", "sgd=1"], ["'sgd'"]),
-    (["--meta-lr", "cts=-1", "--methods", "cts"], ["cts=-1", "negative"]),
-    (["--device", "abacus"], ["abacus"]),
-    (["--resume"], ["config.json", "no run to resume"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--methods", "cts,sgd"], ["'sgd'", "reptile"]),
+        (["--tasks", "stripes,zebra"], ["'zebra'", "stripes"]),
+        (["--targets", "zebra"], ["'zebra'", "rings"]),
+        (["--tasks", "stripes,rings"], ["rings", "held out"]),
+        (["--suite", "nowhere"], ["nowhere", "builtin"]),
+        (["--source", "zebra", "--methods", "finetune"], ["zebra", "stripes"]),
+        (["--preset", "huge"], ["huge", "quick"]),
+        (["--horizon", "0"], ["horizon", "'0'"]),
+        (["--meta-lr", "cts=fast"], ["cts=fast"]),
+        (["--meta-lr", "sgd=1"], ["'sgd'"]),
+        (["--meta-lr", "cts=-1", "--methods", "cts"], ["cts=-1", "negative"]),
+        (["--device", "abacus"], ["abacus"]),
+        (["--resume"], ["config.json", "no run to resume"]),
+    ],
+)
 def test_bad_arguments_are_named_and_end_with_status_2(arguments, words, tmp_path, capsys):
     message = refused(capsys, tmp_path, *arguments)
     for word in words:
@@ -170,8 +175,22 @@ sys.exit(resnet20.main())
 
 @pytest.mark.parametrize("moment", ["meta-train cts: 4/", "meta-test: 1/"])
 def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_result(moment, tmp_path):
-    arguments = ["--suite", "tiny", "--horizon", "10", "--rounds", "2", "--test-steps", "1", "--test-seeds", "3", "--targets", "rings",
-                 "--methods", "cts"]
+    arguments = [
+        "--suite",
+        "tiny",
+        "--horizon",
+        "10",
+        "--rounds",
+        "2",
+        "--test-steps",
+        "1",
+        "--test-seeds",
+        "3",
+        "--targets",
+        "rings",
+        "--methods",
+        "cts",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", DRIVER, str(Path(__file__).parent), *arguments, "--out", str(tmp_path / "stopped")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -198,7 +217,22 @@ def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_result(moment, tmp_path
 
 
 def test_tuning_never_touches_held_out_tasks(tmp_path, capsys):
-    arguments = ["--suite", "tiny", "--horizon", "2", "--rounds", "1", "--grid", "cts=0.1", "--grid", "reptile=0.5,1", "--test-steps", "2", "--out", str(tmp_path)]
+    arguments = [
+        "--suite",
+        "tiny",
+        "--horizon",
+        "2",
+        "--rounds",
+        "1",
+        "--grid",
+        "cts=0.1",
+        "--grid",
+        "reptile=0.5,1",
+        "--test-steps",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
     assert tune.main(arguments) == 0
     results = json.loads((tmp_path / "tune.json").read_text())
     assert set(results["mean"]) == {"cts@0.1", "reptile@0.5", "reptile@1", "scratch"}

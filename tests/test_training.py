@@ -17,7 +17,14 @@ SETTINGS = MetaTrainSettings(horizon=2, rounds=2, batch_size=4, padding=1, held_
 
 
 def make_trainer(name="cts", seed=0, meta_lr=0.1, **kwargs):
-    return MetaTrainer(METHODS[name], [make_task("a"), make_task("b", classes=5, channels=3, seed=1)], SETTINGS, meta_lr=meta_lr, seed=seed, **kwargs)
+    return MetaTrainer(
+        METHODS[name],
+        [make_task("a"), make_task("b", classes=5, channels=3, seed=1)],
+        SETTINGS,
+        meta_lr=meta_lr,
+        seed=seed,
+        **kwargs,
+    )
 
 
 def numbers(count=10, channels=1, side=4):
@@ -41,7 +48,7 @@ def test_a_batch_larger_than_the_task_repeats_images():
 
 
 def test_images_keep_their_labels_and_are_normalised_to_three_channels_last():
-    x, y = next(TaskBatches(numbers(10), torch.arange(10), 10, seed=0))
+    x, y = next(TaskBatches(numbers(10), torch.arange(10), 10, seed=0, padding=0))
     assert x.shape == (10, 3, 4, 4) and x.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(x, (y / 127.5 - 1)[:, None, None, None].expand_as(x))
 
@@ -49,8 +56,10 @@ def test_images_keep_their_labels_and_are_normalised_to_three_channels_last():
 def test_crops_move_by_up_to_the_padding_and_flips_mirror():
     image = torch.arange(1, 26, dtype=torch.uint8).view(1, 1, 5, 5)
     padded = torch.nn.functional.pad(image, (1, 1, 1, 1))
-    crops = {tuple(padded[0, 0, r:r + 5, c:c + 5].flatten().tolist()) for r in range(3) for c in range(3)}
-    mirrored = {tuple(padded.flip(-1)[0, 0, r:r + 5, c:c + 5].flatten().tolist()) for r in range(3) for c in range(3)}
+    crops = {tuple(padded[0, 0, r : r + 5, c : c + 5].flatten().tolist()) for r in range(3) for c in range(3)}
+    mirrored = {
+        tuple(padded.flip(-1)[0, 0, r : r + 5, c : c + 5].flatten().tolist()) for r in range(3) for c in range(3)
+    }
     for flip, expected in ((False, crops), (True, crops | mirrored)):
         x, _ = next(TaskBatches(image, torch.zeros(1, dtype=torch.int64), 400, seed=0, padding=1, flip=flip))
         pixels = ((x[:, 0] + 1) * 127.5).round().int().flatten(1).tolist()
@@ -58,7 +67,7 @@ def test_crops_move_by_up_to_the_padding_and_flips_mirror():
 
 
 def test_a_stream_goes_on_exactly_from_its_state():
-    make = lambda: TaskBatches(numbers(10), torch.arange(10), 4, seed=3, padding=2, flip=True)    # noqa: E731
+    make = lambda: TaskBatches(numbers(10), torch.arange(10), 4, seed=3, padding=2, flip=True)  # noqa: E731
     first, second = make(), make()
     for _ in range(3):
         next(first)
@@ -87,7 +96,9 @@ def test_resize_keeps_uint8_and_a_constant_image():
 
 
 def test_black_is_minus_one_and_white_is_one():
-    assert normalize(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)).flatten().tolist() == [-1] * 3 + [1] * 3
+    assert (
+        normalize(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)).flatten().tolist() == [-1] * 3 + [1] * 3
+    )
 
 
 def test_seeds_depend_on_every_name():
@@ -198,7 +209,7 @@ def test_equal_seeds_give_equal_accuracy_and_learning_beats_chance():
 
 
 def test_the_whole_test_set_is_scored():
-    task = make_task("a", images=1010)    # 505 test images: a last batch of 5
+    task = make_task("a", images=1010)  # 505 test images: a last batch of 5
     tester = MetaTester(task, MetaTestSettings(steps=1, batch_size=4, padding=0))
     assert (tester.accuracy({}, 0) * 505) % 1 == pytest.approx(0, abs=1e-9)
 

@@ -21,9 +21,14 @@ from cts_fast.experiment import Entry, Experiment, Interrupted
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m cts_fast.examples.tune", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--grid", action="append", required=True, metavar="METHOD=X,Y,...", help="step sizes to try; may be repeated")
+    p = argparse.ArgumentParser(
+        prog="python -m cts_fast.examples.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--grid", action="append", required=True, metavar="METHOD=X,Y,...", help="step sizes to try; may be repeated"
+    )
     p.add_argument("--suite", default="builtin")
     p.add_argument("--data-root", type=Path, metavar="DIR")
     p.add_argument("--preset", choices=PRESETS, default="quick")
@@ -57,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     preset = PRESETS[args.preset]
-    changes = {key: value for key in ("horizon", "rounds", "lr", "batch_size") if (value := getattr(args, key)) is not None}
+    changes = {
+        key: value for key in ("horizon", "rounds", "lr", "batch_size") if (value := getattr(args, key)) is not None
+    }
     train = dataclasses.replace(preset.train, **changes)
     test_changes = {"steps": args.test_steps, "images": args.test_images, "seeds": args.test_seeds}
     test = dataclasses.replace(preset.test, **{key: value for key, value in test_changes.items() if value is not None})
@@ -67,12 +74,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         grid = read_grid(args.grid)
         tasks = [task for task in load_suite(args.suite, args.data_root).values() if task.role == "train"]
         for fold in range(args.folds):
-            held, others = tasks[fold::args.folds], tuple(task for i, task in enumerate(tasks) if i % args.folds != fold)
+            held, others = (
+                tasks[fold :: args.folds],
+                tuple(task for i, task in enumerate(tasks) if i % args.folds != fold),
+            )
             entries = {key: Entry(METHODS[name], others, meta_lr) for key, (name, meta_lr) in grid.items()}
-            config = {"fold": fold, "folds": args.folds, "grid": sorted(grid), "seed": args.seed,
-                      "meta_train": dataclasses.asdict(train), "meta_test": json.loads(json.dumps(dataclasses.asdict(test)))}
-            experiment = Experiment(args.out / f"fold{fold}", config, entries, held, train=train, test=test, snapshots=(),
-                                    seed=args.seed, device=args.device, resume=args.resume and (args.out / f"fold{fold}").exists())
+            config = {
+                "fold": fold,
+                "folds": args.folds,
+                "grid": sorted(grid),
+                "seed": args.seed,
+                "meta_train": dataclasses.asdict(train),
+                "meta_test": json.loads(json.dumps(dataclasses.asdict(test))),
+            }
+            experiment = Experiment(
+                args.out / f"fold{fold}",
+                config,
+                entries,
+                held,
+                train=train,
+                test=test,
+                snapshots=(),
+                seed=args.seed,
+                device=args.device,
+                resume=args.resume and (args.out / f"fold{fold}").exists(),
+            )
             experiment.run()
             for key, by_task in experiment.final_accuracy().items():
                 accuracy.setdefault(key, {}).update(by_task)
@@ -83,12 +109,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, OSError, DamagedFile) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
-    means = {key: sum(map(sum, by_task.values())) / sum(map(len, by_task.values())) for key, by_task in accuracy.items()}
+    means = {
+        key: sum(map(sum, by_task.values())) / sum(map(len, by_task.values())) for key, by_task in accuracy.items()
+    }
     (args.out / "tune.json").write_text(json.dumps({"accuracy": accuracy, "mean": means}, indent=1))
-    print(f"horizon {train.horizon}, rounds {train.rounds}, lr {train.lr}, batch {train.batch_size}: "
-          f"mean accuracy on {len(tasks)} validation tasks, mean training loss of the last 20 steps")
+    print(
+        f"horizon {train.horizon}, rounds {train.rounds}, lr {train.lr}, batch {train.batch_size}: "
+        f"mean accuracy on {len(tasks)} validation tasks, mean training loss of the last 20 steps"
+    )
     for key in sorted(means, key=means.__getitem__, reverse=True):
-        print(f"{key:24} {100 * means[key]:6.2f} %" + (f"   {sum(loss[key]) / len(loss[key]):.3f}" if key in loss else ""))
+        print(
+            f"{key:24} {100 * means[key]:6.2f} %" + (f"   {sum(loss[key]) / len(loss[key]):.3f}" if key in loss else "")
+        )
     return 0
 
 

@@ -1,0 +1,111 @@
+"""What a run of `resnet20` leaves behind: results.json, initializations, figures and the printed table."""
+
+import json
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cts_fast import figures
+from cts_fast.examples.presets import LABELS
+from cts_fast.experiment import Experiment
+from cts_fast.metatest import mean_and_interval
+
+Accuracy = Mapping[str, Mapping[str, Sequence[float]]]  # method to held-out task to fractions, one per seed
+
+
+def report(experiment: Experiment, out: Path, seconds: float) -> None:
+    """Writes the files into `out` and prints the table; `seconds` is what this run of the program took."""
+    accuracy = experiment.final_accuracy()
+    best = "cts" if "cts" in experiment.entries else next(iter(experiment.entries), None)
+    written = [*save_initializations(experiment, best, out), *draw(experiment, accuracy, out)]
+    (out / "results.json").write_text(json.dumps(results(experiment, accuracy), indent=1, allow_nan=False))
+    print(f"\n{table(accuracy)}\n\n{account(experiment)}\n")
+    print(textwrap.fill(f"In {out}: {', '.join(['results.json', 'metrics.csv', *written])}. "
+                        f"This took {seconds / 60:.1f} minutes.", 120))  # fmt: skip
+
+
+def results(experiment: Experiment, accuracy: Accuracy) -> dict:
+    """The content of results.json; a loss that is not finite becomes null."""
+    return {
+        "config": experiment.config,
+        "meta_train": {
+            name: {"steps": curve.steps, "loss": [x if math.isfinite(x) else None for x in curve.mean]}
+            for name, curve in experiment.curves.items()
+        },
+        "meta_test": {
+            name: {target: {"accuracy": values} for target, values in by_target.items()}
+            for name, by_target in accuracy.items()
+        },
+    }
+
+
+def save_initializations(experiment: Experiment, best: str | None, out: Path) -> list[str]:
+    """One file per method, and `initialization.safetensors` for the method `best`; returns the names."""
+    from safetensors.torch import save_file
+
+    files = [("initialization", best)] if best else []
+    files += [(f"initialization-{name}", name) for name in experiment.entries]
+    for file, name in files:
+        phi = experiment.snapshots[name][experiment.train.steps]
+        tensors = {key: tensor.cpu().contiguous() for key, tensor in phi.items()}
+        save_file(tensors, out / f"{file}.safetensors", {"method": name})
+    return [f"{file}.safetensors" for file, _ in files]
+
+
+def draw(experiment: Experiment, accuracy: Accuracy, out: Path) -> list[str]:
+    """The figures; returns their names."""
+    names = ["accuracy.png"]
+    figures.final_accuracy(out / "accuracy.png", accuracy, LABELS)
+    if experiment.entries:
+        curves = {name: (curve.steps, curve.mean) for name, curve in experiment.curves.items()}
+        figures.convergence(out / "convergence.png", curves, LABELS)
+        points = {
+            name: {step: per_seed_mean(experiment.accuracy_at(name, step)) for step in kept}
+            for name, kept in experiment.snapshots.items()
+        }
+        figures.accuracy_vs_steps(out / "accuracy-vs-steps.png", points, per_seed_mean(accuracy["scratch"]), LABELS)
+        names += ["convergence.png", "accuracy-vs-steps.png"]
+    return names
+
+
+def per_seed_mean(by_target: Mapping[str, Sequence[float]]) -> list[float]:
+    """Mean over held-out tasks, for every seed."""
+    return [sum(values) / len(values) for values in zip(*by_target.values())]
+
+
+def table(accuracy: Accuracy) -> str:
+    """Accuracy in percent by starting point and held-out task, the best starting point first."""
+    rows = [["starting point of the network", *next(iter(accuracy.values())), "mean"]]
+    for name in sorted(accuracy, key=lambda name: -sum(per_seed_mean(accuracy[name]))):
+        columns = [*accuracy[name].values(), per_seed_mean(accuracy[name])]
+        rows.append([LABELS.get(name, name), *map(percent, columns)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def account(experiment: Experiment) -> str:
+    """What the table shows and what was run, for a reader who knows no paper."""
+    config, train, test = experiment.config, experiment.train, experiment.test
+    size = f", images of {train.size} x {train.size} pixels" if train.size else ""
+    images = f"{test.images} training images" if test.images else "all its training images"
+    steps = f"{train.steps} steps of batch {train.batch_size} per task in {train.rounds} rounds of {train.horizon}"
+    paragraphs = [
+        f"Accuracy in % on the test sets of {len(config['targets'])} image tasks that meta-training never saw: "
+        f"mean of {test.seeds} fine-tuning runs ± 95 % interval; the last column is the mean over these tasks.",
+        f"What was run: each method meta-trained a ResNet20 on the tasks {', '.join(config['tasks'])}: {steps}{size}. "
+        "All began at the same weights and saw the same batches. Then each starting point was fine-tuned on each "
+        f"held-out task: {images}, {test.steps} steps of batch {test.batch_size}, with a new last layer.",
+    ]
+    return "\n\n".join(textwrap.fill(paragraph, 120) for paragraph in paragraphs)
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean and 95 % interval of fractions, in percent."""
+    mean, half = mean_and_interval(values)
+    return f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if math.isfinite(half) else "")
