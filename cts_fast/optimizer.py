@@ -306,7 +306,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         return hyper
 
     def _report_nonfinite(self) -> None:
-        if not self._flags or torch.cuda.is_current_stream_capturing():
+        if not self._flags or (any(flags.is_cuda for flags in self._flags) and torch.cuda.is_current_stream_capturing()):
             return
         for flags, flats in zip(self._flags, self._flats, strict=True):
             for i in flags.nonzero().flatten().tolist():
