@@ -35,7 +35,7 @@ class Preset:
 PRESETS = {
     # Minutes on two CPU cores; how it was chosen: QUICK.md beside this file.
     "quick": Preset(
-        MetaTrainSettings(horizon=100, rounds=4, batch_size=32, size=16, padding=1),
+        MetaTrainSettings(horizon=120, rounds=2, batch_size=16, size=16, padding=1),
         MetaTestSettings(steps=50, seeds=3, images=500, batch_size=32, size=16, padding=1),
         {
             "cts": 0.1,
@@ -49,7 +49,7 @@ PRESETS = {
             "random-shift": 0.1,
             "cts-accurate": 0.1,
         },
-        snapshots=4,
+        snapshots=3,
     ),
     # The paper's image experiments (section 4.2): GPU days.
     "paper": Preset(
