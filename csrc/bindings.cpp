@@ -58,9 +58,8 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<cts::GradientTable>(m, "GradientTable", "The addresses of the gradients of a list of parameters.")
       .def(py::init<py::list, const std::vector<uintptr_t>&, const std::vector<py::tuple>&, py::object>(), "params"_a, "addresses"_a,
            "layouts"_a, "like"_a)
-      .def("collect", &cts::GradientTable::collect, "(gradients, how many, indices of odd gradients, indices of moved parameters)")
+      .def("collect", &cts::GradientTable::collect, "(gradients, how many, changed, odd, moved)")
       .def("set", &cts::GradientTable::set, "i"_a, "address"_a, "Enter the address of a gradient that was made dense.")
       .def_property_readonly("address", [](const cts::GradientTable& t) { return reinterpret_cast<uintptr_t>(t.data()); },
-                             "Where the table is: one pointer for each parameter, null where there is no gradient.")
-      .def_property_readonly("changed", &cts::GradientTable::changed, "Whether the last collect found other addresses than the one before.");
+                             "Where the table is: one pointer for each parameter, null where there is no gradient.");
 }

@@ -66,7 +66,7 @@ py::tuple GradientTable::collect() {
   const size_t count = pointers_.size();
   size_t present = 0;
   auto gradients = py::reinterpret_steal<py::list>(PyList_New(Py_ssize_t(count)));
-  changed_ = false;
+  bool changed = false;
   for (size_t i = 0; i < count; ++i) {
     PyObject* param = PyList_GET_ITEM(params_.ptr(), i);
     PyObject* gradient = PyObject_GetAttr(param, name_.ptr());
@@ -89,19 +89,17 @@ py::tuple GradientTable::collect() {
       if (plain) pointer = reinterpret_cast<const void*>(address(described));
       else odd.append(i);
     }
-    changed_ |= pointers_[i] != pointer;
+    changed |= pointers_[i] != pointer;
     pointers_[i] = pointer;
     if (!addresses_[i]) continue;
     if (describe(param, &described)) throw py::error_already_set();
     if (address(described) != addresses_[i]) moved.append(i);
   }
-  return py::make_tuple(gradients, present, odd, moved);
+  return py::make_tuple(gradients, present, changed, odd, moved);
 }
 
 void GradientTable::set(size_t i, uintptr_t address) {
-  auto pointer = reinterpret_cast<const void*>(address);
-  changed_ |= pointers_.at(i) != pointer;
-  pointers_[i] = pointer;
+  pointers_.at(i) = reinterpret_cast<const void*>(address);
 }
 
 }  // namespace cts

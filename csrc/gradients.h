@@ -15,15 +15,14 @@ class GradientTable {
   GradientTable(pybind11::list params, const std::vector<uintptr_t>& addresses, const std::vector<pybind11::tuple>& layouts,
                 pybind11::object like);
 
-  // Reads every gradient. Returns (gradients, count, odd, moved): a list of tensors or None, how many are tensors, the entries that
-  // are not plain dense tensors in their parameter's layout (null in the table), and the parameters that are not where they should be.
+  // Reads every gradient. Returns (gradients, count, changed, odd, moved): a list of tensors or None, how many are tensors, whether an
+  // address is another than the last time, the entries that are not plain dense tensors in their parameter's layout (null in the table),
+  // and the parameters that are not where they should be.
   pybind11::tuple collect();
 
   void set(size_t i, uintptr_t address);
 
   const void* const* data() const { return pointers_.data(); }
-  size_t size() const { return pointers_.size(); }
-  bool changed() const { return changed_; }  // whether the last collect found an address that the one before did not
 
  private:
   struct Layout {
@@ -37,7 +36,6 @@ class GradientTable {
   pybind11::object tensor_type_, name_;
   const void* exchange_;
   int device_type_, device_id_, type_code_, type_bits_;
-  bool changed_ = true;
 };
 
 }  // namespace cts

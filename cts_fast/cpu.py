@@ -21,7 +21,8 @@ except ImportError as error:
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-_cpu.share_openmp(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # torch's threads, not more threads
+_shares_openmp = _cpu.share_openmp(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+TEAM = "torch's own OpenMP threads" if _shares_openmp else "threads of its own for every step"
 
 
 def instruction_set() -> str:

@@ -59,10 +59,10 @@ class Collector:
         if GradientTable is not None and like.device.type in ("cpu", "cuda"):
             layouts = [(tuple(flat.segments[n].shape), flat.segments[n].stride) for flat, n, _ in self.places]
             self.table = GradientTable(self.params, self.addresses, layouts, like)
-            self.collect, self.set = self.table.collect, self.table.set
+            self.collect, self.set, self.address = self.table.collect, self.table.set, self.table.address
         else:
             self.table = torch.zeros(len(self.params), dtype=torch.int64)
-            self.collect, self.set = self._collect, self.table.__setitem__
+            self.collect, self.set, self.address = self._collect, self.table.__setitem__, self.table.data_ptr()
 
     def __call__(self) -> Gradients:
         """All gradients, dense in their parameters' memory order.
@@ -70,7 +70,7 @@ class Collector:
         Parameters whose storage was exchanged (`p.data = …`, deepcopy, share_memory_) are taken back into the flat buffers first.
         Raises ValueError naming task and parameter, before anything moved, for sparse gradients and other dtypes or devices.
         """
-        tensors, count, odd, moved = self.collect()
+        tensors, count, changed, odd, moved = self.collect()
         for i in odd:
             tensors[i] = _dense(tensors[i], *self.places[i])
             self.set(i, tensors[i].data_ptr())
@@ -80,10 +80,9 @@ class Collector:
         for i in moved:
             flat, n, row = self.places[i]
             flat.adopt_(n, row)
-        native = GradientTable is not None and isinstance(self.table, GradientTable)
-        return Gradients(tensors, count, *((self.table.address, self.table.changed) if native else (self.table.data_ptr(), True)))
+        return Gradients(tensors, count, self.address, changed or bool(odd))
 
-    def _collect(self) -> tuple[list[Tensor | None], int, list[int], list[int]]:
+    def _collect(self) -> tuple[list[Tensor | None], int, bool, list[int], list[int]]:
         """What GradientTable.collect does."""
         tensors = [param.grad for param in self.params]
         present = [i for i, gradient in enumerate(tensors) if gradient is not None]
@@ -92,7 +91,7 @@ class Collector:
         self.table.zero_()
         for i in set(present) - set(odd):
             self.table[i] = tensors[i].data_ptr()
-        return tensors, len(present), odd, moved
+        return tensors, len(present), True, odd, moved
 
 
 def adopt_moved_(flat: Flat) -> None:
