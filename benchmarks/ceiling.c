@@ -1,0 +1,49 @@
+/* What this machine's memory can do for the step: three streams read, two of them written back in place,
+ *
+ *     v <- 0.9 v + g;    theta <- theta - 0.01 v
+ *
+ * for `rows` rows (tasks) of `columns` numbers, visited tile by tile: all rows of a tile of columns, then the next tile.
+ * A plain triad leaves half of this bandwidth unused: several interleaved streams keep more DRAM pages open, and software
+ * prefetch keeps more lines in flight than the hardware prefetchers do, which stop at page ends.
+ */
+#include <stddef.h>
+
+enum { LINE = 16 }; /* floats in a cache line */
+
+/* columns and tile: multiples of 16; stride: floats from one row to the next; ahead: prefetch distance in floats, 0 for none. */
+void read3_write2(const float *g, float *v, float *theta, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t stride, ptrdiff_t tile,
+                  ptrdiff_t ahead, int threads) {
+    ptrdiff_t tiles = (columns + tile - 1) / tile;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (ptrdiff_t i = 0; i < tiles; i++) {
+        ptrdiff_t end = (i + 1) * tile < columns ? (i + 1) * tile : columns;
+        for (ptrdiff_t r = 0; r < rows; r++)
+            for (ptrdiff_t at = r * stride + i * tile; at < r * stride + end; at += LINE) {
+                if (ahead) {
+                    __builtin_prefetch(g + at + ahead, 0);
+                    __builtin_prefetch(v + at + ahead, 1);
+                    __builtin_prefetch(theta + at + ahead, 1);
+                }
+                for (int k = 0; k < LINE; k++) {
+                    float moment = 0.9f * v[at + k] + g[at + k];
+                    v[at + k] = moment;
+                    theta[at + k] -= 0.01f * moment;
+                }
+            }
+    }
+}
+
+/* Reads n floats and writes them back, so that a buffer larger than the last-level cache leaves nothing else in it. */
+void walk(float *buffer, ptrdiff_t n, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (ptrdiff_t i = 0; i < n; i++) buffer[i] += 1.0f;
+}
+
+/* 2 * 96 * n floating-point operations in registers; returns a number that depends on all of them. */
+float arithmetic(ptrdiff_t n) {
+    float sum[96] = {0}, total = 0;
+    for (ptrdiff_t i = 0; i < n; i++)
+        for (int k = 0; k < 96; k++) sum[k] = sum[k] * 0.999f + 0.001f;
+    for (int k = 0; k < 96; k++) total += sum[k];
+    return total;
+}

@@ -1,0 +1,104 @@
+"""The machine's ceiling for the step, measured: `ceiling.c`, compiled here for this processor, and buffers to run it on."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+SOURCE = Path(__file__).with_name("ceiling.c")
+PAGE, STAGGER = 1024, 160  # floats; streams or rows a whole number of pages apart would share cache sets and memory banks
+LARGE = 45_000_000  # numbers a stream: three streams of 180 MB
+# (rows, columns in a tile, prefetch distance): one row is plain 3-read-2-write, more rows interleave their streams
+SHAPES = (
+    (1, 1024, 0), (1, 1024, 512), (1, 512, 128), (4, 4096, 512), (4, 1024, 1024),
+    (8, 4096, 256), (8, 1024, 512), (16, 4096, 128),
+)  # fmt: skip
+
+
+def unavailable() -> str | None:
+    """Why the ceiling cannot be measured here; None if it can."""
+    return None if _compiler() else "no C compiler (cc, gcc or clang) on the PATH"
+
+
+def _compiler() -> str | None:
+    return next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """`ceiling.c` as a library; it takes its threads from the OpenMP runtime that torch loaded. RuntimeError: no compiler."""
+    if unavailable():
+        raise RuntimeError(f"the ceiling cannot be measured: {unavailable()}")
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "ceiling.so"
+        flags = ["-O3", "-march=native", "-fPIC", "-shared", "-fopenmp"]
+        subprocess.run([_compiler(), *flags, str(SOURCE), "-o", str(built)], check=True, capture_output=True)
+        loaded = ctypes.CDLL(str(built))
+    pointer, number = ctypes.c_void_p, ctypes.c_ssize_t
+    loaded.read3_write2.argtypes = [pointer] * 3 + [number] * 5 + [ctypes.c_int]
+    loaded.walk.argtypes = [pointer, number, ctypes.c_int]
+    loaded.arithmetic.argtypes, loaded.arithmetic.restype = [number], ctypes.c_float
+    return loaded
+
+
+class Read3Write2:
+    """In-place 3-read-2-write over `rows` × `columns` numbers a stream: `step()` moves `bytes`."""
+
+    def __init__(self, rows: int, columns: int, tile: int, ahead: int) -> None:
+        columns = max(16, columns // 16 * 16)
+        stride = columns if rows == 1 else -(-columns // PAGE) * PAGE + STAGGER
+        length = rows * stride + ahead
+        self.buffer = torch.full((3 * (-(-length // PAGE) * PAGE + STAGGER),), 1e-3)  # written: untouched pages cost nothing
+        starts = self.buffer.view(3, -1)
+        self.arguments = [*(x.data_ptr() for x in starts), rows, columns, stride, tile, ahead]
+        self.bytes = 5 * rows * columns * 4
+        self.call = library().read3_write2
+
+    def step(self) -> None:
+        self.call(*self.arguments, torch.get_num_threads())
+
+
+def best_shape(repeats: int) -> tuple[tuple[int, int, int], dict[str, float]]:
+    """The fastest of `SHAPES` on buffers far larger than any cache, and each one's median GB/s."""
+    seconds: dict[tuple, list[float]] = {shape: [] for shape in SHAPES}
+    moved = {}
+    for _ in range(repeats):
+        for rows, tile, ahead in SHAPES:
+            kernel = Read3Write2(rows, LARGE // rows, tile, ahead)
+            kernel.step()
+            start = perf_counter()
+            kernel.step()
+            seconds[rows, tile, ahead].append(perf_counter() - start)
+            moved[rows, tile, ahead] = kernel.bytes
+    rates = {shape: moved[shape] / statistics.median(times) / 1e9 for shape, times in seconds.items()}
+    best = max(rates, key=rates.get)
+    return best, {f"{rows} rows, tiles of {tile}, prefetch {ahead}": rate for (rows, tile, ahead), rate in rates.items()}
+
+
+def gflops_per_thread(repeats: int = 5, n: int = 2_000_000) -> float:
+    """The most that one thread computes, in 10^9 multiplications and additions a second, all in registers."""
+    times = []
+    for _ in range(repeats):
+        start = perf_counter()
+        library().arithmetic(n)
+        times.append(perf_counter() - start)
+    return 2 * 96 * n / min(times) / 1e9
+
+
+class CacheFlush:
+    """Walks a buffer several times the last-level cache, so that the next run finds none of its data there."""
+
+    def __init__(self, bytes: int) -> None:
+        self.buffer = torch.zeros(bytes // 4)
+
+    def __call__(self) -> None:
+        library().walk(self.buffer.data_ptr(), self.buffer.numel(), torch.get_num_threads())

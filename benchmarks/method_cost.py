@@ -1,0 +1,90 @@
+"""Cost of a step of each first-order method against the fused inner step plus the bytes that its definition adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.ceiling import CacheFlush, Read3Write2
+from benchmarks.measure import Budget, paired, summary
+from benchmarks.setups import Problem, Setup
+from benchmarks.variants import BETA, SGD
+from cts_fast.baselines import METHODS
+
+# Numbers beside the inner step's 5 T P that a step must move by the method's definition, as (per task and coordinate, per coordinate):
+# first a step within a round, then one that ends it (K = 1). phi: 2, read and written. A held-out gradient: read once a task. A meta-update
+# whose gradient needs θ after the inner step cannot share its pass, so its reset writes θ and v once more (2 a task).
+# Leap: θ and the point before it for the norm (2 a task); then both again, both gradients, and the point kept (6 a task); a round of one
+# step has no segment, so it has no second entry.
+# Random shift: θ read and written once more (2 a task); the direction written, and read for its norm and for each use (3).
+ADDED: dict[str, tuple[tuple[int, int], ...]] = {
+    "cts": ((0, 2), (0, 2)),
+    "no-shift": ((0, 2), (0, 2)),
+    "random-shift": ((2, 5), (4, 5)),
+    "mtl": ((0, 2), (0, 2)),
+    "reptile": ((0, 0), (0, 2)),
+    "fomaml": ((0, 0), (3, 2)),
+    "fomaml++": ((1, 2), (3, 6)),
+    "leap": ((8, 2),),
+}
+ALLOWANCE = 1.1
+LONG = 10**9
+
+
+class _Given(torch.autograd.Function):
+    """A loss whose gradient is there already, so that a held-out loss costs nothing but its place in the step."""
+
+    @staticmethod
+    def forward(ctx, gradients: list[Tensor], *params: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx, _: Tensor) -> tuple:
+        return (None, *ctx.gradients)
+
+
+def make_step(method: str, problem: Problem, horizon: int, **options) -> Callable[[], object]:
+    """`step` of a method of `METHODS` with all that it needs at hand; horizon 1: every step ends a round."""
+    tasks = problem.replicas()
+    kind = METHODS[method]
+    optimizer = kind(
+        [zip(problem.names, task, strict=True) for task in tasks], meta_lr=BETA, horizon=horizon, **SGD, **options
+    )
+    needs, given = getattr(kind, "needs", frozenset()), {}
+    if "losses" in needs:
+        given["losses"] = [torch.tensor(1.0 + t) for t in range(len(tasks))]
+    if "heldout" in needs:
+        given["heldout"] = [
+            lambda task=task, gradients=gradients: _Given.apply(gradients, *task)
+            for task, gradients in zip(tasks, problem.gradients, strict=True)
+        ]
+    return lambda: optimizer.step(**given)
+
+
+def method_cost(setup: Setup, budget: Budget, flush: CacheFlush | None, shape: tuple[int, int, int]) -> dict[str, object]:
+    """One row a method and kind of step: ms, bytes added, and the ratio to the inner step plus the time of those bytes.
+
+    The inner step is `step()` with no meta-update due. Bytes are priced at the ceiling, which takes turns with the methods.
+    """
+    problem = Problem(setup)
+    rows, tasks, columns = {}, setup.tasks, setup.parameters
+    for kind, horizon in enumerate((LONG, 1)):
+        added_now = {name: both[kind] for name, both in ADDED.items() if len(both) > kind}
+        steps = {name: make_step(name, problem, horizon) for name in added_now}
+        steps["inner step"] = make_step("cts", problem, LONG, meta_interval=LONG)
+        ceiling = Read3Write2(shape[0], tasks * columns // shape[0], *shape[1:])
+        run = paired({**steps, "ceiling": ceiling.step}, budget, flush)
+        seconds = run.seconds
+        per_byte = [t / ceiling.bytes for t in seconds["ceiling"]]
+        for name, (per_task, once) in added_now.items():
+            added = 4 * columns * (per_task * tasks + once)
+            allowed = [t + added * p for t, p in zip(seconds["inner step"], per_byte, strict=True)]
+            ratios = sorted(a / b for a, b in zip(seconds[name], allowed, strict=True))
+            rows[f"{name}, {('within a round', 'that ends a round')[kind]}"] = {
+                **summary(seconds[name]), "inner_ms": summary(seconds["inner step"])["ms"], "added_bytes": added,
+                "ratio": ratios[len(ratios) // 2],
+            }  # fmt: skip
+    return {"setup": str(setup), "allowance": ALLOWANCE, "rows": rows}

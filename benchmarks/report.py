@@ -1,0 +1,87 @@
+"""`python -m benchmarks.report`: every table and figure of the benchmarks, into benchmarks/results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from time import perf_counter
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory announces itself at every start otherwise
+
+from benchmarks import ceiling, machine
+from benchmarks.figures import draw
+from benchmarks.host import host_time
+from benchmarks.measure import Budget
+from benchmarks.method_cost import method_cost
+from benchmarks.setups import TASKS, Setup
+from benchmarks.step_cost import step_cost
+from benchmarks.tables import markdown
+from benchmarks.variants import Ours
+from benchmarks.whole_step import whole_step
+
+RESULTS = Path(__file__).with_name("results")
+FULL = [
+    *(Setup("resnet20", tasks) for tasks in TASKS), *(Setup("mlp", tasks) for tasks in TASKS),
+    *(Setup("transformer", tasks) for tasks in TASKS[:4]), *(Setup("resnet18", tasks) for tasks in TASKS[:3]),
+]  # fmt: skip
+QUICK = [Setup("resnet20", 8), Setup("resnet20", 32), Setup("mlp", 8)]
+
+
+def measure(quick: bool, say=print) -> dict[str, object]:
+    """All numbers of the report, as one JSON-like dict."""
+    began = perf_counter()
+    budget = Budget(5, 30, 4) if quick else Budget(10, 300, 12)
+    flush = ceiling.CacheFlush(3 * machine.last_level_cache())
+    say("the machine's ceiling")
+    shape, rates = ceiling.best_shape(3 if quick else 10)
+    result: dict[str, object] = {
+        "command": "python -m benchmarks.report" + (" --quick" if quick else ""),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine.describe(),
+        "ceiling": {"shape": shape, "gb_per_s": rates, "gflops_per_thread": ceiling.gflops_per_thread()},
+        "steps": [],
+        "methods": [],
+        "whole_steps": {},
+    }
+    for setup in QUICK if quick else FULL:
+        say(f"{setup}: {perf_counter() - began:.0f} s so far")
+        result["steps"] += step_cost(setup, budget, flush, shape)
+    backend = "torch" if Ours.unavailable(Setup("resnet20", 8)) else "cpu"
+    say(f"host time: {perf_counter() - began:.0f} s so far")
+    result["host"] = {"backend": backend, **host_time(backend, 10 if quick else 100, flush)}
+    for setup in [Setup("resnet20", 8)] if quick else [Setup("transformer", 8), Setup("resnet20", 8)]:
+        say(f"methods, {setup}: {perf_counter() - began:.0f} s so far")
+        result["methods"].append(method_cost(setup, budget, flush, shape))
+    for network in ["resnet20"] if quick else ["resnet20", "resnet18"]:
+        say(f"whole step, {network}: {perf_counter() - began:.0f} s so far")
+        result["whole_steps"][network] = {"backend": backend, **whole_step(network, backend, 2 if quick else 5)}
+    result["seconds"] = round(perf_counter() - began)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, or read what was measured before, and write `<machine>-<date>.json`, `.md` and the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="three set-ups and fewer repeats")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
+    parser.add_argument("--redraw", type=Path, metavar="JSON", help="make tables and figures of an earlier run anew")
+    options = parser.parse_args(arguments)
+    if options.redraw:
+        stem, result = options.redraw.with_suffix(""), json.loads(options.redraw.read_text())
+    else:
+        result = measure(options.quick, lambda text: print(text, file=sys.stderr, flush=True))
+        options.out.mkdir(parents=True, exist_ok=True)
+        stem = options.out / f"{machine.name()}-{result['date'][:10]}{'-quick' if options.quick else ''}"
+        stem.with_name(stem.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
+    figures = draw(result, stem)
+    text = markdown(result, [path.name for path in figures])
+    stem.with_name(stem.name + ".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

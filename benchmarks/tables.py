@@ -1,0 +1,153 @@
+"""The report as markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+TITLES = {"resnet20": "ResNet20", "resnet18": "ResNet18", "mlp": "MLP", "transformer": "transformer"}
+# the targets: fraction of the ceiling, and times each variant; the best compiled variant that gathers gradients counts
+TARGETS = {
+    ("resnet18", "step(), cpu"): {"ceiling": 0.95, "naive": 15, "foreach": 6, "fused": 4.4, "compiled": 2},
+    ("resnet20", "native call, cpu"): {"ceiling": 0.85, "naive": 28, "foreach": 11, "fused": 6, "compiled": 2.7},
+    ("resnet20", "step(), cpu"): {"ceiling": 0.70, "naive": 22, "foreach": 9, "fused": 5, "compiled": 2.2},
+}
+MANY_TASKS = {32: 1.1, 128: 1.2}  # T → at most that many times the 3-read-2-write time of the same bytes
+HOST = {"step, same gradients": 0.3, "step, same gradients, warm": 0.3, "step, fresh gradients": 0.6}  # ms beyond the native call
+COMPILED = ("compiled flat + copy", "compiled unrolled + copy")
+
+
+def markdown(result: Mapping, figures: Sequence[str]) -> str:
+    """All tables of a result of `benchmarks.report`, figures by file name."""
+    machine = result["machine"]
+    parts = [
+        "# The step, measured",
+        f"{machine['processor']} (family/model {machine['family_model']}), {machine['cores']} cores, {machine['threads']} threads, "
+        f"last-level cache {machine['last_level_cache_bytes'] >> 20} MiB, {machine['memory_gib']} GiB memory, {machine['vectors']}; "
+        f"{machine['system']}, Python {machine['python']}, torch {machine['torch']}, cts_fast {machine['cts_fast']}, {machine['compiler']}.  \n"
+        f"`{result['command']}`, {result['date']}, {result['seconds']} s.",
+        "Times are medians of paired runs: all variants of a table take turns within every repeat, in a new order each time; in brackets the "
+        "16th and 84th percentile. GB/s counts (5T + 2)·P·4 bytes, the fewest that a step can move, whatever a variant really moves. "
+        "“Of ceiling” compares with an in-place 3-read-2-write of 900 MB in the same repeats, “×” with the whole `step()` on the `cpu` backend, "
+        "both as medians of the ratios within a repeat. Cold: a buffer of three times the last-level cache is walked before each run. Warm: the "
+        "same variant ran just before. Every variant was checked against the float64 reference equations before it was timed. Memory is "
+        "what stays allocated, and the most that a step holds, beside parameters and gradients. A repeat in which other processes were busy is left out while enough quiet ones remain.",
+        _ceiling(result["ceiling"]),
+        *_goals(result),
+        *[f"![{name}]({name})" for name in figures],
+        "## Every set-up",
+        *[_steps(table) for table in result["steps"]],
+        _host(result["host"]),
+        *_whole(result["whole_steps"]),
+        *[_methods(methods) for methods in result["methods"]],
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _ms(row: Mapping) -> str:
+    return f"{row['ms']:.3g} ({row['ms_low']:.3g} – {row['ms_high']:.3g})"
+
+
+def _ceiling(ceiling: Mapping) -> str:
+    best = max(ceiling["gb_per_s"].values())
+    rows = [(name, f"{rate:.1f}", "best" if rate == best else "") for name, rate in ceiling["gb_per_s"].items()]
+    return "## The machine's ceiling\n\nIn-place 3-read-2-write of 900 MB, threads as torch has them.\n\n" + _table(
+        ("form", "GB/s", ""), rows
+    )
+
+
+def _goals(result: Mapping) -> list[str]:
+    rows = []
+    for (network, ours), targets in TARGETS.items():
+        for table in result["steps"]:
+            if (table["network"], table["tasks"], table["caches"]) == (network, 8, "cold") and ours in table["variants"]:
+                rows.append(_goal(table, ours, targets))
+    parts = []
+    if rows:
+        parts.append("## Against the goals, T = 8, cold caches\n\nMeasured / goal.\n\n" + _table(
+            ("", "of ceiling", "× released form", "× naive loop", "× foreach", "× fused + foreach", "× compiled + copy"), rows
+        ))  # fmt: skip
+    many = [
+        (f"{TITLES[t['network']]}, T = {t['tasks']}", f"{t['variants']['step(), cpu']['ms']:.3g}", f"{1 / same:.2f} / {MANY_TASKS[t['tasks']]}")
+        for t in result["steps"] if t["tasks"] in MANY_TASKS and t["caches"] == "cold" and "step(), cpu" in t["variants"]
+        for same in [t["variants"]["3-read-2-write, same bytes"]["times_step"]]
+    ]  # fmt: skip
+    if many:
+        parts.append(_table(("many tasks, cold", "`step()`, ms", "× 3-read-2-write of the same bytes / goal"), many))
+    return parts
+
+
+def _goal(table: Mapping, ours: str, targets: Mapping) -> list[str]:
+    variants, key = table["variants"], "times_native" if ours.startswith("native") else "times_step"
+    compiled = [variants[name][key] for name in COMPILED if name in variants]
+    return [
+        f"{TITLES[table['network']]}, {ours}",
+        f"{variants[ours]['of_ceiling']:.2f} / {targets['ceiling']}",
+        f"{variants['released form'][key]:.1f} / {targets['naive']}" if "released form" in variants else "–",
+        f"{variants['naive loop'][key]:.1f}",
+        f"{variants['foreach'][key]:.1f} / {targets['foreach']}",
+        f"{variants['fused + foreach'][key]:.1f} / {targets['fused']}",
+        f"{min(compiled):.1f} / {targets['compiled']}" if compiled else "–",
+    ]
+
+
+def _steps(table: Mapping) -> str:
+    title = (
+        f"### {TITLES[table['network']]} ({table['parameters'] / 1e6:.2f} M), T = {table['tasks']}, {table['caches']} caches: "
+        f"{table['floor_bytes'] / 1e6:.0f} MB\n\n{table['quiet_repeats']} of {table['repeats']} repeats were quiet.\n\n"
+    )
+    rows = [
+        (
+            name, _ms(row), f"{row['gb_per_s']:.1f}", f"{100 * row['of_ceiling']:.0f} %",
+            f"{row['times_step']:.2f}" if "times_step" in row else "–",
+            f"{row['kept_mib']:.1f} / {row['peak_mib']:.1f}" if "kept_mib" in row else "–",
+        )
+        for name, row in table["variants"].items()
+    ]  # fmt: skip
+    missing = "".join(f"\n\nLeft out: {name} ({reason})." for name, reason in table["missing"].items())
+    return title + _table(("", "ms", "GB/s", "of ceiling", "×", "MiB kept / peak"), rows) + missing
+
+
+def _host(host: Mapping) -> str:
+    rows = [
+        (name, _ms(row), f"{row['host_ms']:.3f} / {HOST[name]}" if "host_ms" in row else "–") for name, row in host["rows"].items()
+    ]
+    return (
+        f"## Host time, `{host['backend']}` backend\n\nEight ResNet20s with heads, {host['gradients']} gradients from real backward passes. "
+        "Fresh gradients are tensors that Python has not seen yet.\n\n"
+    ) + _table(("", "ms", "beyond the native call, ms / goal"), rows)
+
+
+def _whole(whole: Mapping) -> list[str]:
+    rows = []
+    for network, steps in whole.items():
+        update, loop = steps["rows"]["update, step()"], steps["rows"]["update, naive loop"]
+        rows.append((
+            f"{TITLES[network]}, T = {steps['tasks']}, {steps['images']} images of {steps['side']} px a task",
+            _ms(steps["rows"]["forward and backward"]), _ms(update), f"{100 * steps['share']['update, step()']:.2f} %",
+            _ms(loop), f"{100 * steps['share']['update, naive loop']:.2f} %",
+        ))  # fmt: skip
+    if not rows:
+        return []
+    text = (
+        "## Whole training steps\n\nOn a CPU the network takes nearly all of a step: a faster update shortens training by no more than the share "
+        "that the naive loop's update has here.\n\n"
+    )
+    head = ("", "forward and backward, ms", "`step()`, ms", "share", "naive loop, ms", "share")
+    return [text + _table(head, rows)]
+
+
+def _methods(methods: Mapping) -> str:
+    rows = [
+        (name, _ms(row), f"{row['inner_ms']:.3g}", f"{row['added_bytes'] / 1e6:.0f}", f"{row['ratio']:.2f} / {methods['allowance']}")
+        for name, row in methods["rows"].items()
+    ]
+    return (
+        f"## Methods, {methods['setup']}\n\nThe last column: a step over the fused inner step plus the bytes that the method's definition adds, "
+        "priced at the ceiling (`benchmarks/method_cost.py` counts them).\n\n"
+    ) + _table(("step", "ms", "inner step, ms", "added MB", "ratio / goal"), rows)
