@@ -50,14 +50,18 @@ class Landscape:
         local = torch.stack((2 * u * first + second, first + 2 * w * second), -1)
         torch.bmm(local, self.matrix.mT, out=out)
 
-    def quality(self, points: Tensor, steps: int = 100, lr: float = 0.1) -> Tensor:
-        """How good an initialization each of the points [S, 2] is: the task-average loss after `steps` steps of Adam, [S]."""
+    def quality(self, points: Tensor, steps: int = 100, lr: float = 0.1, on_step: Callable[[Tensor], None] = lambda theta: None) -> Tensor:
+        """How good an initialization each of the points [S, 2] is: the task-average loss after `steps` steps of Adam, [S].
+
+        on_step: called after each of them with the tasks' parameters, [8, S, 2].
+        """
         theta = points.detach().to(torch.float64).repeat(self.num_tasks, 1, 1)
         theta.grad = torch.empty_like(theta)
         adam = torch.optim.Adam([theta], lr=lr)
         for _ in range(steps):
             self.gradients_(theta, theta.grad)
             adam.step()
+            on_step(theta)
         return self.losses(theta).mean(0)
 
 

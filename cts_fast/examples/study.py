@@ -87,11 +87,11 @@ def main(module: str, description: str, run: Callable[[argparse.Namespace], str]
     return 0
 
 
-def grid(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+def grid(rows: int, columns: int, width: float, height: float, layout: str = "constrained") -> tuple[Any, Any]:
     """A new figure that no window shows, and its axes, [rows, columns]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout=layout)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)

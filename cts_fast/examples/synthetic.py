@@ -1,0 +1,146 @@
+"""The paper's synthetic experiment (section 4.1, Figures 4 and 5): eight tasks in two dimensions, everything visible.
+
+    python -m cts_fast.examples.synthetic
+
+Meta-trains with continual trajectory shifting, with its exact counterpart and with Reptile, for equally many meta-updates from the same
+starts, and scores each initialization by the task-average loss after 100 steps of Adam. Nothing in it is random: the seed is only noted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cts_fast.baselines import METHODS
+from cts_fast.examples import study, synthetic_figures
+from cts_fast.examples.landscapes import Landscape, attractors, meta_train
+from cts_fast.examples.presets import LABELS
+
+INNER = {"lr": 0.05, "momentum": 0.9, "meta_lr": 0.1}
+HORIZON, ROUNDS = 100, 3
+COMPARED = ("reptile", "cts", "cts-accurate")
+LOW, HIGH = -5.0, 15.0  # the plotted square
+START_AXIS = (-5.0, 5.0, 15.0)  # the scored starts are its square
+REPTILE_HORIZONS = (5, 10, 25, 50, HORIZON)
+MAP_SIDE, GRID_SIDE = 121, 15  # points a side of the quality map, and of the grid that Reptile starts from
+
+
+def square(axis: Tensor) -> Tensor:
+    """All points with both coordinates in the axis, [n², 2]."""
+    return torch.cartesian_prod(axis, axis)
+
+
+def quality_map(landscape: Landscape, advance=lambda: None) -> dict[str, Tensor]:
+    """Task-average loss after each number 1 … K of Adam steps from every point of the square, as [K, MAP_SIDE²], and the points."""
+    points = square(torch.linspace(LOW, HIGH, MAP_SIDE, dtype=torch.float64, device=landscape.device))
+    losses = []
+
+    def keep(theta: Tensor) -> None:
+        losses.append(landscape.losses(theta).mean(0))
+        advance()
+
+    landscape.quality(points, HORIZON, on_step=keep)
+    return {"points": points, "losses": torch.stack(losses)}
+
+
+def trajectories(landscape: Landscape, name: str, starts: Tensor, horizon: int, meta_updates: int, advance=lambda: None) -> dict[str, Tensor]:
+    """φ along meta-training, [updates + 1, S, 2], the quality of its end, [S], and the inner steps of all tasks together."""
+    path, steps = meta_train(landscape, partial(METHODS[name], **INNER, horizon=horizon), starts, meta_updates, advance)
+    return {"path": path, "quality": landscape.quality(path[-1]), "task_steps": torch.tensor(steps * landscape.num_tasks)}
+
+
+def run(args: argparse.Namespace) -> str:
+    """All stages, the figures and the files; returns the table."""
+    updates = HORIZON * ROUNDS
+    config = {**INNER, "horizon": HORIZON, "rounds": ROUNDS, "starts": list(START_AXIS), "reptile_horizons": list(REPTILE_HORIZONS), "seed": args.seed}
+    work = study.Study(args.out, config, resume=args.resume, device=args.device)
+    landscape = Landscape(args.device)
+    scored = square(torch.tensor(START_AXIS, dtype=torch.float64, device=args.device))
+    everywhere = torch.cat([scored, square(torch.linspace(LOW, HIGH, GRID_SIDE, dtype=torch.float64, device=args.device))])
+
+    background = work.stage("quality", HORIZON, partial(quality_map, landscape))
+    runs = {
+        name: work.stage(name, updates, partial(trajectories, landscape, name, scored, HORIZON, updates)) for name in COMPARED if name != "reptile"
+    }
+    reptile = {
+        k: work.stage(f"reptile-{k}", updates, partial(trajectories, landscape, "reptile", everywhere, k, updates)) for k in REPTILE_HORIZONS
+    }
+    whole = reptile[HORIZON]
+    runs["reptile"] = {"path": whole["path"][:, : len(scored)], "quality": whole["quality"][: len(scored)], "task_steps": whole["task_steps"]}
+    runs = {name: runs[name] for name in COMPARED}
+
+    finite = torch.stack([one["quality"] for one in runs.values()]).isfinite().all(0)
+    final_loss = {name: one["quality"][finite].mean().item() for name, one in runs.items()}
+    rests = {k: attractors(one["path"][:, len(scored) :], LOW, HIGH) for k, one in reptile.items()}
+    bias = short_horizon_bias(background)
+    results = {
+        "final_loss": final_loss,
+        "final_loss_by_start": {name: [x if finite_ else None for x, finite_ in zip(one["quality"].tolist(), one["quality"].isfinite().tolist())]
+                                for name, one in runs.items()},
+        "starts": scored.tolist(),
+        "finite_for_all": finite.tolist(),
+        "task_steps": {name: int(one["task_steps"]) for name, one in runs.items()},
+        "attractors": {str(k): points.tolist() for k, points in rests.items()},
+        "short_horizon_bias": {"k": list(range(1, HORIZON + 1)), "loss_after_100": bias.tolist()},
+        "reptile_mean_loss": {str(k): _finite_mean(one["quality"]) for k, one in reptile.items()},
+    }  # fmt: skip
+    work.write(results, ("method", "horizon", "start_x", "start_y", "meta_update", "phi_x", "phi_y"), rows(runs, reptile, everywhere, updates),
+               {"starts": scored, **{name: one["path"][-1] for name, one in runs.items()}})
+    synthetic_figures.figure_4(args.out / "figure-4.png", landscape, bias, {k: one["quality"] for k, one in reptile.items()}, results["task_steps"])
+    synthetic_figures.figure_5(args.out / "figure-5.png", background, {k: (reptile[k]["path"], rests[k]) for k in (5, HORIZON)}, runs)
+    return table(final_loss, results["task_steps"], int(finite.sum()), {k: len(points) for k, points in rests.items()})
+
+
+def short_horizon_bias(background: dict[str, Tensor]) -> Tensor:
+    """For each k: the task-average loss after all K steps from the initializations of the map that are best after k steps, [K].
+
+    The best hundredth of the square is averaged: a single best point of the map is too much a matter of chance.
+    """
+    losses = background["losses"].nan_to_num(torch.inf)
+    best = losses.topk(losses.shape[1] // 100, largest=False).indices  # [K, n]
+    return losses[-1][best].mean(1)
+
+
+def rows(runs: dict, reptile: dict, everywhere: Tensor, updates: int):
+    """The lines of metrics.csv: φ at every tenth meta-update of every trajectory that is still finite."""
+    for name, horizon, path in [*((name, HORIZON, runs[name]["path"]) for name in ("cts", "cts-accurate")),
+                                *(("reptile", k, one["path"]) for k, one in reptile.items())]:  # fmt: skip
+        for update in range(0, updates + 1, 10):
+            for start, phi in zip(everywhere.tolist(), path[update].tolist(), strict=False):
+                if all(map(math.isfinite, phi)):
+                    yield name, horizon, *start, update, *phi
+
+
+def table(final_loss: dict[str, float], task_steps: dict[str, int], starts: int, rests: dict[int, int]) -> str:
+    """The result in words and numbers."""
+    width = max(len(LABELS[name]) for name in final_loss)
+    lines = [f"{LABELS[name]:<{width}}  {loss:10.2f}  {task_steps[name]:15,}" for name, loss in final_loss.items()]
+    places = ", ".join(f"k = {k}: {n}" for k, n in rests.items())
+    return "\n".join([
+        "",
+        f"{'meta-trained with':<{width}}  final loss  inner steps, all",
+        f"{'-' * width}  ----------  ----------------",
+        *lines,
+        "",
+        f"Final loss: mean over the 8 tasks after {HORIZON} steps of Adam from the initialization, and over the {starts} of {len(START_AXIS) ** 2} starts",
+        f"from which every method stays finite; each method made {HORIZON * ROUNDS} meta-updates.",
+        f"Places in the square where Reptile with k inner steps comes to rest: {places}.",
+    ])  # fmt: skip
+
+
+def _finite_mean(values: Tensor) -> float:
+    return values[values.isfinite()].mean().item()
+
+
+def main(argv=None) -> int:
+    """Runs the program; returns the exit status."""
+    return study.main("cts_fast.examples.synthetic", __doc__, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
