@@ -25,6 +25,7 @@ TILE = tl.constexpr(5)  # numbers a tile: its column in the buffers, columns lef
 HYPER = tl.constexpr(11)  # numbers a group: Hyper's eight, the gradients' factor, addresses of a tensor α and β
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 META_UPDATE, RESET, RESET_MOMENTUM = (tl.constexpr(1 << i) for i in range(3))  # bits of `mode`
+EMPTY = 16  # stands for the address of a gradient without elements, which is null in torch
 
 
 @triton.jit
@@ -35,12 +36,6 @@ def _rounded(x, dtype: tl.constexpr):
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)
     return x.to(dtype)
-
-
-@triton.jit
-def _is_set(number):
-    """number ≠ 0 as a mask [1], since the interpreter cannot broadcast the comparison of a scalar."""
-    return number + tl.zeros([1], number.dtype) != 0
 
 
 @triton.jit
@@ -89,7 +84,7 @@ def _inner_step(
     if ALIGNED:
         gradient = tl.multiple_of(gradient, [1, 16])
     mu = tl.load(h + 1).to(WORK)
-    has_momentum = _is_set(mu)
+    has_momentum = tl.full([1], mu, WORK) != 0  # masks have a shape, since the interpreter cannot broadcast a scalar one
     g = tl.load(gradient, mask=mask & has, other=0).to(WORK)
     x = _stored(theta, master, spot, mask, WORK)
     old = tl.load(v + spot, mask=mask & has_momentum, other=0).to(WORK)
@@ -97,20 +92,20 @@ def _inner_step(
     lr = _learning_rate(h, h + 9)
     gain = (1 - tl.load(h + 2)).to(WORK)
     weight_decay = tl.load(h + 3).to(WORK)
-    nesterov, maximize = _is_set(tl.load(h + 4)), _is_set(tl.load(h + 5))
+    nesterov, maximize = tl.full([1], tl.load(h + 4), tl.float64) != 0, tl.full([1], tl.load(h + 5), tl.float64) != 0
     g = g * scale.to(WORK)
     if nonfinite is not None:
         bad = tl.max((tl.abs(g) < float("inf")).to(tl.int32) ^ 1, axis=1)
         tl.store(nonfinite + rows, bad.to(tl.uint8), mask=here & (bad != 0))
     d = tl.where(maximize, -g, g)
-    d = tl.where(_is_set(weight_decay), tl.fma(weight_decay + tl.zeros_like(x), x, d), d)
-    new = tl.fma(gain + tl.zeros_like(d), d, mu * old)
+    d = tl.where(tl.full([1], weight_decay, WORK) != 0, tl.fma(weight_decay, x, d), d)
+    new = tl.fma(gain, d, mu * old)
     if started is not None:
         new = tl.where((tl.load(started + rows, mask=here, other=1) != 0)[:, None], new, d)
-    u = tl.where(has_momentum, tl.where(nesterov, tl.fma(mu + tl.zeros_like(d), new, d), new), d)
+    u = tl.where(has_momentum, tl.where(nesterov, tl.fma(mu, new, d), new), d)
     new = tl.where(clear, 0.0, tl.where(has, new, old))
     tl.store(v + spot, _rounded(new, v.dtype.element_ty), mask=mask & (clear | (has & has_momentum)))
-    return tl.where(has, tl.fma((-lr).to(WORK) + tl.zeros_like(x), u, x), x), spot, mask
+    return tl.where(has, tl.fma((-lr).to(WORK), u, x), x), spot, mask
 
 
 @triton.jit
@@ -128,11 +123,12 @@ def _step(
         )
         _store(theta, master, spot, mask, x)
     else:
-        meta_update, reset = _is_set(mode & META_UPDATE), _is_set(mode & RESET)
-        clear = reset & _is_set(mode & RESET_MOMENTUM)
+        bits = tl.full([1], mode, tl.int32)
+        meta_update, reset = (bits & META_UPDATE) != 0, (bits & RESET) != 0
+        clear = reset & ((bits & RESET_MOMENTUM) != 0)
         p = tl.load(phi + column + numbers, mask=inside, other=0)
         meta_lr, shift = _learning_rate(h + 6, h + 10), tl.load(h + 7).to(WORK)
-        total = tl.zeros([BLOCK], WORK)
+        total = tl.full([BLOCK], 0, WORK)
         for t in tl.static_range(0, T, ROWS):
             here = t + rows < T
             x, spot, mask = _inner_step(
@@ -141,7 +137,7 @@ def _step(
             total += tl.sum(tl.where(here[:, None], x - p[None, :], 0.0), axis=0)
             if T > ROWS:
                 _store(theta, master, spot, mask, x)
-        moves = meta_update & _is_set(meta_lr)
+        moves = meta_update & (tl.full([1], meta_lr, tl.float64) != 0)
         delta = tl.where(moves, total * (meta_lr / T).to(WORK), 0.0)
         p = tl.where(moves, p + delta, p)
         tl.store(phi + column + numbers, p, mask=inside & moves)
@@ -150,8 +146,8 @@ def _step(
                 spot = (t + rows).to(tl.int64)[:, None] * stride + (column + numbers)[None, :]
                 mask = (t + rows < T)[:, None] & inside[None, :]
                 x = _stored(theta, master, spot, mask, WORK)
-            x = tl.where(moves, tl.fma(shift + tl.zeros_like(x), tl.broadcast_to(delta[None, :], x.shape), x), x)
-            _store(theta, master, spot, mask, tl.where(reset, tl.broadcast_to(p[None, :], x.shape), x))
+            x = tl.where(moves, tl.fma(shift, delta[None, :], x), x)
+            _store(theta, master, spot, mask, tl.where(reset, p[None, :], x))
 
 
 @triton.jit
@@ -293,7 +289,7 @@ class Launcher:
     def __call__(self, gradients: Sequence[Tensor | None], hyper: Sequence[Hyper], control: Control) -> None:
         if not self.num_tiles and control.counting is None:
             return
-        table = self._send([0 if g is None else g.data_ptr() for g in gradients], hyper[: self.num_groups], control.inverse_scale)
+        table = self._send([0 if g is None else g.data_ptr() or EMPTY for g in gradients], hyper[: self.num_groups], control.inverse_scale)
         counting, shared, head = control.counting, self.shared, self.head
         started, dampened = None, any(h.dampening and h.momentum for h in hyper)
         if counting is not None:

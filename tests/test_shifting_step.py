@@ -12,14 +12,20 @@ from step_cases import Case, assert_as_exact_as_reference, build, cases, places,
 from cts_fast import ShiftingMetaOptimizer
 
 PLACES = places()
+# Triton's interpreter is slow: tests/test_triton_backend.py gives it fewer random cases
+QUICK = [place for place in PLACES if place != ("triton", "cpu")]
 everywhere = pytest.mark.parametrize(("backend", "device"), PLACES, ids=["-".join(place) for place in PLACES])
 everywhere_and_reference = pytest.mark.parametrize(
     ("backend", "device"), [*PLACES, ("reference", "cpu")], ids=["-".join(place) for place in [*PLACES, ("reference", "cpu")]]
 )
+quickly = pytest.mark.parametrize(("backend", "device"), QUICK, ids=["-".join(place) for place in QUICK])
+quickly_and_reference = pytest.mark.parametrize(
+    ("backend", "device"), [*QUICK, ("reference", "cpu")], ids=["-".join(place) for place in [*QUICK, ("reference", "cpu")]]
+)
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=True)
 
 
-@everywhere
+@quickly
 @relaxed
 @given(case=cases())
 def test_every_backend_is_as_exact_as_the_reference(backend, device, case):
@@ -74,7 +80,7 @@ def test_one_step_by_hand(backend, device):
     assert [opt.initialization[0].item(), params[0][0].item(), params[1][0].item()] == [0.0, -1.0, -3.0]
 
 
-@everywhere_and_reference
+@quickly_and_reference
 @relaxed
 @given(case=cases())
 def test_the_shift_changes_no_offset_from_phi(backend, device, case):
@@ -88,7 +94,7 @@ def test_the_shift_changes_no_offset_from_phi(backend, device, case):
             torch.testing.assert_close(moved[at] - moved[i], still[at] - still[i])
 
 
-@everywhere_and_reference
+@quickly_and_reference
 @relaxed
 @given(case=cases(), data=st.data())
 def test_permuting_tasks_permutes_the_result(backend, device, case, data):
