@@ -1,5 +1,6 @@
 """Meta-training: one loop for every method of `cts_fast.baselines.METHODS`."""
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from .batches import TaskBatches, task_seed
 from .models import ResNet20
+
+_GLOBAL_GENERATOR = threading.Lock()  # modules draw from torch's one generator, and nets are made in many threads
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class MetaTrainSettings:
 
 def new_net(num_classes: int, *, seed: int, head: object) -> ResNet20:
     """A ResNet20 whose body depends on `seed` alone, and whose head on `seed` and the name `head`."""
-    with torch.random.fork_rng(devices=[]):
+    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(task_seed(seed, "head", head))
         net = ResNet20(num_classes)
         torch.manual_seed(task_seed(seed, "body"))

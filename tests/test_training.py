@@ -2,6 +2,7 @@
 
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -191,6 +192,15 @@ def test_held_out_losses_without_held_back_images_are_refused():
 
     with pytest.raises(ValueError, match="held_back"):
         MetaTrainer(Needy, [make_task("a")], MetaTrainSettings(2, 2, held_back=0.0), meta_lr=0.1, seed=0)
+
+
+def test_nets_made_in_many_threads_depend_on_their_seeds_alone():
+    heads = list(range(8))
+    alone = [new_net(3, seed=0, head=head) for head in heads]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda head: new_net(3, seed=0, head=head), heads))
+    for a, b in zip(alone, together):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
 
 
 def test_no_tasks_are_refused():
