@@ -21,8 +21,8 @@ def report(experiment: Experiment, out: Path, seconds: float) -> None:
     written = [*save_initializations(experiment, best, out), *draw(experiment, accuracy, out)]
     (out / "results.json").write_text(json.dumps(results(experiment, accuracy), indent=1, allow_nan=False))
     print(f"\n{table(accuracy)}\n\n{account(experiment)}\n")
-    print(textwrap.fill(f"In {out}: {', '.join(['results.json', 'metrics.csv', *written])}. "
-                        f"This took {seconds / 60:.1f} minutes.", 120))  # fmt: skip
+    files = ", ".join(["results.json", "metrics.csv", *written])
+    print(fill(f"In {out}: {files}. This took {seconds / 60:.1f} minutes."))
 
 
 def results(experiment: Experiment, accuracy: Accuracy) -> dict:
@@ -102,7 +102,12 @@ def account(experiment: Experiment) -> str:
         "All began at the same weights and saw the same batches. Then each starting point was fine-tuned on each "
         f"held-out task: {images}, {test.steps} steps of batch {test.batch_size}, with a new last layer.",
     ]
-    return "\n\n".join(textwrap.fill(paragraph, 120) for paragraph in paragraphs)
+    return "\n\n".join(map(fill, paragraphs))
+
+
+def fill(text: str) -> str:
+    """A paragraph of lines of up to 120 letters."""
+    return textwrap.fill(text, 120, break_on_hyphens=False)
 
 
 def percent(values: Sequence[float]) -> str:

@@ -23,7 +23,7 @@ from cts_fast.baselines import METHODS
 from cts_fast.data import DamagedFile, Task, load_suite
 from cts_fast.examples.presets import PRESETS
 from cts_fast.examples.report import report
-from cts_fast.experiment import Entry, Experiment, Interrupted
+from cts_fast.experiment import CheckpointError, Entry, Experiment, Interrupted
 
 PSEUDO_METHODS = ("finetune", "scratch")
 
@@ -86,12 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         experiment = prepare(args)
+    except (ValueError, OSError, DamagedFile) as error:
+        p.exit(2, f"{p.prog}: error: {error}\n")
+    try:
         experiment.run()
+    except CheckpointError as error:
+        p.exit(2, f"{p.prog}: error: {error}\n")
     except Interrupted:
         print(f"\nstopped; everything so far is in {args.out}. To go on:\n  {resume_command(argv)}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, DamagedFile) as error:
-        p.exit(2, f"{p.prog}: error: {error}\n")
     report(experiment, args.out, time.monotonic() - started)
     return 0
 
