@@ -13,8 +13,10 @@ import torch
 from image_tasks import make_suite
 from safetensors.torch import load_file
 
+from cts_fast.baselines import METHODS
 from cts_fast.data import suite
 from cts_fast.examples import resnet20, tune
+from cts_fast.examples.presets import LABELS
 from cts_fast.models import ResNet20
 
 SMALL = ["--suite", "tiny", "--horizon", "2", "--rounds", "2", "--test-steps", "2", "--test-seeds", "2"]
@@ -112,6 +114,17 @@ def test_scratch_alone_needs_no_meta_training(tmp_path):
     assert run(tmp_path, "--methods", "scratch", "--targets", "rings", "--test-seeds", "1") == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["meta_test"]) == {"scratch"} and not results["meta_train"]
+
+
+def test_all_methods_run_and_are_ranked(tmp_path, capsys):
+    arguments = ["--methods", "all", "--targets", "rings", "--rounds", "1", "--test-steps", "1", "--test-seeds", "1"]
+    assert run(tmp_path, *arguments) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["meta_test"]) == {*METHODS, "finetune", "scratch"}
+    table = capsys.readouterr().out.split("starting point")[1]
+    accuracy = {LABELS[name]: by_target["rings"]["accuracy"][0] for name, by_target in results["meta_test"].items()}
+    rows = [label for line in table.splitlines() for label in LABELS.values() if line.startswith(label + " ")]
+    assert sorted(rows) == sorted(accuracy) and [accuracy[row] for row in rows] == sorted(accuracy.values(), reverse=True)
 
 
 # Refusals
