@@ -33,10 +33,12 @@ void read3_write2(const float *g, float *v, float *theta, ptrdiff_t rows, ptrdif
     }
 }
 
-/* Reads n floats and writes them back, so that a buffer larger than the last-level cache leaves nothing else in it. */
-void walk(float *buffer, ptrdiff_t n, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (ptrdiff_t i = 0; i < n; i++) buffer[i] += 1.0f;
+/* Reads n floats and returns their sum: a buffer larger than the last-level cache leaves nothing else in it, and nothing to write back. */
+float walk(const float *buffer, ptrdiff_t n, int threads) {
+    float total = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : total)
+    for (ptrdiff_t i = 0; i < n; i += LINE) total += buffer[i];
+    return total;
 }
 
 /* 2 * 96 * n floating-point operations in registers; returns a number that depends on all of them. */

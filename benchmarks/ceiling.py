@@ -45,7 +45,7 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(built))
     pointer, number = ctypes.c_void_p, ctypes.c_ssize_t
     loaded.read3_write2.argtypes = [pointer] * 3 + [number] * 5 + [ctypes.c_int]
-    loaded.walk.argtypes = [pointer, number, ctypes.c_int]
+    loaded.walk.argtypes, loaded.walk.restype = [pointer, number, ctypes.c_int], ctypes.c_float
     loaded.arithmetic.argtypes, loaded.arithmetic.restype = [number], ctypes.c_float
     return loaded
 
@@ -95,10 +95,10 @@ def gflops_per_thread(repeats: int = 5, n: int = 2_000_000) -> float:
 
 
 class CacheFlush:
-    """Walks a buffer several times the last-level cache, so that the next run finds none of its data there."""
+    """Reads a buffer several times the last-level cache, so that the next run finds none of its data there."""
 
     def __init__(self, bytes: int) -> None:
-        self.buffer = torch.zeros(bytes // 4)
+        self.buffer = torch.ones(bytes // 4)  # written: untouched pages are all the same one
 
     def __call__(self) -> None:
         library().walk(self.buffer.data_ptr(), self.buffer.numel(), torch.get_num_threads())

@@ -9,7 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter  # noqa: E402
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator  # noqa: E402
 
 from benchmarks.tables import TITLES  # noqa: E402
 
@@ -19,11 +19,12 @@ SHOWN = {
     "compiled flat + copy": ("#56b4e9", "P"), "compiled unrolled + copy": ("#0072b2", "X"), "step(), torch": ("#cc79a7", "*"),
     "step(), cpu": ("#009e73", "o"), "3-read-2-write, same bytes": ("#009e73", None),
 }  # fmt: skip
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 FLOPS = 9  # for each of the T·P coordinates: weight decay 2, momentum 2, descent 2, mean of differences 2, shift 1
 # numbers read or written for each of the T·P coordinates, op by op, where no cache helps from one op to the next
 MOVED = {
-    "released form": 34, "naive loop": 20, "foreach": 20, "fused + foreach": 14, "flat": 20, "compiled flat": 8,
-    "compiled flat + copy": 10, "compiled unrolled + copy": 7, "step(), cpu": 5,
+    "released form": 34, "naive loop": 20, "foreach": 20, "fused + foreach": 14, "compiled flat + copy": 10,
+    "compiled unrolled + copy": 7, "step(), cpu": 5,
 }  # fmt: skip
 
 
@@ -50,20 +51,23 @@ def _roofline(table: Mapping, result: Mapping, stem: Path) -> Path:
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
     memory = table["variants"]["ceiling"]["gb_per_s"]
     compute = result["ceiling"]["gflops_per_thread"] * result["machine"]["threads"]
-    x = [0.04, compute / memory, 20]
+    x = [0.05, compute / memory, 10]
     axes.plot(x, [memory * x[0], compute, compute], color="black", linewidth=1.5)
-    axes.annotate(f"memory, {memory:.0f} GB/s", (0.1, memory * 0.1), rotation=33, ha="center", va="bottom", fontsize=8)
-    axes.annotate(f"arithmetic, {compute:.0f} GFLOP/s", (x[1] * 1.2, compute), va="bottom", fontsize=8)
+    axes.text(0.9, memory, f"memory, {memory:.0f} GB/s", ha="right", fontsize=8)
+    axes.text(x[-1], compute * 1.08, f"arithmetic, {compute:.0f} GFLOP/s", ha="right", fontsize=8)
     flop = FLOPS * table["tasks"] * table["parameters"]
     for variant, numbers in MOVED.items():
         if variant in table["variants"]:
             moved = 4 * table["parameters"] * (numbers * table["tasks"] + 2)
-            colour, marker = SHOWN.get(variant, ("#999933", "<"))
+            colour, marker = SHOWN[variant]
             axes.plot(flop / moved, flop / table["variants"][variant]["ms"] / 1e6, color=colour, marker=marker, linestyle="", label=variant)
     axes.set(
         xscale="log", yscale="log", xlabel="useful operations for each byte moved, op by op", ylabel="useful GFLOP/s",
         title=f"{TITLES[table['network']]}, T = {table['tasks']}, cold caches",
     )  # fmt: skip
+    axes.xaxis.set_major_formatter(PLAIN)
+    axes.yaxis.set_major_formatter(PLAIN)
+    axes.set_ylim(top=compute * 1.6)
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return _save(figure, stem, f"roofline-{table['network']}")
@@ -85,7 +89,7 @@ def _lines(tables: Iterable[Mapping], key: str, label: str, stem: Path, name: st
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([str(x) if key == "tasks" else f"{TITLES[t['network']]}\n{x / 1e6:.2f} M" for x, t in zip(ticks, tables, strict=True)])
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(PLAIN)
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return _save(figure, stem, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from time import perf_counter
 
 import torch
@@ -42,17 +43,22 @@ def host_time(backend: str, repeats: int, flush: CacheFlush, tasks: int = 8) -> 
         run()
         seconds.setdefault(name, []).append(perf_counter() - start)
 
-    for _ in range(repeats):
-        optimizer.zero_grad()
-        for net in nets:
-            net(images).square().sum().backward()
-        timed("step, fresh gradients", optimizer.step, cold=True)
-        timed("step, same gradients", optimizer.step, cold=True)
-        call = native_call(optimizer)
-        timed("native call", call, cold=True)
-        call()
-        timed("step, same gradients, warm", optimizer.step, cold=False)
-        timed("native call, warm", call, cold=False)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            optimizer.zero_grad()
+            for net in nets:
+                net(images).square().sum().backward()
+            timed("step, fresh gradients", optimizer.step, cold=True)
+            timed("step, same gradients", optimizer.step, cold=True)
+            call = native_call(optimizer)
+            timed("native call", call, cold=True)
+            call()
+            timed("step, same gradients, warm", optimizer.step, cold=False)
+            timed("native call, warm", call, cold=False)
+    finally:
+        gc.enable()
     rows = {name: summary(times[1:]) for name, times in seconds.items()}
     for name, base in (
         ("step, fresh gradients", "native call"),
