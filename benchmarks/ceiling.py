@@ -26,10 +26,10 @@ SHAPES = (
 
 def unavailable() -> str | None:
     """Why the ceiling cannot be measured here; None if it can."""
-    return None if _compiler() else "no C compiler (cc, gcc or clang) on the PATH"
+    return None if compiler() else "no C compiler (cc, gcc or clang) on the PATH"
 
 
-def _compiler() -> str | None:
+def compiler() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
 
 
@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "ceiling.so"
         flags = ["-O3", "-march=native", "-fPIC", "-shared", "-fopenmp"]
-        subprocess.run([_compiler(), *flags, str(SOURCE), "-o", str(built)], check=True, capture_output=True)
+        subprocess.run([compiler(), *flags, str(SOURCE), "-o", str(built)], check=True, capture_output=True)
         loaded = ctypes.CDLL(str(built))
     pointer, number = ctypes.c_void_p, ctypes.c_ssize_t
     loaded.read3_write2.argtypes = [pointer] * 3 + [number] * 5 + [ctypes.c_int]

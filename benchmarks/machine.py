@@ -66,10 +66,10 @@ def _read(path: str) -> str | None:
         return None
 
 
-def _compiler_version() -> str | None:
-    from benchmarks.ceiling import _compiler
+def compiler_version() -> str | None:
+    from benchmarks.ceiling import compiler
 
-    compiler = _compiler()
+    compiler = compiler()
     if compiler is None:
         return None
     return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
