@@ -30,6 +30,7 @@ def unavailable() -> str | None:
 
 
 def compiler() -> str | None:
+    """The C compiler's path; None if there is none."""
     return next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
 
 

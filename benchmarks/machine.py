@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import cts_fast
+from benchmarks import ceiling
 
 
 def describe() -> dict[str, object]:
@@ -66,10 +67,6 @@ def _read(path: str) -> str | None:
         return None
 
 
-def compiler_version() -> str | None:
-    from benchmarks.ceiling import compiler
-
-    compiler = compiler()
-    if compiler is None:
-        return None
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+def _compiler_version() -> str | None:
+    found = ceiling.compiler()
+    return found and subprocess.run([found, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
