@@ -36,6 +36,5 @@ class Progress:
             self.bar.update()
         elif self.done % self.every == 0 or self.done == self.total:
             speed = (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
-            print(
-                f"{self.title}: {self.done}/{self.total} {self.unit}s, {note}, {speed:.2f} {self.unit}s/s", flush=True
-            )
+            note = note and f"{note}, "
+            print(f"{self.title}: {self.done}/{self.total} {self.unit}s, {note}{speed:.2f} {self.unit}s/s", flush=True)
