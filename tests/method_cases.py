@@ -4,7 +4,9 @@ import torch
 
 
 class Quadratics:
-    """L_t(θ) = ½ (θ − c_t)ᵀ A_t (θ − c_t) and the held-out L_t^held with a centre of its own; θ is a vector [3] and a matrix [2, 2].
+    """L_t(θ) = ½ (θ − c_t)ᵀ A_t (θ − c_t) and the held-out L_t^held with a centre of its own.
+
+    θ is a vector [3] and a matrix [2, 2].
 
     Training losses of all tasks are convex; everything is float64 and the same for the same seed.
     """
@@ -16,7 +18,8 @@ class Quadratics:
         self.c = torch.randn(tasks, 7, generator=g, dtype=torch.float64)
         self.held = self.c + 0.1 * torch.randn(tasks, 7, generator=g, dtype=torch.float64)
         self.params = [
-            [torch.nn.Parameter(torch.full(shape, start, dtype=torch.float64)) for shape in ((3,), (2, 2))] for _ in range(tasks)
+            [torch.nn.Parameter(torch.full(shape, start, dtype=torch.float64)) for shape in ((3,), (2, 2))]
+            for _ in range(tasks)
         ]
 
     def theta(self, t):

@@ -37,8 +37,11 @@ def test_the_error_on_quadratics_is_the_closed_form(draw):
         theta = theta - alpha * h * (theta - centres)
         shifts.append(beta * (theta.mean(1) - phi))
         phi, theta = phi + shifts[-1], theta + shifts[-1][:, None]
-    # U_n(a + Δ) − U_n(a) = (1 − αh)^n Δ: the shift Δ_j is exact but for the part (1 − αh)^j of it that the first j steps would have left
-    expected = sum(shift * ((1 - alpha * h) ** k - (1 - alpha * h) ** (k - j)) for j, shift in enumerate(shifts[:-1], 1)).norm(dim=-1)
+    # U_n(a + Δ) − U_n(a) = (1 − αh)^n Δ: the shift Δ_j is exact but for the part (1 − αh)^j of it that the first j
+    # steps would have left
+    expected = sum(
+        shift * ((1 - alpha * h) ** k - (1 - alpha * h) ** (k - j)) for j, shift in enumerate(shifts[:-1], 1)
+    ).norm(dim=-1)
     measured = errors(Quadratic(h, centres), draw, [(alpha, beta)], (2, k), no_progress)[0, 1]
     torch.testing.assert_close(measured, expected, rtol=1e-8, atol=0)
 
@@ -58,7 +61,12 @@ def test_settings_measured_together_equal_settings_measured_alone(draw):
 
 def test_a_network_is_the_module_that_its_description_says(draw):
     theta = draw.phi[:1]
-    parts = [p.view(s) for p, s in zip(theta[0].split([torch.Size(s).numel() for s in error_runs.SHAPES]), error_runs.SHAPES, strict=True)]
+    parts = [
+        p.view(s)
+        for p, s in zip(
+            theta[0].split([torch.Size(s).numel() for s in error_runs.SHAPES]), error_runs.SHAPES, strict=True
+        )
+    ]
     conv = torch.nn.functional.conv2d
     images, labels = draw.batch(1)
     x = images[0, 0].view(-1, 1, 8, 8)
@@ -74,7 +82,9 @@ def test_the_error_grows_with_both_rates_and_the_length_and_with_kinks():
     mean = {}
     for activation in ("softplus", "relu"):
         networks = Networks(activation, "average")
-        found = errors(networks, warmed_up(networks, draw), [(0.02, 0.02), (0.08, 0.02), (0.02, 0.2)], (5, 20), no_progress).mean(-1)
+        found = errors(
+            networks, warmed_up(networks, draw), [(0.02, 0.02), (0.08, 0.02), (0.02, 0.2)], (5, 20), no_progress
+        ).mean(-1)
         (short, base), (_, fast), (_, large) = found.tolist()
         assert base > 2 * short and fast > 1.5 * base and large > 1.5 * base
         mean[activation] = base
@@ -95,7 +105,12 @@ def test_the_program_leaves_its_files_and_resumes(monkeypatch, tmp_path, capsys)
     results = json.loads((out / "results.json").read_text())
     assert set(results["exponent"]) == {"alpha", "beta", "k"} and len(results["error"]["k"]["relu"][0]) == 2
     assert len(results["error_by_kind"]) == 4
-    assert set(load_file(out / "initialization.safetensors")) == {"softplus-average", "relu-average", "softplus-max", "relu-max"}
+    assert set(load_file(out / "initialization.safetensors")) == {
+        "softplus-average",
+        "relu-average",
+        "softplus-max",
+        "relu-max",
+    }
     assert (out / "figure-3.png").stat().st_size > 10_000 and (out / "metrics.csv").read_text().count("\n") > 20
     assert "the error grows with" in capsys.readouterr().out
     (out / "results.json").unlink()

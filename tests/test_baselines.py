@@ -99,7 +99,9 @@ def test_heads_take_the_inner_step_alone(name):
             loss.backward()
         for t in range(3):
             tasks.loss(t).backward()
-        opt.step(**given(opt, [tasks.loss(t).detach() for t in range(3)], [lambda t=t: tasks.heldout(t) for t in range(3)]))
+        opt.step(
+            **given(opt, [tasks.loss(t).detach() for t in range(3)], [lambda t=t: tasks.heldout(t) for t in range(3)])
+        )
         sgd.step()
         opt.zero_grad()
         sgd.zero_grad()
@@ -118,21 +120,33 @@ def test_every_method_runs_in_every_precision(name, dtype):
         tasks.step(opt)
         exact.step(oracle)
     assert opt.initialization[0].dtype == torch.float32
-    torch.testing.assert_close(phi_of(opt).double(), phi_of(oracle), rtol=0.05, atol=0.05 if dtype != torch.float32 else 1e-4)
+    torch.testing.assert_close(
+        phi_of(opt).double(), phi_of(oracle), rtol=0.05, atol=0.05 if dtype != torch.float32 else 1e-4
+    )
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("leap", "random-shift", "imaml")])  # these couple coordinates
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if name not in ("leap", "random-shift", "imaml")]
+)  # these couple coordinates
 def test_two_groups_with_their_own_rates_equal_two_optimizers_in_one_dimension_each(name):
     results = []
     for split in (True, False):
         p = [[torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2)] for _ in range(2)]
-        groups = [{"params": [[task[i]] for task in p], "lr": 0.1 * (i + 1), "meta_lr": 0.3 * (i + 1)} for i in range(2)]
+        groups = [
+            {"params": [[task[i]] for task in p], "lr": 0.1 * (i + 1), "meta_lr": 0.3 * (i + 1)} for i in range(2)
+        ]
         opts = [METHODS[name](groups, horizon=2)] if split else [METHODS[name]([group], horizon=2) for group in groups]
         for _ in range(5):
             for t, task in enumerate(p):
                 ((task[0] - t).square().sum() + 2 * (task[1] - t).square().sum()).backward()
             for opt in opts:
-                opt.step(**given(opt, [0.0] * 2, [lambda t=t: (p[t][0] + 1).square().sum() + (p[t][1] + 2).square().sum() for t in range(2)]))
+                opt.step(
+                    **given(
+                        opt,
+                        [0.0] * 2,
+                        [lambda t=t: (p[t][0] + 1).square().sum() + (p[t][1] + 2).square().sum() for t in range(2)],
+                    )
+                )
             for task in p:
                 task[0].grad = task[1].grad = None
         results.append(torch.cat([phi_of(opt) for opt in opts]))
@@ -162,7 +176,9 @@ def test_adding_a_group_keeps_what_the_method_has_gathered(name):
     opt, other = make(name, tasks), make(name, other_tasks)
     for i in range(6):
         if i == 3:
-            other.add_param_group({"params": [[torch.zeros(2, dtype=torch.float64)] for _ in range(3)], "shared": False})
+            other.add_param_group(
+                {"params": [[torch.zeros(2, dtype=torch.float64)] for _ in range(3)], "shared": False}
+            )
         tasks.step(opt)
         other_tasks.step(other)
     assert torch.equal(phi_of(opt), phi_of(other))
@@ -192,7 +208,9 @@ def test_missing_or_wrong_needs_raise_before_anything_moves(name):
 
 
 @every_method
-@pytest.mark.parametrize("bad", [{"lr": -1}, {"meta_lr": float("nan")}, {"horizon": 0}, {"momentum": -0.1}, {"backend": "none"}])
+@pytest.mark.parametrize(
+    "bad", [{"lr": -1}, {"meta_lr": float("nan")}, {"horizon": 0}, {"momentum": -0.1}, {"backend": "none"}]
+)
 def test_bad_options_raise(name, bad):
     with pytest.raises(ValueError):
         make(name, Quadratics(), **bad)
@@ -213,7 +231,8 @@ def test_methods_of_whole_rounds_need_a_horizon(name):
 
 
 @pytest.mark.parametrize("name, bad", [
-    ("imaml", {"cg_steps": 0}), ("imaml", {"lam": 0.0}), ("leap", {"measure": "width"}), ("random-shift", {"seed": -1}), ("no-shift", {"shift": 0.5}),
+    ("imaml", {"cg_steps": 0}), ("imaml", {"lam": 0.0}), ("leap", {"measure": "width"}), ("random-shift", {"seed": -1}),
+    ("no-shift", {"shift": 0.5}),
 ])  # fmt: skip
 def test_bad_options_of_one_method_raise(name, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -221,5 +240,18 @@ def test_bad_options_of_one_method_raise(name, bad):
 
 
 def test_the_registry_has_the_names_of_the_command_line():
-    assert list(METHODS) == ["cts", "reptile", "fomaml", "fomaml++", "imaml", "leap", "mtl", "no-shift", "random-shift", "cts-accurate"]
-    assert METHODS["cts"] is ShiftingMetaOptimizer and all(issubclass(method, ShiftingMetaOptimizer) for method in METHODS.values())
+    assert list(METHODS) == [
+        "cts",
+        "reptile",
+        "fomaml",
+        "fomaml++",
+        "imaml",
+        "leap",
+        "mtl",
+        "no-shift",
+        "random-shift",
+        "cts-accurate",
+    ]
+    assert METHODS["cts"] is ShiftingMetaOptimizer and all(
+        issubclass(method, ShiftingMetaOptimizer) for method in METHODS.values()
+    )

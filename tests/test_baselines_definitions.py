@@ -1,4 +1,4 @@
-"""Each method against its definition: by hand, in closed form on quadratics, or by second-order autograd on a small network."""
+"""Each method against its definition: by hand, in closed form on quadratics, or by second-order autograd."""
 
 import math
 
@@ -8,7 +8,18 @@ from method_cases import Quadratics, phi_of
 from torch.func import functional_call
 
 from cts_fast import ShiftingMetaOptimizer
-from cts_fast.baselines import FOMAML, IMAML, METHODS, FOMAMLPlusPlus, Leap, MultiTask, NoShifting, RandomShifting, Reptile, ShiftingAccurate
+from cts_fast.baselines import (
+    FOMAML,
+    IMAML,
+    METHODS,
+    FOMAMLPlusPlus,
+    Leap,
+    MultiTask,
+    NoShifting,
+    RandomShifting,
+    Reptile,
+    ShiftingAccurate,
+)
 from cts_fast.baselines.imaml import conjugate_gradient
 
 INNER = dict(lr=0.05, momentum=0.9, weight_decay=0.01)
@@ -39,7 +50,7 @@ def held_gradient(tasks, theta, t):
     return tasks.a[t] @ (theta - tasks.held[t])
 
 
-# Reptile, multi-task learning and the ablations ------------------------------------------------------------------------------------
+# Reptile, multi-task learning and the ablations -----------------------------------------------------------------------
 
 
 def test_reptile_moves_phi_towards_the_mean_of_the_final_parameters():
@@ -88,7 +99,10 @@ def test_no_shifting_leaves_every_trajectory_as_plain_sgd():
 
 def test_a_random_shift_has_the_norm_of_delta_and_one_direction_for_all_tasks():
     tasks, unshifted = Quadratics(), Quadratics()
-    opt, no_shift = RandomShifting(tasks.params, **INNER, meta_lr=0.1), NoShifting(unshifted.params, **INNER, meta_lr=0.1)
+    opt, no_shift = (
+        RandomShifting(tasks.params, **INNER, meta_lr=0.1),
+        NoShifting(unshifted.params, **INNER, meta_lr=0.1),
+    )
     before = phi_of(opt)
     tasks.step(opt)
     unshifted.step(no_shift)
@@ -132,7 +146,7 @@ def test_the_accurate_rule_computes_every_delta_from_a_run_of_its_own():
     assert (opt.inner_step, opt.round, opt.meta_updates) == (0, 1, 4)
 
 
-# FOMAML ----------------------------------------------------------------------------------------------------------------------------
+# FOMAML ---------------------------------------------------------------------------------------------------------------
 
 
 def test_fomaml_descends_along_the_held_out_gradient_at_the_end():
@@ -152,11 +166,14 @@ def test_fomaml_plus_plus_averages_the_held_out_gradient_along_the_trajectory():
 def test_maximize_climbs_the_held_out_value_too():
     tasks, negated = Quadratics(), Quadratics()
     negated.a = -negated.a
-    results = [round_of(one, FOMAML(one.params, lr=0.05, meta_lr=0.3, horizon=5, maximize=up), 5) for one, up in ((tasks, False), (negated, True))]
+    results = [
+        round_of(one, FOMAML(one.params, lr=0.05, meta_lr=0.3, horizon=5, maximize=up), 5)
+        for one, up in ((tasks, False), (negated, True))
+    ]
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-12, atol=0)
 
 
-# iMAML -----------------------------------------------------------------------------------------------------------------------------
+# iMAML ----------------------------------------------------------------------------------------------------------------
 
 
 def test_imaml_equals_the_exact_inverse_on_quadratics():
@@ -200,7 +217,7 @@ def test_conjugate_gradient_stops_at_negative_curvature():
     assert torch.equal(x, b)
 
 
-# Leap ------------------------------------------------------------------------------------------------------------------------------
+# Leap -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("measure, power", [("length", 1), ("energy", 2)])
@@ -230,7 +247,7 @@ def test_leap_of_a_path_that_stands_still_leaves_phi():
     assert torch.equal(before, after)
 
 
-# A small network, second order by autograd -----------------------------------------------------------------------------------------
+# A small network, second order by autograd ----------------------------------------------------------------------------
 
 
 class Regressions:
@@ -238,7 +255,10 @@ class Regressions:
 
     def __init__(self, seed=0):
         torch.manual_seed(seed)
-        self.nets = [torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Softplus(), torch.nn.Linear(4, 1)).double() for _ in range(2)]
+        self.nets = [
+            torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Softplus(), torch.nn.Linear(4, 1)).double()
+            for _ in range(2)
+        ]
         self.nets[1].load_state_dict(self.nets[0].state_dict())
         self.params = [net.parameters() for net in self.nets]
         self.data = [[(torch.randn(12, 2).double(), torch.randn(12, 1).double()) for _ in range(2)] for _ in range(2)]
@@ -266,7 +286,9 @@ class Regressions:
             theta = dict(phi)
             for _ in range(steps):
                 gradients = torch.autograd.grad(self.loss(t, 0, theta), theta.values(), create_graph=True)
-                theta = {n: p - lr * (g + lam * (p - phi[n])) for (n, p), g in zip(theta.items(), gradients, strict=True)}
+                theta = {
+                    n: p - lr * (g + lam * (p - phi[n])) for (n, p), g in zip(theta.items(), gradients, strict=True)
+                }
             total = total + self.loss(t, 1, theta) / 2
         return torch.cat([g.flatten() for g in torch.autograd.grad(total, phi.values())])
 

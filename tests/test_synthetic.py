@@ -16,7 +16,9 @@ SCORED = synthetic.square(torch.tensor(synthetic.START_AXIS, dtype=torch.float64
 def test_every_task_has_the_templates_minimum_beside_its_centre():
     torch.testing.assert_close(template(torch.tensor(3.0), torch.tensor(2.0)), torch.tensor(0.0))
     angles = torch.tensor(ANGLES, dtype=torch.float64)
-    offset = 3 * torch.stack((3 * angles.cos() + 2 * angles.sin(), 2 * angles.cos() - 3 * angles.sin()), -1)  # R(−angle)(3, 2), times 3
+    offset = 3 * torch.stack(
+        (3 * angles.cos() + 2 * angles.sin(), 2 * angles.cos() - 3 * angles.sin()), -1
+    )  # R(−angle)(3, 2), times 3
     assert Landscape().losses((centres() + offset)[:, None]).max() < 1e-20
 
 

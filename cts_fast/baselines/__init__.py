@@ -1,7 +1,8 @@
 """The methods that the shifting paper compares with, on the flat buffers and the step of `ShiftingMetaOptimizer`.
 
-A method's class names in `needs` what `step(closure=None, *, losses=None, heldout=None)` must be given beside gradients: "losses", the T
-training losses at the current θ, or "heldout", T functions that return a task's held-out loss with its graph.
+A method's class names in `needs` what `step(closure=None, *, losses=None, heldout=None)` must be given beside
+gradients: "losses", the T training losses at the current θ, or "heldout", T functions that return a task's held-out
+loss with its graph.
 """
 
 from cts_fast.baselines.ablations import NoShifting, RandomShifting, ShiftingAccurate
@@ -26,5 +27,6 @@ METHODS: dict[str, type[ShiftingMetaOptimizer]] = {  # name on the command line 
 }
 
 __all__ = [
-    "FOMAML", "FOMAMLPlusPlus", "IMAML", "Leap", "METHODS", "MultiTask", "NoShifting", "RandomShifting", "Reptile", "ShiftingAccurate",
+    "FOMAML", "FOMAMLPlusPlus", "IMAML", "Leap", "METHODS", "MultiTask", "NoShifting", "RandomShifting",
+    "Reptile", "ShiftingAccurate",
 ]  # fmt: skip

@@ -61,12 +61,15 @@ class RandomShifting(NoShifting):
     def _build(self) -> None:
         super()._build()
         self._directions = [torch.zeros_like(flat.phi) for flat in self._shared()]
-        self._direction_views = [views_of(flat, values[None]) for flat, values in zip(self._shared(), self._directions, strict=True)]
+        self._direction_views = [
+            views_of(flat, values[None]) for flat, values in zip(self._shared(), self._directions, strict=True)
+        ]
 
     def _draw_(self) -> None:
         """Normal noise into the directions, the same whatever the precision and the layout; their padding stays 0."""
         for i, (flat, views) in enumerate(zip(self._shared(), self._direction_views, strict=True)):
-            key = f"{self.param_groups[0]['seed']} {self.meta_updates} {i}"  # CPU generators hear 32 bits of a seed: mix it into them
+            # CPU generators hear 32 bits of a seed: all of it is mixed into those
+            key = f"{self.param_groups[0]['seed']} {self.meta_updates} {i}"
             generator = torch.Generator(flat.device).manual_seed(random.Random(key).getrandbits(32))
             noise = torch.randn(sum(view.numel() for view in views), device=flat.device, generator=generator)
             parts = noise.split([view.numel() for view in views])
@@ -76,8 +79,9 @@ class RandomShifting(NoShifting):
 class ShiftingAccurate(Method):
     r"""Every Δ_k from a run of its own: for k = 1 … K: θ_t ← φ; k inner steps; φ ← φ + β (mean_t θ_t − φ).
 
-    What shifting approximates, at the cost of K (K + 1) / 2 inner steps a round. Each call of `step` is one inner step, whichever run
-    it belongs to, so any training loop drives it; `inner_step` counts 1 … K (K + 1) / 2 and `meta_updates` K in a round.
+    What shifting approximates, at the cost of K (K + 1) / 2 inner steps a round. Each call of `step` is one inner step,
+    whichever run it belongs to, so any training loop drives it; `inner_step` counts 1 … K (K + 1) / 2 and
+    `meta_updates` K in a round.
 
     Source: Shin et al., ICML 2021, section 3.2 and Figure 4 ("Ours Accurate").
     """
@@ -90,7 +94,11 @@ class ShiftingAccurate(Method):
         k = math.isqrt(2 * inner_step)  # run k ends at inner step 1 + 2 + … + k
         ends = 2 * inner_step == k * (k + 1)
         last = ends and options["horizon"] is not None and k >= options["horizon"]
-        return Control(ends, ends, options["reset_momentum"]), (0 if last else inner_step, round_ + last, meta_updates + ends)
+        return Control(ends, ends, options["reset_momentum"]), (
+            0 if last else inner_step,
+            round_ + last,
+            meta_updates + ends,
+        )
 
 
 def _norm(vectors: list[torch.Tensor]) -> float:

@@ -16,8 +16,9 @@ from cts_fast.optimizer import ShiftingMetaOptimizer
 class Method(ShiftingMetaOptimizer):
     """A method on the flat buffers of `ShiftingMetaOptimizer`; its options and what it shares are described there.
 
-    A subclass names in `own_options` its further options, and in `buffers` the float buffers it keeps beside theta and phi: name →
-    whether there is one row a task (laid out as theta) or one in all (as phi). Both are part of the state dict; a reset clears buffers.
+    A subclass names in `own_options` its further options, and in `buffers` the float buffers it keeps beside theta and
+    phi: name → whether there is one row a task (laid out as theta) or one in all (as phi). Both are part of the state
+    dict; a reset clears buffers.
     """
 
     own_options: dict[str, object] = {}
@@ -36,7 +37,9 @@ class Method(ShiftingMetaOptimizer):
             if horizon is None:
                 raise ValueError(f"{name}: its meta-update comes at the end of a round; give a horizon")
             if options.setdefault("meta_interval", horizon) not in (1, horizon):
-                raise ValueError(f"{name}: its meta-update comes at the end of a round, not every {options['meta_interval']} steps")
+                raise ValueError(
+                    f"{name}: its meta-update comes at the end of a round, not every {options['meta_interval']} steps"
+                )
             options["meta_interval"] = horizon
         super().__init__(tasks, lr, **options)
         self.defaults.update(own)
@@ -46,17 +49,26 @@ class Method(ShiftingMetaOptimizer):
     def check_own_options(self, own: dict) -> None:
         """Raise ValueError for values of `own_options` that no step can use."""
 
-    # Buffers ---------------------------------------------------------------------------------------------------------------------
+    # Buffers ----------------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        kept = {p: {n: x for n, x in entry.items() if n in self.buffers} for p, entry in self.state.items()} if self.buffers else {}
+        kept = (
+            {p: {n: x for n, x in entry.items() if n in self.buffers} for p, entry in self.state.items()}
+            if self.buffers
+            else {}
+        )
         super()._build()
         self._own: list[dict[str, Tensor]] = []  # one entry a shared flat buffer: name → [T, S] or [S]
         self._views: list[dict[str, list[Tensor]]] = []  # the same in the parameters' shapes, in the order of gradients
         for flat in self._shared():
-            own = {name: torch.zeros_like(flat.theta if per_task else flat.phi, dtype=flat.work_dtype) for name, per_task in self.buffers.items()}
+            own = {
+                name: torch.zeros_like(flat.theta if per_task else flat.phi, dtype=flat.work_dtype)
+                for name, per_task in self.buffers.items()
+            }
             self._own.append(own)
-            self._views.append({name: views_of(flat, buffer if self.buffers[name] else buffer[None]) for name, buffer in own.items()})
+            self._views.append(
+                {name: views_of(flat, buffer if self.buffers[name] else buffer[None]) for name, buffer in own.items()}
+            )
             for name, views in self._views[-1].items():
                 owners = flat.params if self.buffers[name] else [segment.params[0] for segment in flat.segments]
                 for param, view in zip(owners, views, strict=True):
@@ -75,7 +87,7 @@ class Method(ShiftingMetaOptimizer):
         for buffer in chain.from_iterable(own.values() for own in self._own):
             buffer.zero_()
 
-    # The step --------------------------------------------------------------------------------------------------------------------
+    # The step ---------------------------------------------------------------------------------------------------------
 
     def _inner_step_(self, gradients, hyper: list[Hyper], control: Control, nonfinite) -> None:
         """The fused inner step of all tasks and nothing else."""
@@ -85,8 +97,10 @@ class Method(ShiftingMetaOptimizer):
         """The collected gradients of each shared flat buffer, heads left out."""
         return [g[: len(flats[0].params)] for g, flats in zip(gradients, self._flats, strict=True) if flats[0].shared]
 
-    def _heldout_gradients(self, heldout: Sequence[Callable[[], Tensor]], targets: Sequence[Sequence[Tensor]], weight: float) -> None:
-        """targets ← targets + weight · mean_t ∇ heldout_t(θ_t); targets: one list of tensors, one a segment, for each shared flat buffer."""
+    def _heldout_gradients(
+        self, heldout: Sequence[Callable[[], Tensor]], targets: Sequence[Sequence[Tensor]], weight: float
+    ) -> None:
+        """targets ← targets + weight · mean_t ∇ heldout_t(θ_t); targets: for each shared buffer, one tensor a segment."""
         for row, loss in enumerate(heldout):
             for (flat, gradients), target in zip(self._task_gradients(loss, row), targets, strict=True):
                 add_present_(target, gradients, alpha=weight / flat.rows)
@@ -99,7 +113,9 @@ class Method(ShiftingMetaOptimizer):
         return [(flat, [next(gradients) for _ in flat.segments]) for flat in shared]
 
     def _finish_(self, hyper: list[Hyper], control: Control, meta_gradient: Sequence[Tensor] | None) -> None:
-        """phi ← phi − β meta_gradient where a meta-update is due, and the reset. meta_gradient: [S] for each shared flat buffer."""
+        """phi ← phi − β meta_gradient where a meta-update is due, and the reset. meta_gradient: [S] a buffer."""
+        if not (control.meta_update or control.reset):
+            return
         for i, flat in enumerate(self._shared()):
             if control.meta_update:
                 for columns, h in blocks(flat, hyper):
@@ -116,7 +132,9 @@ def evaluate(heldout: Callable[[], Tensor], row: int) -> Tensor:
     with torch.enable_grad():
         loss = heldout()
     if not isinstance(loss, Tensor) or not loss.requires_grad or loss.numel() != 1:
-        raise ValueError(f"task {row}: its heldout returned {loss!r}; it must return one loss with its graph (do not detach it)")
+        raise ValueError(
+            f"task {row}: its heldout returned {loss!r}; it must return one loss with its graph (do not detach it)"
+        )
     return loss
 
 
@@ -126,7 +144,7 @@ def views_of(flat: Flat, rows: Tensor) -> list[Tensor]:
 
 
 def blocks(flat: Flat, hyper: Sequence[Hyper]) -> Iterator[tuple[slice, Hyper]]:
-    """Columns of each run of segments that belong to one param group, padding included, and the group's hyper-parameters."""
+    """Columns of each run of segments of one param group, padding included, and the group's hyper-parameters."""
     segments, first = flat.segments, 0
     for n in range(1, len(segments) + 1):
         if n == len(segments) or segments[n].group != segments[first].group:

@@ -11,8 +11,8 @@ from cts_fast.ops import Control, Hyper
 class FOMAML(Method):
     r"""φ ← φ − β mean_t ∇L_t^held(θ_t) after K inner steps, then θ_t ← φ: MAML's meta-gradient with dθ_K/dφ taken as I.
 
-    `step` needs heldout: T functions that return the loss, with its graph, of held-out data at the current θ_t. They are called at K.
-    With `maximize` the held-out value is maximized too.
+    `step` needs heldout: T functions that return the loss, with its graph, of held-out data at the current θ_t. They
+    are called at K. With `maximize` the held-out value is maximized too.
 
     Source: Finn et al., "Model-Agnostic Meta-Learning", ICML 2017, section 5.2; Nichol et al., 2018.
     """
@@ -32,7 +32,9 @@ class FOMAML(Method):
 
 
 class FOMAMLPlusPlus(Method):
-    r"""φ ← φ − β (1/K) Σ_{k=1…K} mean_t ∇L_t^held(θ_t,k), then θ_t ← φ: FOMAML with MAML++'s multi-step loss, all weights equal.
+    r"""φ ← φ − β (1/K) Σ_{k=1…K} mean_t ∇L_t^held(θ_t,k), then θ_t ← φ.
+
+    FOMAML with the multi-step loss of MAML++, all weights equal.
 
     `step` needs heldout, as in `FOMAML`; they are called after every inner step.
 
@@ -46,10 +48,12 @@ class FOMAMLPlusPlus(Method):
 
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
         self._inner_step_(gradients, hyper, control, nonfinite)
-        self._heldout_gradients(heldout, [views["meta_gradient"] for views in self._views], 1 / self.param_groups[0]["horizon"])
+        self._heldout_gradients(
+            heldout, [views["meta_gradient"] for views in self._views], 1 / self.param_groups[0]["horizon"]
+        )
         self._finish_(descending(hyper), control, [own["meta_gradient"] for own in self._own])
 
 
 def descending(hyper: list[Hyper]) -> list[Hyper]:
-    """Hyper-parameters whose meta_lr has the sign that descends, or with `maximize` ascends, along the held-out gradient."""
+    """Hyper-parameters whose meta_lr descends, or with `maximize` ascends, along the held-out gradient."""
     return [h._replace(meta_lr=-h.meta_lr) if h.maximize else h for h in hyper]

@@ -1,7 +1,8 @@
 """Implicit MAML: the meta-gradient of a proximal inner problem, whatever path led to its solution.
 
-Rajeswaran et al. write φ_i for the parameters of task i and θ for the meta-parameters; here, as everywhere in this package, θ_t are the
-task's and φ the initialization. Their G(φ_i, θ) = L̂_i(φ_i) + λ/2 ‖φ_i − θ‖² reads L_t(θ_t) + λ/2 ‖θ_t − φ‖².
+Rajeswaran et al. write φ_i for the parameters of task i and θ for the meta-parameters; here, as everywhere in this
+package, θ_t are the task's and φ the initialization. Their G(φ_i, θ) = L̂_i(φ_i) + λ/2 ‖φ_i − θ‖² reads L_t(θ_t) + λ/2
+‖θ_t − φ‖².
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from cts_fast.ops import Control, Hyper
 class IMAML(Method):
     r"""φ ← φ − β mean_t (I + H_t/λ)⁻¹ ∇L_t^held(θ_t) after K inner steps on L_t(θ_t) + λ/2 ‖θ_t − φ‖², then θ_t ← φ.
 
-    The inverse is taken by conjugate gradient with exact Hessian-vector products; weight decay is part of H_t, as it is of the inner
-    problem. Should a direction of negative curvature of I + H_t/λ turn up, the solution found so far is taken.
+    The inverse is taken by conjugate gradient with exact Hessian-vector products; weight decay is part of H_t, as it is
+    of the inner problem. Should a direction of negative curvature of I + H_t/λ turn up, the solution found so far is
+    taken.
 
-    `step` needs heldout: T functions that return a loss with its graph at the current θ_t. At K each is called twice: the first loss
-    gives ∇L_t^held, the second H_t (a training loop may return the training loss there; the next held-out batch estimates it too).
+    `step` needs heldout: T functions that return a loss with its graph at the current θ_t. At K each is called twice:
+    the first loss gives ∇L_t^held, the second H_t (a training loop may return the training loss there; the next
+    held-out batch estimates it too).
 
     cg_steps: iterations of conjugate gradient. lam: λ, the weight of the proximal term.
 
     Raises ValueError for `maximize`: give the negative loss.
 
-    Source: Rajeswaran et al., "Meta-Learning with Implicit Gradients", NeurIPS 2019, Eq. (3) and Algorithms 1 and 2 (λ = 1, 5 iterations).
+    Source: Rajeswaran et al., "Meta-Learning with Implicit Gradients", NeurIPS 2019, Eq. (3) and Algorithms 1 and 2 (λ
+    = 1, 5 iterations).
     """
 
     needs = frozenset({"heldout"})
@@ -57,7 +61,11 @@ class IMAML(Method):
         meta_gradient = None
         if control.meta_update:
             meta_gradient = [torch.zeros_like(flat.phi) for flat in self._shared()]
-            targets = [view for flat, values in zip(self._shared(), meta_gradient, strict=True) for view in views_of(flat, values[None])]
+            targets = [
+                view
+                for flat, values in zip(self._shared(), meta_gradient, strict=True)
+                for view in views_of(flat, values[None])
+            ]
             for row, loss in enumerate(heldout):
                 add_present_(targets, self._implicit_gradient(loss, row, hyper), alpha=1 / self.num_tasks)
         self._finish_(hyper, control, meta_gradient)
@@ -72,13 +80,19 @@ class IMAML(Method):
                 torch.sub(work_theta(flat), flat.phi, out=rows)
                 rows.mul_(self.param_groups[0]["lam"] / inverse_scale)
                 add_present_(terms, collected[: len(terms)])
-            tensors = [None if g is None else term for g, term in zip(collected, terms, strict=False)] + collected[len(terms) :]
+            tensors = [None if g is None else term for g, term in zip(collected, terms, strict=False)] + collected[
+                len(terms) :
+            ]
             result.append(Gradients.of(tensors))
         return result
 
     def _implicit_gradient(self, heldout: Callable[[], Tensor], row: int, hyper: list[Hyper]) -> list[Tensor]:
         """(I + H/λ)⁻¹ ∇L^held of one task, one tensor a segment."""
-        gradient = [g for flat, found in self._task_gradients(heldout, row) for g in _filled(found, [s.params[row] for s in flat.segments])]
+        gradient = [
+            g
+            for flat, found in self._task_gradients(heldout, row)
+            for g in _filled(found, [s.params[row] for s in flat.segments])
+        ]
         segments = [segment for flat in self._shared() for segment in flat.segments]
         params = [segment.params[row] for segment in segments]
         decay, lam = [hyper[segment.group].weight_decay for segment in segments], self.param_groups[0]["lam"]
@@ -90,7 +104,11 @@ class IMAML(Method):
         def operator(vectors: Sequence[Tensor]) -> list[Tensor]:
             """(I + H/λ) v."""
             outputs = [v for v, g in zip(vectors, slope, strict=True) if g is not None and g.requires_grad]
-            products = torch.autograd.grad(curved, params, outputs, retain_graph=True, allow_unused=True) if curved else [None] * len(params)
+            products = (
+                torch.autograd.grad(curved, params, outputs, retain_graph=True, allow_unused=True)
+                if curved
+                else [None] * len(params)
+            )
             return [
                 v + (hv + wd * v) / lam for v, hv, wd in zip(vectors, _filled(products, params), decay, strict=True)
             ]
@@ -98,10 +116,13 @@ class IMAML(Method):
         return conjugate_gradient(operator, gradient, self.param_groups[0]["cg_steps"])
 
 
-def conjugate_gradient(operator: Callable[[Sequence[Tensor]], list[Tensor]], b: Sequence[Tensor], steps: int) -> list[Tensor]:
+def conjugate_gradient(
+    operator: Callable[[Sequence[Tensor]], list[Tensor]], b: Sequence[Tensor], steps: int
+) -> list[Tensor]:
     """x with operator(x) ≈ b for a symmetric positive operator, from x = 0; b: the parts of one vector.
 
-    Ends early at the solution, or where it meets a direction of curvature ≤ 0 (x so far; b itself in the first iteration).
+    Ends early at the solution, or where it meets a direction of curvature ≤ 0 (x so far; b itself in the first
+    iteration).
     Source: Hestenes and Stiefel, 1952; Steihaug, 1983, for the early end.
     """
     x, residual, direction = [torch.zeros_like(part) for part in b], list(b), list(b)
@@ -123,7 +144,9 @@ def conjugate_gradient(operator: Callable[[Sequence[Tensor]], list[Tensor]], b: 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """The inner product of two vectors given in parts."""
-    return math.fsum(torch.stack([(p.double() * q.double()).sum().to(a[0].device) for p, q in zip(a, b, strict=True)]).tolist())
+    return math.fsum(
+        torch.stack([(p.double() * q.double()).sum().to(a[0].device) for p, q in zip(a, b, strict=True)]).tolist()
+    )
 
 
 def _filled(gradients: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor]:

@@ -14,11 +14,13 @@ class Leap(Method):
 
     .. code-block:: text
 
-        F  = Σ_k ‖γ_{k+1} − γ_k‖^p,  γ_k = (θ_k, L(θ_k)),  p = 1 (length) or 2 (energy), γ_{k+1} held fixed, dθ_k/dφ taken as I
+        F  = Σ_k ‖γ_{k+1} − γ_k‖^p,  γ_k = (θ_k, L(θ_k)),  p = 1 (length) or 2 (energy)
         ∇F = −p Σ_k ‖γ_{k+1} − γ_k‖^(p−2) (θ_{k+1} − θ_k + (L(θ_{k+1}) − L(θ_k)) ∇L(θ_k))
 
-    `step` needs losses: the T losses whose gradients it is given, so that loss, gradient and parameters are of one point. K calls see
-    the K points θ_0 … θ_{K−1}, hence K − 1 segments: the loss at θ_K would cost a further forward pass.
+    In ∇F the end γ_{k+1} of a segment is held fixed and dθ_k/dφ is taken as I.
+    `step` needs losses: the T losses whose gradients it is given, so that loss, gradient and parameters are of one
+    point. K calls see the K points θ_0 … θ_{K−1}, hence K − 1 segments: the loss at θ_K would cost a further forward
+    pass.
 
     measure: "length" (the default) or "energy".
 
@@ -37,7 +39,9 @@ class Leap(Method):
             raise ValueError(f'Invalid measure: {own["measure"]!r}; known: "length", "energy"')
 
     def _build(self) -> None:
-        params = next(segment.params for segment in self._segments() if segment.task is None)  # one a task: they keep its last loss
+        params = next(
+            segment.params for segment in self._segments() if segment.task is None
+        )  # one a task: they keep its last loss
         kept = [self.state[param]["previous_loss"] for param in params if "previous_loss" in self.state.get(param, {})]
         super()._build()
         self._previous_loss = torch.zeros(len(params), dtype=torch.float64, device=params[0].device)
@@ -47,7 +51,12 @@ class Leap(Method):
             self.state[param]["previous_loss"] = self._previous_loss[i]
 
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
-        loss = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self._previous_loss.device).detach().reshape(()) for x in losses])
+        loss = torch.stack(
+            [
+                torch.as_tensor(x, dtype=torch.float64, device=self._previous_loss.device).detach().reshape(())
+                for x in losses
+            ]
+        )
         if self.inner_step:
             self._add_segment_(loss - self._previous_loss)
         if not control.reset:
@@ -58,20 +67,24 @@ class Leap(Method):
     def _keep_point_(self, loss: Tensor, gradients, inverse_scale: float) -> None:
         """The loss [T], θ and ∇L of this point of the paths, for the segment that ends at the next."""
         self._previous_loss.copy_(loss)
-        for flat, own, views, found in zip(self._shared(), self._own, self._views, self._shared_gradients(gradients), strict=True):
+        for flat, own, views, found in zip(
+            self._shared(), self._own, self._views, self._shared_gradients(gradients), strict=True
+        ):
             own["previous_theta"].copy_(work_theta(flat))
             copy_present_(views["previous_gradient"], found)
             if inverse_scale != 1:
                 own["previous_gradient"].mul_(inverse_scale)
 
     def _add_segment_(self, loss_change: Tensor) -> None:
-        """Add the segment from the kept point to the present one to the meta-gradient; loss_change: L(θ_{k+1}) − L(θ_k), [T]."""
+        """Add the segment from the kept point to this one; loss_change: L(θ_{k+1}) − L(θ_k), [T]."""
         p = 1 if self.param_groups[0]["measure"] == "length" else 2
         squared = loss_change.square()
         for flat, own in zip(self._shared(), self._own, strict=True):
             moved_back = own["previous_theta"].sub_(work_theta(flat))
             squared = squared + torch.linalg.vector_norm(moved_back, dim=1).to(squared).square()
-        weight = torch.where(squared > 0, p * squared ** (p / 2 - 1), 0) / len(squared)  # a path that stands still has no direction
+        weight = torch.where(squared > 0, p * squared ** (p / 2 - 1), 0) / len(
+            squared
+        )  # a path that stands still has no direction
         for own in self._own:
             total = own["meta_gradient"]
             total.addmv_(own["previous_theta"].T, weight.to(total))

@@ -5,11 +5,11 @@ from cts_fast.ops import Control, Hyper
 
 
 class MultiTask(Method):
-    r"""φ ← φ − α u with the gradient of mean_t L_t(φ), and θ_t = φ at all times: plain SGD on one shared body with T heads.
+    r"""φ ← φ − α u with the gradient of mean_t L_t(φ), and θ_t = φ at all times: plain SGD on one body.
 
-    The inner step is linear in gradient and momentum, so T steps from the same θ followed by θ_t, φ ← mean_t θ_t are that step: the
-    fused op with β = 1 and a reset that keeps the momentum. There is no meta-update to set: `meta_lr`, `shift`, `meta_interval` and
-    `reset_momentum` have no effect, and `horizon` only counts rounds.
+    The inner step is linear in gradient and momentum, so T steps from the same θ followed by θ_t, φ ← mean_t θ_t are
+    that step: the fused op with β = 1 and a reset that keeps the momentum. There is no meta-update to set: `meta_lr`,
+    `shift`, `meta_interval` and `reset_momentum` have no effect, and `horizon` only counts rounds.
 
     Source: Caruana, "Multitask Learning", 1997; Shin et al., ICML 2021, section 4 (MTL).
     """

@@ -2,10 +2,11 @@
 
     python -m cts_fast.examples.approximation_error
 
-Measures the norm of U_k(φ + Δ_1 + … + Δ_{k−1}) − U_1(… U_1(U_1(φ) + Δ_1) … + Δ_{k−1}) against the inner rate α, the meta rate β, the
-length k, and the kind of activation and pooling, and fits the order of growth. The paper's set-up is in a supplement that is not
-available; this one is our own choice: three 5-class tasks of noisy random prototypes, 8 × 8 pixels, a convolutional network with three
-layers, plain SGD on batches of 16, float64, φ after 100 steps of joint training.
+Measures the norm of U_k(φ + Δ_1 + … + Δ_{k−1}) − U_1(… U_1(U_1(φ) + Δ_1) … + Δ_{k−1}) against the inner rate α, the
+meta rate β, the length k, and the kind of activation and pooling, and fits the order of growth. The paper's set-up is
+in a supplement that is not available; this one is our own choice: three 5-class tasks of noisy random prototypes, 8 × 8
+pixels, a convolutional network with three layers, plain SGD on batches of 16, float64, φ after 100 steps of joint
+training.
 """
 
 from __future__ import annotations
@@ -28,15 +29,25 @@ GRIDS = {"alpha": (0.005, 0.01, 0.02, 0.04, 0.08), "beta": (0.002, 0.0063, 0.02,
 THEORY = {"alpha": "0 to 1", "beta": "1 to 2", "k": "1 to 2"}  # orders of β α h k² + β² k
 COMBINATIONS = (("softplus", "average"), ("relu", "average"), ("softplus", "max"), ("relu", "max"))
 COLOURS = {"softplus": "#0072B2", "relu": "#D55E00"}
-NAMES = {"softplus": "Softplus", "relu": "ReLU", "alpha": "inner learning rate α", "beta": "meta learning rate β", "k": "trajectory length k"}
+NAMES = {
+    "softplus": "Softplus",
+    "relu": "ReLU",
+    "alpha": "inner learning rate α",
+    "beta": "meta learning rate β",
+    "k": "trajectory length k",
+}
 
 
 def measure(activation: str, pool: str, draw: Draw, panels: Sequence[str], advance=lambda: None) -> dict[str, Tensor]:
-    """Errors [grid, DRAWS] of each panel; advance is called 2 K times for the rates and 2 max k times for the lengths."""
+    """Errors [grid, DRAWS] of each panel; advance is called 2 K times for rates and 2 max k times for lengths."""
     networks = Networks(activation, pool)
     draw = warmed_up(networks, draw)
     result = {}
-    settings = {"alpha": [(x, BETA) for x in GRIDS["alpha"]], "beta": [(ALPHA, x) for x in GRIDS["beta"]], "default": [(ALPHA, BETA)]}
+    settings = {
+        "alpha": [(x, BETA) for x in GRIDS["alpha"]],
+        "beta": [(ALPHA, x) for x in GRIDS["beta"]],
+        "default": [(ALPHA, BETA)],
+    }
     rates = [panel for panel in panels if panel != "k"]
     found = errors(networks, draw, [one for panel in rates for one in settings[panel]], [K], advance)[:, 0]
     result.update(zip(rates, found.split([len(settings[panel]) for panel in rates]), strict=True))
@@ -53,7 +64,15 @@ def exponent(grid: Sequence[float], values: Tensor) -> float:
 
 def run(args: argparse.Namespace) -> str:
     """All stages, the figure and the files; returns the table."""
-    config = {"draws": DRAWS, "tasks": TASKS, "alpha": ALPHA, "beta": BETA, "k": K, "grids": {n: list(g) for n, g in GRIDS.items()}, "seed": args.seed}
+    config = {
+        "draws": DRAWS,
+        "tasks": TASKS,
+        "alpha": ALPHA,
+        "beta": BETA,
+        "k": K,
+        "grids": {n: list(g) for n, g in GRIDS.items()},
+        "seed": args.seed,
+    }
     work = study.Study(args.out, config, resume=args.resume, device=args.device)
     draw = Draw.new(args.seed, DRAWS, TASKS, max(GRIDS["k"]), args.device)
     found = {}
@@ -61,41 +80,68 @@ def run(args: argparse.Namespace) -> str:
         panels = ("alpha", "beta", "k") if pool == "average" else ("default",)
         total = 2 * K + 2 * max(GRIDS["k"]) * ("k" in panels)
         found[activation, pool] = work.stage(
-            f"{activation}-{pool}", total, lambda advance, a=activation, p=pool, q=panels: measure(a, p, draw, q, advance)
+            f"{activation}-{pool}",
+            total,
+            lambda advance, a=activation, p=pool, q=panels: measure(a, p, draw, q, advance),
         )
     curves = {panel: {a: found[a, "average"][panel] for a in COLOURS} for panel in GRIDS}
     middle = GRIDS["k"].index(K)
     kinds = {(a, p): found[a, p]["default"][0] if p == "max" else found[a, p]["k"][middle] for a, p in COMBINATIONS}
-    orders = {panel: {a: exponent(GRIDS[panel], values.mean(1)) for a, values in by.items()} for panel, by in curves.items()}
+    orders = {
+        panel: {a: exponent(GRIDS[panel], values.mean(1)) for a, values in by.items()} for panel, by in curves.items()
+    }
     results = {
-        "error": {panel: {"grid": list(GRIDS[panel]), **{a: values.tolist() for a, values in by.items()}} for panel, by in curves.items()},
+        "error": {panel: {"grid": list(GRIDS[panel]), **{a: values.tolist() for a, values in by.items()}}
+                  for panel, by in curves.items()},
         "error_by_kind": {f"{a}, {p} pooling": values.tolist() for (a, p), values in kinds.items()},
         "exponent": orders, "theory": THEORY,
     }  # fmt: skip
     rows = [(panel, x, a, "average", i, e) for panel, by in curves.items() for a, v in by.items()
             for x, draws in zip(GRIDS[panel], v.tolist(), strict=True) for i, e in enumerate(draws)]  # fmt: skip
     rows += [("kind", "", a, p, i, e) for (a, p), values in kinds.items() for i, e in enumerate(values.tolist())]
-    work.write(results, ("panel", "value", "activation", "pooling", "draw", "error"), rows, {f"{a}-{p}": one["phi"] for (a, p), one in found.items()})
+    work.write(
+        results,
+        ("panel", "value", "activation", "pooling", "draw", "error"),
+        rows,
+        {f"{a}-{p}": one["phi"] for (a, p), one in found.items()},
+    )
     figure_3(args.out / "figure-3.png", curves, kinds, orders)
     return table(curves, kinds, orders)
 
 
 def figure_3(path: Path, curves: dict, kinds: dict, orders: dict) -> None:
-    """Error against α, β and k for both activations, and for each kind of network; mean and 95 % interval over the draws."""
+    """Error against α, β and k for both activations, and for each kind of network; mean and 95 % interval."""
     figure, (axes,) = study.grid(1, 4, 16, 3.8)
     held = {"alpha": f"β = {BETA}, k = {K}", "beta": f"α = {ALPHA}, k = {K}", "k": f"α = {ALPHA}, β = {BETA}"}
     for ax, letter, (panel, by) in zip(axes, "abc", curves.items(), strict=False):
         for activation, values in by.items():
             centres, halves = zip(*(mean_and_interval(v) for v in values.tolist()), strict=True)
             label = f"{NAMES[activation]}: order {orders[panel][activation]:.1f}"
-            ax.errorbar(GRIDS[panel], centres, halves, color=COLOURS[activation], marker="o", ms=4, lw=1.8, capsize=3, label=label)
+            ax.errorbar(
+                GRIDS[panel],
+                centres,
+                halves,
+                color=COLOURS[activation],
+                marker="o",
+                ms=4,
+                lw=1.8,
+                capsize=3,
+                label=label,
+            )
         ax.set(xscale="log", yscale="log", ylim=(1e-4, 1e-1), xlabel=NAMES[panel], title=f"({letter}) {held[panel]}")
         ax.set_xticks(GRIDS[panel], [f"{x:g}" for x in GRIDS[panel]])
         ax.minorticks_off()
         ax.legend(frameon=False, fontsize=9)
     axes[0].set_ylabel("norm of the approximation error ε")
     centres, halves = zip(*(mean_and_interval(v.tolist()) for v in kinds.values()), strict=True)
-    axes[3].bar([f"{NAMES[a]},\n{p} pool" for a, p in kinds], centres, yerr=halves, capsize=4, color=[COLOURS[a] for a, _ in kinds], width=0.65)
+    axes[3].bar(
+        [f"{NAMES[a]},\n{p} pool" for a, p in kinds],
+        centres,
+        yerr=halves,
+        capsize=4,
+        color=[COLOURS[a] for a, _ in kinds],
+        width=0.65,
+    )
     axes[3].tick_params(axis="x", labelsize=8)
     axes[3].set_title(f"(d) α = {ALPHA}, β = {BETA}, k = {K}")
     for ax in axes:
@@ -108,13 +154,15 @@ def table(curves: dict, kinds: dict, orders: dict) -> str:
     lines = ["", f"{'the error grows with':<24}{'Softplus':>10}{'ReLU':>10}{'Eq. (5)':>10}", "-" * 54]
     for panel, by in orders.items():
         lines.append(f"{NAMES[panel]:<24}{by['softplus']:>10.2f}{by['relu']:>10.2f}{THEORY[panel]:>10}")
-    lines += ["", "Fitted exponents. Eq. (5) bounds the error by O(β α h k² + β² k) for a meta-gradient θ − φ of order 1;",
+    lines += ["", "Fitted exponents. Eq. (5) bounds the error by O(β α h k² + β² k) for a meta-gradient of order 1;",
               "where θ − φ itself grows as α k, as at the start of a trajectory, its first term is of order β α² h k³.",
               "", f"{'network':<24}{'error':>10}{'± 95 %':>10}", "-" * 44]  # fmt: skip
     for (activation, pool), values in kinds.items():
         centre, half = mean_and_interval(values.tolist())
         lines.append(f"{NAMES[activation] + ', ' + pool + ' pooling':<24}{centre:>10.4f}{half:>10.4f}")
-    return "\n".join([*lines, "", f"Mean over {DRAWS} draws of data, network and batches, at α = {ALPHA}, β = {BETA}, k = {K}."])
+    return "\n".join(
+        [*lines, "", f"Mean over {DRAWS} draws of data, network and batches, at α = {ALPHA}, β = {BETA}, k = {K}."]
+    )
 
 
 def main(argv=None) -> int:

@@ -1,4 +1,4 @@
-"""The trajectories behind the approximation error: shifted ones, and the ones they stand for, on a grid of settings at once."""
+"""The trajectories behind the approximation error: shifted ones, and the ones they stand for."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ POOLS = {"average": F.avg_pool2d, "max": F.max_pool2d}
 
 @dataclass(frozen=True)
 class Draw:
-    """What one run is made of, for D draws: φ [D, P] and for every task t its images [D, T, IMAGES, SIDE²], labels and batches.
+    """What one run is made of, for D draws: φ [D, P] and each task's images [D, T, IMAGES, SIDE²], labels and batches.
 
-    batches: indices [WARM_UP + K, D, T, BATCH]; those behind the warm-up are the same for every trajectory of a draw and task.
+    batches: indices [WARM_UP + K, D, T, BATCH]; those behind the warm-up are the same for every trajectory of a draw
+    and task.
     """
 
     phi: Tensor
@@ -36,10 +37,13 @@ class Draw:
 
     @classmethod
     def new(cls, seed: int, draws: int, tasks: int, steps: int, device: torch.device | str = "cpu") -> Draw:
-        """Classes around random prototypes, other ones in every task, and a Kaiming-normal network; float64, the same on every device."""
+        """Classes around random prototypes, other ones in every task, and a Kaiming-normal network; float64."""
         g = torch.Generator().manual_seed(seed)
         scales = [math.sqrt(2 / s[1]) if len(s) == 2 else 0.0 for s in SHAPES]
-        parts = [torch.randn(draws, *s, generator=g, dtype=torch.float64) * scale for s, scale in zip(SHAPES, scales, strict=True)]
+        parts = [
+            torch.randn(draws, *s, generator=g, dtype=torch.float64) * scale
+            for s, scale in zip(SHAPES, scales, strict=True)
+        ]
         labels = torch.randint(CLASSES, (draws, tasks, IMAGES), generator=g)
         prototypes = torch.randn(draws, tasks, CLASSES, SIDE * SIDE, generator=g, dtype=torch.float64)
         images = prototypes.gather(2, labels[..., None].expand(-1, -1, -1, SIDE * SIDE))
@@ -49,13 +53,13 @@ class Draw:
         return cls(*(x.to(device) for x in (phi, images, labels, batches)))
 
     def batch(self, k: int) -> tuple[Tensor, Tensor]:
-        """Images [D, T, BATCH, SIDE²] and labels [D, T, BATCH] of the k-th step, counted from 1; of the warm-up where k ≤ 0."""
+        """Images [D, T, BATCH, SIDE²] and labels [D, T, BATCH] of step k = 1, 2, …; of the warm-up where k ≤ 0."""
         index = self.batches[WARM_UP - 1 + k]
         return self.images.gather(2, index[..., None].expand(-1, -1, -1, SIDE * SIDE)), self.labels.gather(2, index)
 
 
 class Networks:
-    """Many small convolutional networks side by side: three 3×3 convolutions with activations, two poolings, and a linear layer."""
+    """Many small networks side by side: three 3×3 convolutions with activations, two poolings, a linear layer."""
 
     def __init__(self, activation: str, pool: str) -> None:
         self.activation, self.pool = ACTIVATIONS[activation], POOLS[pool]
@@ -63,7 +67,9 @@ class Networks:
     def losses(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of each network, [N]; theta: [N, P], x: [N, B, SIDE²], y: [N, B]."""
         n, b = y.shape
-        *layers, last, last_bias = (v.view(n, *s) for v, s in zip(theta.split([math.prod(s) for s in SHAPES], 1), SHAPES, strict=True))
+        *layers, last, last_bias = (
+            v.view(n, *s) for v, s in zip(theta.split([math.prod(s) for s in SHAPES], 1), SHAPES, strict=True)
+        )
         x, side = x.reshape(n * b, 1, SIDE, SIDE), SIDE
         for i, (weight, bias) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
             patches = F.unfold(x, 3, padding=1).view(n, b, -1, side * side)
@@ -82,25 +88,38 @@ class Networks:
 
 
 def warmed_up(networks: Networks, draw: Draw) -> Draw:
-    """The draw with φ after a little joint training on all its tasks: where meta-training spends its time, not at a random network."""
+    """The draw with φ after a little joint training: meta-training spends its time there, not at random networks."""
     phi, tasks = draw.phi.clone(), draw.images.shape[1]
     for k in range(1 - WARM_UP, 1):
         phi -= WARM_UP_LR * networks.gradients(phi[:, None].expand(-1, tasks, -1), *draw.batch(k)).mean(1)
     return replace(draw, phi=phi)
 
 
-def errors(networks: Networks, draw: Draw, settings: Sequence[tuple[float, float]], ks: Sequence[int], advance: Callable[[], None]) -> Tensor:
+def errors(
+    networks: Networks,
+    draw: Draw,
+    settings: Sequence[tuple[float, float]],
+    ks: Sequence[int],
+    advance: Callable[[], None],
+) -> Tensor:
     """‖ε‖ of Eq. (5), mean over tasks, [settings, len(ks), D].
 
         ε = U_k(φ + Δ_1 + … + Δ_{k−1}) − U_1(… U_1(U_1(φ) + Δ_1) … + Δ_{k−1})
 
-    settings: (α, β) of each. ks: lengths k, ascending. Plain SGD on the same batches in both; `advance` is called 2 max(ks) times.
+    settings: (α, β) of each. ks: lengths k, ascending. Plain SGD on the same batches in both; `advance` is called 2
+    max(ks) times.
     """
-    draws, tasks = draw.phi.shape[0], draw.images.shape[1]
+    tasks = draw.images.shape[1]
     theta = [[draw.phi.clone() for _ in settings] for _ in range(tasks)]
-    groups = [{"params": [[own[s]] for own in theta], "lr": lr, "meta_lr": meta_lr} for s, (lr, meta_lr) in enumerate(settings)]
+    groups = [
+        {"params": [[own[s]] for own in theta], "lr": lr, "meta_lr": meta_lr}
+        for s, (lr, meta_lr) in enumerate(settings)
+    ]
     opt = ShiftingMetaOptimizer(groups, horizon=None)
-    starts, shifted = [], []  # for each k in ks: φ + Δ_1 + … + Δ_{k−1}, [settings, D, P]; θ_k before its own shift, [settings, D, T, P]
+    starts, shifted = (
+        [],
+        [],
+    )  # for each k in ks: φ + Δ_1 + … + Δ_{k−1}, [settings, D, P]; θ_k before its own shift, [settings, D, T, P]
     for k in range(1, ks[-1] + 1):
         phi = torch.stack(opt.initialization)
         gradients = networks.gradients(torch.stack([torch.stack(own) for own in theta], 2), *draw.batch(k))

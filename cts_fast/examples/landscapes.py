@@ -1,4 +1,4 @@
-"""Eight two-dimensional tasks: one template with four minima, moved onto a circle and rotated (Shin et al., 2021, section 4.1)."""
+"""Eight two-dimensional tasks: one template with four minima, moved and rotated (Shin et al., 2021, section 4.1)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def template(u: Tensor, w: Tensor) -> Tensor:
 class Landscape:
     """The losses of the eight tasks at the same or at different points.
 
-    (u, w) = R(angle)(x − centre) / 3, loss = template(u, w). The division by 3 is not in the paper's formula; without it, SGD with the
-    paper's α = 0.05 diverges on the whole plotted square, and with it the paper's picture results.
+    (u, w) = R(angle)(x − centre) / 3, loss = template(u, w). The division by 3 is not in the paper's formula; without
+    it, SGD with the paper's α = 0.05 diverges on the whole plotted square, and with it the paper's picture results.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -44,14 +44,16 @@ class Landscape:
         return template(u, w)
 
     def gradients_(self, points: Tensor, out: Tensor) -> None:
-        """∇ of each task's loss by its own points, [8, S, 2], into `out`; by hand, as a loop of small autograd graphs is slow."""
+        """∇ of each task's loss by its own points, [8, S, 2], into `out`; by hand, as small graphs are slow."""
         u, w = torch.baddbmm(self.offset, points, self.matrix).unbind(-1)
         first, second = 2 * C0 * (u.square() + w - 11), 2 * C2 * (u + w.square() - 7)
         local = torch.stack((2 * u * first + second, first + 2 * w * second), -1)
         torch.bmm(local, self.matrix.mT, out=out)
 
-    def quality(self, points: Tensor, steps: int = 100, lr: float = 0.1, on_step: Callable[[Tensor], None] = lambda theta: None) -> Tensor:
-        """How good an initialization each of the points [S, 2] is: the task-average loss after `steps` steps of Adam, [S].
+    def quality(
+        self, points: Tensor, steps: int = 100, lr: float = 0.1, on_step: Callable[[Tensor], None] = lambda theta: None
+    ) -> Tensor:
+        """How good an initialization each of the points [S, 2] is: its task-average loss after Adam, [S].
 
         on_step: called after each of them with the tasks' parameters, [8, S, 2].
         """
@@ -66,11 +68,13 @@ class Landscape:
 
 
 def meta_train(
-    landscape: Landscape, make: Callable, starts: Tensor, meta_updates: int, on_update: Callable[[], None] = lambda: None
+    landscape: Landscape, make: Callable, starts: Tensor, meta_updates: int, on_update: Callable[[], None] = lambda:
+    None
 ) -> tuple[Tensor, int]:  # fmt: skip
-    """φ after 0 … `meta_updates` meta-updates from every start at once, [updates + 1, S, 2], and the inner steps of each task.
+    """φ after 0 … `meta_updates` meta-updates from every start, [updates + 1, S, 2], and a task's inner steps.
 
-    make: tasks → optimizer. starts: [S, 2]. One optimizer serves all starts, as a step computes each coordinate by itself.
+    make: tasks → optimizer. starts: [S, 2]. One optimizer serves all starts, as a step computes each coordinate by
+    itself.
     """
     tasks = [starts.to(torch.float64).clone() for _ in range(landscape.num_tasks)]
     opt = make([[task] for task in tasks])
@@ -90,10 +94,10 @@ def meta_train(
 
 
 def attractors(path: Tensor, low: float, high: float, radius: float = 0.5, still: float = 0.05) -> Tensor:
-    """The points at which trajectories come to rest within the square low … high, [A, 2], the one with most of them first.
+    """The points at which trajectories come to rest within the square low … high, [A, 2], most of them first.
 
-    path: [updates + 1, S, 2]. At rest: the last tenth of the trajectory stays within `still` of its end. Ends closer than `radius` to a
-    group's first member are one group; its median is the attractor.
+    path: [updates + 1, S, 2]. At rest: the last tenth of the trajectory stays within `still` of its end. Ends closer
+    than `radius` to a group's first member are one group; its median is the attractor.
     """
     end, tail = path[-1], path[-max(2, len(path) // 10) :]
     rest = (tail - end).norm(dim=-1).amax(0) <= still

@@ -1,4 +1,4 @@
-"""What the small studies share: their arguments, a folder whose finished stages are not computed twice, and the files they leave."""
+"""What the small studies share: their arguments, a folder that keeps finished stages, and the files they leave."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from cts_fast.progress import Progress
 class Study:
     """One run in the folder `out`: stages of tensors, each kept as soon as it is computed.
 
-    config: what defines the run, ready for JSON; a resumed run must have the same. Raises CheckpointError if `out` holds an
-    interrupted run and `resume` is not given, or another run and it is.
+    config: what defines the run, ready for JSON; a resumed run must have the same. Raises CheckpointError if `out`
+    holds an interrupted run and `resume` is not given, or another run and it is.
     """
 
     def __init__(self, out: Path, config: dict[str, Any], *, resume: bool = False, device: str = "cpu") -> None:
@@ -34,26 +34,38 @@ class Study:
             check_same_config(config_file, config)
             return
         if stages and not (out / "results.json").exists():
-            raise CheckpointError(f"{out} holds a run that was interrupted: add --resume to go on with it, or choose another --out")
+            raise CheckpointError(
+                f"{out} holds a run that was interrupted: add --resume to go on with it, or choose another --out"
+            )
         out.mkdir(parents=True, exist_ok=True)
         for path in (*stages, out / "results.json"):
             path.unlink(missing_ok=True)
         write_text(config_file, json.dumps(config, indent=1))
 
-    def stage(self, name: str, total: int, compute: Callable[[Callable[[], None]], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `compute` returns, from the folder if it is there already; it is given a function to call `total` times, for progress."""
+    def stage(
+        self, name: str, total: int, compute: Callable[[Callable[[], None]], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What `compute` returns, from the folder if it is there; it is given a function to call `total` times."""
         path = self.out / f"stage-{name}.pt"
         if path.exists():
             try:
                 return torch.load(path, weights_only=True, map_location=self.device)
             except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-                raise CheckpointError(f"{path} is damaged ({str(error).splitlines()[0]}): delete it, then resume") from error
+                raise CheckpointError(
+                    f"{path} is damaged ({str(error).splitlines()[0]}): delete it, then resume"
+                ) from error
         with Progress(name, total) as progress:
             result = compute(progress.advance)
         save_atomically(path, result)
         return result
 
-    def write(self, results: dict[str, Any], columns: Sequence[str], rows: Iterable[Sequence], initialization: Mapping[str, Tensor]) -> None:
+    def write(
+        self,
+        results: dict[str, Any],
+        columns: Sequence[str],
+        rows: Iterable[Sequence],
+        initialization: Mapping[str, Tensor],
+    ) -> None:
         """results.json, metrics.csv and initialization.safetensors."""
         from safetensors.torch import save_file
 
@@ -61,15 +73,28 @@ class Study:
             writer = csv.writer(file)
             writer.writerow(columns)
             writer.writerows(rows)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in initialization.items()}, self.out / "initialization.safetensors")
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in initialization.items()},
+            self.out / "initialization.safetensors",
+        )
         write_text(self.out / "results.json", json.dumps({"config": self.config, **results}, indent=1, allow_nan=False))
 
 
-def main(module: str, description: str, run: Callable[[argparse.Namespace], str], argv: Sequence[str] | None = None) -> int:
+def main(
+    module: str, description: str, run: Callable[[argparse.Namespace], str], argv: Sequence[str] | None = None
+) -> int:
     """The command line of a study; returns the exit status. run: does all of it and returns the table to print."""
     name = module.rpartition(".")[2]
-    p = argparse.ArgumentParser(prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=Path("runs") / name, metavar="DIR", help=f"folder for all results (default: runs/{name})")
+    p = argparse.ArgumentParser(
+        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs") / name,
+        metavar="DIR",
+        help=f"folder for all results (default: runs/{name})",
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     p.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
@@ -77,11 +102,17 @@ def main(module: str, description: str, run: Callable[[argparse.Namespace], str]
     started = time.monotonic()
     try:
         check_device(args.device)
+    except ValueError as error:
+        p.exit(2, f"{p.prog}: error: {error}\n")
+    try:
         table = run(args)
     except KeyboardInterrupt:
-        print(f"\nstopped; everything so far is in {args.out}. To go on:\n  {resume_command(argv, module)}", file=sys.stderr)
+        print(
+            f"\nstopped; everything so far is in {args.out}. To go on:\n  {resume_command(argv, module)}",
+            file=sys.stderr,
+        )
         return 130
-    except (ValueError, OSError) as error:
+    except (CheckpointError, OSError) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
     print(f"{table}\n\nEverything is in {args.out}. It took {time.monotonic() - started:.0f} seconds.")
     return 0

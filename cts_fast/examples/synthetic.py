@@ -2,8 +2,9 @@
 
     python -m cts_fast.examples.synthetic
 
-Meta-trains with continual trajectory shifting, with its exact counterpart and with Reptile, for equally many meta-updates from the same
-starts, and scores each initialization by the task-average loss after 100 steps of Adam. Nothing in it is random: the seed is only noted.
+Meta-trains with continual trajectory shifting, with its exact counterpart and with Reptile, for equally many
+meta-updates from the same starts, and scores each initialization by the task-average loss after 100 steps of Adam.
+Nothing in it is random: the seed is only noted.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def square(axis: Tensor) -> Tensor:
 
 
 def quality_map(landscape: Landscape, advance=lambda: None) -> dict[str, Tensor]:
-    """Task-average loss after each number 1 … K of Adam steps from every point of the square, as [K, MAP_SIDE²], and the points."""
+    """The points of the map, and their task-average losses after 1 … K steps of Adam, [K, MAP_SIDE²]."""
     points = square(torch.linspace(LOW, HIGH, MAP_SIDE, dtype=torch.float64, device=landscape.device))
     losses = []
 
@@ -48,30 +49,52 @@ def quality_map(landscape: Landscape, advance=lambda: None) -> dict[str, Tensor]
     return {"points": points, "losses": torch.stack(losses)}
 
 
-def trajectories(landscape: Landscape, name: str, starts: Tensor, horizon: int, meta_updates: int, advance=lambda: None) -> dict[str, Tensor]:
-    """φ along meta-training, [updates + 1, S, 2], the quality of its end, [S], and the inner steps of all tasks together."""
+def trajectories(
+    landscape: Landscape, name: str, starts: Tensor, horizon: int, meta_updates: int, advance=lambda: None
+) -> dict[str, Tensor]:
+    """φ along meta-training, [updates + 1, S, 2], the quality of its end, [S], and all tasks' inner steps."""
     path, steps = meta_train(landscape, partial(METHODS[name], **INNER, horizon=horizon), starts, meta_updates, advance)
-    return {"path": path, "quality": landscape.quality(path[-1]), "task_steps": torch.tensor(steps * landscape.num_tasks)}
+    return {
+        "path": path,
+        "quality": landscape.quality(path[-1]),
+        "task_steps": torch.tensor(steps * landscape.num_tasks),
+    }
 
 
 def run(args: argparse.Namespace) -> str:
     """All stages, the figures and the files; returns the table."""
     updates = HORIZON * ROUNDS
-    config = {**INNER, "horizon": HORIZON, "rounds": ROUNDS, "starts": list(START_AXIS), "reptile_horizons": list(REPTILE_HORIZONS), "seed": args.seed}
+    config = {
+        **INNER,
+        "horizon": HORIZON,
+        "rounds": ROUNDS,
+        "starts": list(START_AXIS),
+        "reptile_horizons": list(REPTILE_HORIZONS),
+        "seed": args.seed,
+    }
     work = study.Study(args.out, config, resume=args.resume, device=args.device)
     landscape = Landscape(args.device)
     scored = square(torch.tensor(START_AXIS, dtype=torch.float64, device=args.device))
-    everywhere = torch.cat([scored, square(torch.linspace(LOW, HIGH, GRID_SIDE, dtype=torch.float64, device=args.device))])
+    everywhere = torch.cat(
+        [scored, square(torch.linspace(LOW, HIGH, GRID_SIDE, dtype=torch.float64, device=args.device))]
+    )
 
     background = work.stage("quality", HORIZON, partial(quality_map, landscape))
     runs = {
-        name: work.stage(name, updates, partial(trajectories, landscape, name, scored, HORIZON, updates)) for name in COMPARED if name != "reptile"
+        name: work.stage(name, updates, partial(trajectories, landscape, name, scored, HORIZON, updates))
+        for name in COMPARED
+        if name != "reptile"
     }
     reptile = {
-        k: work.stage(f"reptile-{k}", updates, partial(trajectories, landscape, "reptile", everywhere, k, updates)) for k in REPTILE_HORIZONS
+        k: work.stage(f"reptile-{k}", updates, partial(trajectories, landscape, "reptile", everywhere, k, updates))
+        for k in REPTILE_HORIZONS
     }
     whole = reptile[HORIZON]
-    runs["reptile"] = {"path": whole["path"][:, : len(scored)], "quality": whole["quality"][: len(scored)], "task_steps": whole["task_steps"]}
+    runs["reptile"] = {
+        "path": whole["path"][:, : len(scored)],
+        "quality": whole["quality"][: len(scored)],
+        "task_steps": whole["task_steps"],
+    }
     runs = {name: runs[name] for name in COMPARED}
 
     finite = torch.stack([one["quality"] for one in runs.values()]).isfinite().all(0)
@@ -80,7 +103,7 @@ def run(args: argparse.Namespace) -> str:
     bias = short_horizon_bias(background)
     results = {
         "final_loss": final_loss,
-        "final_loss_by_start": {name: [x if finite_ else None for x, finite_ in zip(one["quality"].tolist(), one["quality"].isfinite().tolist())]
+        "final_loss_by_start": {name: [x if math.isfinite(x) else None for x in one["quality"].tolist()]
                                 for name, one in runs.items()},
         "starts": scored.tolist(),
         "finite_for_all": finite.tolist(),
@@ -89,15 +112,27 @@ def run(args: argparse.Namespace) -> str:
         "short_horizon_bias": {"k": list(range(1, HORIZON + 1)), "loss_after_100": bias.tolist()},
         "reptile_mean_loss": {str(k): _finite_mean(one["quality"]) for k, one in reptile.items()},
     }  # fmt: skip
-    work.write(results, ("method", "horizon", "start_x", "start_y", "meta_update", "phi_x", "phi_y"), rows(runs, reptile, everywhere, updates),
-               {"starts": scored, **{name: one["path"][-1] for name, one in runs.items()}})
-    synthetic_figures.figure_4(args.out / "figure-4.png", landscape, bias, {k: one["quality"] for k, one in reptile.items()}, results["task_steps"])
-    synthetic_figures.figure_5(args.out / "figure-5.png", background, {k: (reptile[k]["path"], rests[k]) for k in (5, HORIZON)}, runs)
+    work.write(
+        results,
+        ("method", "horizon", "start_x", "start_y", "meta_update", "phi_x", "phi_y"),
+        rows(runs, reptile, everywhere, updates),
+        {"starts": scored, **{name: one["path"][-1] for name, one in runs.items()}},
+    )
+    synthetic_figures.figure_4(
+        args.out / "figure-4.png",
+        landscape,
+        bias,
+        {k: one["quality"] for k, one in reptile.items()},
+        results["task_steps"],
+    )
+    synthetic_figures.figure_5(
+        args.out / "figure-5.png", background, {k: (reptile[k]["path"], rests[k]) for k in (5, HORIZON)}, runs
+    )
     return table(final_loss, results["task_steps"], int(finite.sum()), {k: len(points) for k, points in rests.items()})
 
 
 def short_horizon_bias(background: dict[str, Tensor]) -> Tensor:
-    """For each k: the task-average loss after all K steps from the initializations of the map that are best after k steps, [K].
+    """For each k: the task-average loss after K steps from what is best after k steps on the map, [K].
 
     The best hundredth of the square is averaged: a single best point of the map is too much a matter of chance.
     """
@@ -127,8 +162,8 @@ def table(final_loss: dict[str, float], task_steps: dict[str, int], starts: int,
         f"{'-' * width}  ----------  ----------------",
         *lines,
         "",
-        f"Final loss: mean over the 8 tasks after {HORIZON} steps of Adam from the initialization, and over the {starts} of {len(START_AXIS) ** 2} starts",
-        f"from which every method stays finite; each method made {HORIZON * ROUNDS} meta-updates.",
+        f"Final loss: mean over the 8 tasks after 100 steps of Adam from the initialization, and over the {starts} of",
+        f"{len(START_AXIS) ** 2} starts from which every method stays finite; each made {HORIZON * ROUNDS} meta-updates.",
         f"Places in the square where Reptile with k inner steps comes to rest: {places}.",
     ])  # fmt: skip
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from cts_fast.examples.landscapes import ANGLES, MIDDLE, Landscape, centres, template
-from cts_fast.examples.presets import LABELS
 from cts_fast.examples.study import grid
 
 COLOURS = {"reptile": "#0072B2", "cts": "#D55E00", "cts-accurate": "#009E73"}
@@ -17,10 +16,13 @@ SHORT = {"reptile": "Reptile", "cts": "cts", "cts-accurate": "cts, exact"}
 LOW, HIGH = -5.0, 15.0
 
 
-def figure_4(path: Path, landscape: Landscape, bias: Tensor, reptile: Mapping[int, Tensor], task_steps: Mapping[str, int]) -> None:
-    """(a) the template, (b) the loss of task 1, (c) loss after 100 steps against the horizon that φ* is best for, (d) cost.
+def figure_4(
+    path: Path, landscape: Landscape, bias: Tensor, reptile: Mapping[int, Tensor], task_steps: Mapping[str, int]
+) -> None:
+    """(a) the template, (b) the loss of task 1, (c) loss after 100 steps against φ*'s horizon, (d) cost.
 
-    bias: [K], see `short_horizon_bias`. reptile: horizon k → final losses over starts. task_steps: inner steps of all tasks.
+    bias: [K], see `short_horizon_bias`. reptile: horizon k → final losses over starts. task_steps: inner steps of all
+    tasks.
     """
     figure, ((template_axes, task_axes, bias_axes, cost_axes),) = grid(1, 4, 17, 3.9, "compressed")
     axis = torch.linspace(LOW, HIGH, 201, dtype=torch.float64)
@@ -40,9 +42,23 @@ def figure_4(path: Path, landscape: Landscape, bias: Tensor, reptile: Mapping[in
 
     figure.get_layout_engine().set(wspace=0.05)
 
-    bias_axes.plot(range(1, len(bias) + 1), bias.tolist(), color="black", lw=2, label="φ*: the best 1 % of the square after k steps")
+    bias_axes.plot(
+        range(1, len(bias) + 1),
+        bias.tolist(),
+        color="black",
+        lw=2,
+        label="φ*: the best 1 % of the square after k steps",
+    )
     means = [values[values.isfinite()].mean().item() for values in reptile.values()]
-    bias_axes.plot(list(reptile), means, "o--", color=COLOURS["reptile"], ms=5, lw=1, label="Reptile with k inner steps, all starts")
+    bias_axes.plot(
+        list(reptile),
+        means,
+        "o--",
+        color=COLOURS["reptile"],
+        ms=5,
+        lw=1,
+        label="Reptile with k inner steps, all starts",
+    )
     bias_axes.set_yscale("log")
     bias_axes.set_xlabel("k, the horizon that φ* was obtained for")
     bias_axes.set_ylabel("task-average loss after 100 steps")
@@ -50,7 +66,12 @@ def figure_4(path: Path, landscape: Landscape, bias: Tensor, reptile: Mapping[in
     bias_axes.legend(frameon=False, fontsize=8, loc="upper right")
     bias_axes.set_ylim(top=8)
 
-    bars = cost_axes.bar([SHORT[name] for name in task_steps], task_steps.values(), color=[COLOURS[name] for name in task_steps], width=0.6)
+    bars = cost_axes.bar(
+        [SHORT[name] for name in task_steps],
+        task_steps.values(),
+        color=[COLOURS[name] for name in task_steps],
+        width=0.6,
+    )
     cost_axes.bar_label(bars, [f"{steps:,}" for steps in task_steps.values()], padding=2)
     cost_axes.set_yscale("log")
     cost_axes.set_ylim(1e3, 1e6)
@@ -61,10 +82,16 @@ def figure_4(path: Path, landscape: Landscape, bias: Tensor, reptile: Mapping[in
     figure.savefig(path)
 
 
-def figure_5(path: Path, background: Mapping[str, Tensor], maps: Mapping[int, tuple[Tensor, Tensor]], runs: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """(a, b) Reptile's meta-training from a grid of starts and where it comes to rest; (c, d) all methods over the map of quality.
+def figure_5(
+    path: Path,
+    background: Mapping[str, Tensor],
+    maps: Mapping[int, tuple[Tensor, Tensor]],
+    runs: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """(a, b) Reptile from a grid of starts and where it comes to rest; (c, d) all methods over the map of quality.
 
-    background: `quality_map`. maps: horizon → (path [updates + 1, S, 2], attractors [A, 2]). runs: method → its path from each start.
+    background: `quality_map`. maps: horizon → (path [updates + 1, S, 2], attractors [A, 2]). runs: method → its path
+    from each start.
     """
     figure, (panels,) = grid(1, 4, 17, 4.3, "compressed")
     for axes, letter, (k, (paths, rests)) in zip(panels, "ab", maps.items(), strict=False):
@@ -79,7 +106,9 @@ def figure_5(path: Path, background: Mapping[str, Tensor], maps: Mapping[int, tu
     quality = background["losses"][-1].view(side, side).T.cpu()
     starts = next(iter(runs.values()))["path"][0].cpu()
     for axes, letter, start in zip(panels[2:], "cd", ((-5.0, 5.0), (15.0, -5.0)), strict=True):
-        shown = axes.contourf(axis, axis, quality.clamp(1e-2, 1e2).log10(), levels=torch.linspace(-2, 2, 17).tolist(), cmap="Blues_r")
+        shown = axes.contourf(
+            axis, axis, quality.clamp(1e-2, 1e2).log10(), levels=torch.linspace(-2, 2, 17).tolist(), cmap="Blues_r"
+        )
         i = int((starts - torch.tensor(start, dtype=torch.float64)).norm(dim=1).argmin())
         for name, one in runs.items():
             line = one["path"][:, i].cpu()
@@ -91,7 +120,9 @@ def figure_5(path: Path, background: Mapping[str, Tensor], maps: Mapping[int, tu
         axes.legend(loc="upper right", fontsize=8)
     figure.colorbar(shown, ax=list(panels), label="log10 task-average loss after 100 steps", shrink=0.85)
     for axes in panels:
-        axes.set(xlim=(LOW - 0.7, HIGH + 0.7), ylim=(LOW - 0.7, HIGH + 0.7), aspect="equal", xlabel="φ, first coordinate")
+        axes.set(
+            xlim=(LOW - 0.7, HIGH + 0.7), ylim=(LOW - 0.7, HIGH + 0.7), aspect="equal", xlabel="φ, first coordinate"
+        )
     panels[0].set_ylabel("φ, second coordinate")
     figure.savefig(path)
 
