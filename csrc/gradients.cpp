@@ -40,6 +40,13 @@ const ExchangeApi* exchange_api(py::handle tensor_type) {
   return api;
 }
 
+constexpr size_t kHintDistance = 6;  // parameters ahead
+
+// Asks for `lines` cache lines from wherever `address` is; any address will do.
+void prefetch(uintptr_t address, int lines) {
+  for (int i = 0; i < lines; ++i) __builtin_prefetch(reinterpret_cast<const void*>(address + 64 * i));
+}
+
 uintptr_t address(const DLTensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset; }
 
 }  // namespace
@@ -51,6 +58,8 @@ GradientTable::GradientTable(py::list params, const std::vector<uintptr_t>& addr
     throw std::invalid_argument("one address and one layout for each parameter");
   for (const py::tuple& layout : layouts)
     layouts_.push_back({layout[0].cast<std::vector<int64_t>>(), layout[1].cast<std::vector<int64_t>>()});
+  for (py::handle param : params)
+    hints_.push_back({param.attr("_cdata").cast<uintptr_t>(), param.attr("untyped_storage")().attr("_cdata").cast<uintptr_t>(), 0, 0});
   tensor_type_ = py::type::of(like);
   const ExchangeApi* api = exchange_api(tensor_type_);
   exchange_ = api;
@@ -68,6 +77,14 @@ py::tuple GradientTable::collect() {
   auto gradients = py::reinterpret_steal<py::list>(PyList_New(Py_ssize_t(count)));
   bool changed = false;
   for (size_t i = 0; i < count; ++i) {
+    if (i + kHintDistance < count) {
+      const Hint& hint = hints_[i + kHintDistance];
+      prefetch(reinterpret_cast<uintptr_t>(PyList_GET_ITEM(params_.ptr(), i + kHintDistance)), 1);
+      prefetch(hint.param, 3);
+      prefetch(hint.param_storage, 2);
+      prefetch(hint.gradient, 1);
+      prefetch(hint.gradient_sizes - 64, 3);
+    }
     PyObject* param = PyList_GET_ITEM(params_.ptr(), i);
     PyObject* gradient = PyObject_GetAttr(param, name_.ptr());
     if (!gradient) throw py::error_already_set();
@@ -86,7 +103,11 @@ py::tuple GradientTable::collect() {
               described.device_id == device_id_ && described.ndim == int32_t(layout.shape.size());
       for (size_t d = 0; plain && d < layout.shape.size(); ++d)
         plain = described.shape[d] == layout.shape[d] && (layout.shape[d] < 2 || described.strides[d] == layout.strides[d]);
-      if (plain) pointer = reinterpret_cast<const void*>(address(described));
+      if (plain) {
+        pointer = reinterpret_cast<const void*>(address(described));
+        hints_[i].gradient = reinterpret_cast<uintptr_t>(gradient);
+        hints_[i].gradient_sizes = reinterpret_cast<uintptr_t>(described.shape);
+      }
       else odd.append(i);
     }
     changed |= pointers_[i] != pointer;

@@ -29,6 +29,11 @@ class GradientTable {
     std::vector<int64_t> shape, strides;
   };
 
+  struct Hint {  // where torch's objects were when last seen: prefetched, as they are cold after a training step, and never read through
+    uintptr_t param, param_storage, gradient, gradient_sizes;
+  };
+
+  std::vector<Hint> hints_;
   pybind11::list params_;
   std::vector<uintptr_t> addresses_;
   std::vector<Layout> layouts_;

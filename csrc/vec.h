@@ -20,6 +20,8 @@ inline namespace CTS_ISA {
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
+#elif defined(CTS_PLAIN_VECTOR_BYTES)
+constexpr int kVectorBytes = CTS_PLAIN_VECTOR_BYTES;  // emulated: tests of widths that the machine has not
 #else
 constexpr int kVectorBytes = 16;
 #endif

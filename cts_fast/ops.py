@@ -126,21 +126,23 @@ def shifting_step_(
     for i, launcher in enumerate(launchers):
         if control.counting is not None:
             control = control._replace(counting=control.counting._replace(advances=i == len(launchers) - 1))
+        for flat in flats[i]:  # autograd hears of writes behind its back; here, while collecting has the tensors in the cache
+            torch.autograd.graph.increment_version(flat.written)
         launcher(gradients[i], hyper, control if nonfinite is None else control._replace(nonfinite=nonfinite[i]))
-        _after_step_(flats[i], gradients[i], hyper, control)
+        if control.counting is None:
+            _keep_started_(flats[i], gradients[i], hyper, control)
 
 
-def _after_step_(flats: Sequence[Flat], gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
-    """Keep the first-gradient flags, and tell autograd of writes that went behind its back."""
-    first = 0
+def _keep_started_(flats: Sequence[Flat], gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
+    """Note which momentum has taken its first gradient now, and which a reset has cleared."""
+    first, any_momentum = 0, any(h.momentum for h in hyper)
     for flat in flats:
-        if not flat.all_started and control.counting is None:
+        if any_momentum and not flat.all_started:
             present = torch.tensor([gradient is not None for gradient in gradients[first : first + flat.started.numel()]])
             uses_momentum = torch.tensor([hyper[segment.group].momentum != 0 for segment in flat.segments])
             flat.started |= present.view_as(flat.started) & uses_momentum[:, None]
             flat.all_started = bool(flat.started.all())
-        if control.counting is None and control.reset and control.reset_momentum and flat.shared:
+        if control.reset and control.reset_momentum and flat.shared:
             flat.started.zero_()
             flat.all_started = False
-        torch.autograd.graph.increment_version(flat.written)
         first += flat.started.numel()

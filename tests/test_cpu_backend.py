@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 from dataclasses import replace
 
 import pytest
@@ -21,8 +22,8 @@ OPTIONS = dict(lr=0.1, momentum=0.9, weight_decay=0.01, meta_lr=0.3, horizon=3)
 SHAPES = ((129,), (3, 5, 3, 3), (), (0, 4), (1,), (1030,))
 every_isa = pytest.mark.parametrize("isa", ISAS)
 relaxed = settings(
-    deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture], print_blob=True
-)
+    max_examples=int(os.environ.get("CTS_FAST_EXAMPLES", 100)), deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture], print_blob=True,
+)  # fmt: skip
 
 
 @pytest.fixture
