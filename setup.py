@@ -24,6 +24,10 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"plain": []}  # instruction set → flags; one object of the kernel for each, chosen at run time
 if X86:
     ISAS |= {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-mavx512f", "-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized"]}
+VARIANTS = {  # sources that are compiled several times, in parallel: name → flags
+    "shifting_step.cpp": {isa: [*flags, f"-DCTS_ISA={isa}"] for isa, flags in ISAS.items()},
+    "shifting_step.cu": {dtype: [f"-DCTS_DTYPE={dtype}"] for dtype in ("float32", "float64", "bfloat16", "float16")},
+}
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
 JOB_BYTES = 1536 << 20  # memory that one compiler may need
 
@@ -56,7 +60,10 @@ def jobs() -> int:
 
 def gencode(compiler: str) -> list[str]:
     """Flags for the architectures that this nvcc knows, and PTX of the newest for those to come."""
-    known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    try:
+        known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompileError(f"{compiler} does not run: {error}") from error
     chosen = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in known]
     if not chosen:
         raise CompileError(f"{compiler} knows none of the architectures {CUDA_ARCHITECTURES}")
@@ -127,10 +134,10 @@ class Ninja(build_ext):
                  f"rule link\n  command = {' '.join(rules['link'])}"]  # fmt: skip
         objects = []
         for source in map(Path, ext.sources):
-            for isa, flags in ISAS.items() if source.name == "shifting_step.cpp" else [("", [])]:
-                objects.append(f"{source.name}{'.' if isa else ''}{isa}.o")
+            for name, flags in VARIANTS.get(source.name, {"": []}).items():
+                objects.append(f"{source.name}{'.' if name else ''}{name}.o")
                 lines.append(f"build {objects[-1]}: cxx {escaped(source.resolve())}")
-                lines.append("  flags = " + " ".join([*flags, f"-DCTS_ISA={isa}"] if isa else []))
+                lines.append("  flags = " + " ".join(flags))
         lines.append(f"build {escaped(target)}: link {' '.join(objects)}")
         return lines
 
@@ -148,9 +155,10 @@ def extensions() -> list[Extension]:
         sources = [str(CSRC / name) for name in ("shifting_step.cpp", "cpu.cpp", "gradients.cpp", "bindings.cpp")]
         modules.append(Extension("cts_fast._cpu", sources, depends=HEADERS, optional=optional))
     if chosen == "cuda" or (chosen == "auto" and nvcc()):
-        sources = [str(CSRC / name) for name in ("shifting_step.cu", "cuda_bindings.cpp")]
+        sources = [str(CSRC / name) for name in ("shifting_step.cu", "cuda.cpp", "cuda_bindings.cpp")]
         modules.append(Extension("cts_fast._cuda", sources, depends=HEADERS, optional=optional))
     return [module for module in modules if not optional or all(map(os.path.exists, module.sources))]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Ninja})
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": Ninja})

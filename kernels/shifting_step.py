@@ -18,14 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cts_fast.device_table import DeviceTable, host_addresses, rate_address
 from cts_fast.flat import Flat
+from cts_fast.gradients import Gradients
 from cts_fast.ops import Control, Hyper
 
 TILE = tl.constexpr(5)  # numbers a tile: its column in the buffers, columns left in its tensor, its place in the tensor, group, first gradient
 HYPER = tl.constexpr(11)  # numbers a group: Hyper's eight, the gradients' factor, addresses of a tensor α and β
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 META_UPDATE, RESET, RESET_MOMENTUM = (tl.constexpr(1 << i) for i in range(3))  # bits of `mode`
-EMPTY = 16  # stands for the address of a gradient without elements, which is null in torch
 
 
 @triton.jit
@@ -260,7 +261,7 @@ def make_tiles(flats: Sequence[Flat], block: int) -> Tensor:
 
 
 class Launcher:
-    """Launches the kernel for all buffers of one device and dtype; tables stay on the device and are sent again only when they changed."""
+    """Launches the kernel for all buffers of one device and dtype."""
 
     on_device = True  # it can take a captured step's decisions on the device
 
@@ -281,15 +282,13 @@ class Launcher:
         self.groups = torch.tensor(groups, dtype=torch.int32).to(self.device)
         self.num_groups = max(groups) + 1
         self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self.sent: tuple | None = None
-        self.table: Tensor | None = None
-        self.aligned = True
-        self.captured: list[Tensor] = []  # tables that captured graphs read at every replay
+        self.table = DeviceTable(self.device)
 
-    def __call__(self, gradients: Sequence[Tensor | None], hyper: Sequence[Hyper], control: Control) -> None:
+    def __call__(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         if not self.num_tiles and control.counting is None:
             return
-        table = self._send([0 if g is None else g.data_ptr() or EMPTY for g in gradients], hyper[: self.num_groups], control.inverse_scale)
+        addresses = host_addresses(gradients)
+        table = self._table(addresses, hyper[: self.num_groups], control.inverse_scale)
         counting, shared, head = control.counting, self.shared, self.head
         started, dampened = None, any(h.dampening and h.momentum for h in hyper)
         if counting is not None:
@@ -306,38 +305,13 @@ class Launcher:
                 *((shared.theta, shared.momentum, shared.master, shared.phi, shared.theta.stride(0)) if shared else (None,) * 5),
                 *((head.theta, head.momentum, head.master) if head else (None,) * 3),
                 self.shared_tiles, self.shared_count, self.count, mode, *on,
-                T=self.tasks, **self.shape, ALIGNED=self.aligned, WORK=tl.float64 if self.work_dtype == torch.float64 else tl.float32,
+                T=self.tasks, **self.shape, ALIGNED=not (addresses & 15).any(), WORK=tl.float64 if self.work_dtype == torch.float64 else tl.float32,
                 DAMPENED=dampened and started is not None, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
 
-    def _send(self, addresses: list[int], hyper: Sequence[Hyper], inverse_scale: float) -> Tensor:
-        """The device table: int64 [count + groups · HYPER], gradients' addresses and then the hyper-parameters' bits."""
-        values = [[_address(value) if isinstance(value, Tensor) else float(value) for value in h] for h in hyper]
-        key = (addresses, values, inverse_scale)
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if key == self.sent and not capturing:
-            return self.table
-        numbers = torch.zeros(len(hyper), HYPER.value, dtype=torch.float64)
-        for row, h in zip(numbers, values, strict=True):
-            row[:9] = torch.tensor([*(0.0 if isinstance(value, int) else value for value in h), inverse_scale], dtype=torch.float64)
-            row.view(torch.int64)[9:] = torch.tensor([value if isinstance(value, int) else 0 for value in (h[0], h[6])])
-        host = torch.cat([torch.tensor(addresses, dtype=torch.int64), numbers.view(torch.int64).flatten()])
-        self.aligned = all(address % 16 == 0 for address in addresses)
-        if capturing:  # a graph reads its own table, and the pinned copy that it is filled from, for as long as it lives
-            host = host.pin_memory()
-            table = host.to(self.device, non_blocking=True)
-            self.captured += [host, table]
-            self.sent = None
-            return table
-        if self.table is None:
-            self.table = torch.empty_like(host, device=self.device)
-        self.table.copy_(host, non_blocking=True)
-        self.sent = key
-        return self.table
-
-
-def _address(rate: Tensor) -> int:
-    """A float32 tensor's address, or a float64 tensor's plus one."""
-    if rate.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"a tensor lr or meta_lr that the device reads must be float32 or float64, but is {rate.dtype}")
-    return rate.data_ptr() + (rate.dtype == torch.float64)
+    def _table(self, addresses: Tensor, hyper: Sequence[Hyper], inverse_scale: float) -> Tensor:
+        """The device's table: int64 [count + groups · HYPER], gradients' addresses and then the hyper-parameters' bits."""
+        rates = [[rate_address(rate) for rate in (h.lr, h.meta_lr)] for h in hyper]
+        values = [[*(0.0 if isinstance(value, Tensor) else float(value) for value in h), inverse_scale] for h in hyper]
+        bits = torch.tensor(values, dtype=torch.float64).view(torch.int64)
+        return self.table(torch.cat([addresses, torch.cat([bits, torch.tensor(rates)], dim=1).flatten()]))

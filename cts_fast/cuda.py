@@ -1,0 +1,125 @@
+"""The step on NVIDIA GPUs in CUDA C++: one launch, gradients' addresses by value (csrc/shifting_step.cu)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cts_fast.device_table import DeviceTable, host_addresses, rate_address
+from cts_fast.flat import Flat
+from cts_fast.gradients import Gradients
+from cts_fast.ops import Control, Counting, Hyper
+
+try:
+    from cts_fast import _cuda
+except ImportError as error:
+    raise ImportError(f"the native module is not there ({error}); reinstall with CTS_FAST_BUILD=cuda and nvcc to see why") from error
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+THREADS, COLUMN_BYTES = 128, 16  # threads of a block; bytes of phi that one of them owns
+IN_REGISTERS = 16  # tasks
+SHARED_RESERVE = 2048  # bytes of shared memory that a block needs for other things
+
+
+def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool) -> str | None:
+    """Why this backend cannot run there; None if it can."""
+    if device.type != _cuda.device_type:
+        return f"it runs on {_cuda.device_type} devices, not on {device}"
+    if dtype not in DTYPES:
+        return f"it has no kernel for {dtype}"
+    driver = _cuda.driver_version()
+    if driver < _cuda.needs_driver:
+        return f"the driver is for CUDA {driver // 1000}.{driver % 1000 // 10}; this build needs {_cuda.needs_driver // 1000}.{_cuda.needs_driver % 1000 // 10}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "its kernels are built for compute capability 8.0 and newer, {} has {}.{}".format(device, *torch.cuda.get_device_capability(device))
+    return None
+
+
+def block_shape(tasks: int, shared_memory: int) -> tuple[int, int]:
+    """(threads of a block, bytes of shared memory that hold its theta); two blocks a multiprocessor, where that many threads fit.
+
+    shared_memory: bytes that a block can have. No bytes: theta stays in registers, or waits in global memory where a warp's does not fit.
+    """
+    if tasks <= IN_REGISTERS:
+        return THREADS, 0
+    room = shared_memory - SHARED_RESERVE
+    for threads in (THREADS, THREADS // 2, THREADS // 4):
+        needed = threads * tasks * COLUMN_BYTES
+        if 2 * needed <= room or (threads == THREADS // 4 and needed <= room):
+            return threads, needed
+    return THREADS, 0
+
+
+def make_tiles(flats: Sequence[Flat], columns: int) -> Tensor:
+    """The tiles of all segments as csrc/cuda.h lays them out, int64 [tiles, 4]; columns: the most that one has."""
+    tiles, first = [], 0
+    for flat in flats:
+        for segment in flat.segments:
+            at = torch.arange(0, segment.numel, columns)
+            count = (segment.numel - at).clamp(max=columns)
+            tiles.append(torch.stack([segment.offset + at, at, count | segment.group << 32, torch.full_like(at, first | (not flat.shared) << 32)], dim=1))
+            first += flat.rows
+    return torch.cat(tiles)
+
+
+class Launcher:
+    """Launches the kernel for all buffers of one device and dtype; a call is one native call."""
+
+    on_device = True  # it can take a captured step's decisions on the device
+
+    def __init__(self, flats: Sequence[Flat]) -> None:
+        self.flats, device = flats, flats[0].device
+        on_gpu = device.type == "cuda"
+        shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin if on_gpu else 48 << 10
+        tasks = flats[0].rows if flats[0].shared else 1
+        threads, shared_bytes = block_shape(tasks, shared_memory)
+        tiles = make_tiles(flats, threads * COLUMN_BYTES // flats[0].work_dtype.itemsize)
+        self.num_tiles = len(tiles)
+        self.tiles = (tiles if len(tiles) else torch.zeros(1, 4, dtype=torch.int64)).to(device)
+        groups = [segment.group for flat in flats for segment in flat.segments for _ in range(flat.rows)]
+        self.groups, self.num_groups = torch.tensor(groups, dtype=torch.int32).to(device), max(groups) + 1
+        if self.num_groups > _cuda.max_groups:
+            raise RuntimeError(f"the cuda backend takes up to {_cuda.max_groups} param groups, but there are {self.num_groups}; use backend='triton'")
+        self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
+        self.table = DeviceTable(device) if len(groups) > _cuda.max_pointers else None
+        self.flags = DeviceTable(device)
+        self.index = (device.index or 0) if on_gpu else 0
+        shared = _buffers(flats[0]) if flats[0].shared else (0, 0, 0, 0, 0, 1)
+        heads = (0, 0, 0, 0, 0, 1) if flats[-1].shared else _buffers(flats[-1])
+        shared_count = len(flats[0].params) if flats[0].shared else 0
+        self.plan = _cuda.Plan(
+            DTYPES[flats[0].dtype], self.index, shared, heads, self.tiles.data_ptr(), max(self.num_tiles, 1), threads, shared_bytes, len(groups), shared_count
+        )
+
+    def __call__(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
+        counting = control.counting
+        if not self.num_tiles and counting is None:
+            return
+        hyper = hyper[: self.num_groups]
+        started, counts = 0, (0,) * 8
+        if counting is not None:
+            started, counts = self.flats[0].started.data_ptr(), self._counts(counting)
+        elif any(h.dampening and h.momentum for h in hyper) and not all(flat.all_started for flat in self.flats):
+            started = self.flags(torch.cat([flat.started.flatten() for flat in self.flats])).data_ptr()
+        rates = [[rate_address(rate) for rate in (h.lr, h.meta_lr)] for h in hyper]
+        self.plan.step(
+            gradients.address, 0 if self.table is None else self.table(host_addresses(gradients)).data_ptr(), started,
+            0 if control.nonfinite is None else control.nonfinite.data_ptr(),
+            [h._replace(lr=0.0 if a else h.lr, meta_lr=1.0 if b else h.meta_lr) for h, (a, b) in zip(hyper, rates, strict=True)],
+            [a for a, _ in rates], [b for _, b in rates], control.meta_update, control.reset, control.reset_momentum, control.inverse_scale,
+            counts, torch.cuda.current_stream(self.index).cuda_stream if self.flats[0].device.type == "cuda" else 0,
+        )  # fmt: skip
+
+    def _counts(self, counting: Counting) -> tuple:
+        found_inf, grad_scale = (0 if tensor is None else tensor.data_ptr() for tensor in (counting.found_inf, counting.grad_scale))
+        return (
+            counting.counters.data_ptr(), self.ticket.data_ptr(), found_inf, grad_scale, self.groups.data_ptr(),
+            counting.horizon, counting.meta_interval, counting.advances,
+        )  # fmt: skip
+
+
+def _buffers(flat: Flat) -> tuple:
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (flat.phi, flat.theta, flat.momentum, flat.master)]
+    return (*pointers, flat.theta.stride(0), flat.rows)

@@ -1,0 +1,52 @@
+"""What kernels read on the device: a small host table's copy, and learning rates that are tensors."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from cts_fast.gradients import Gradients
+
+
+def host_addresses(gradients: Gradients) -> Tensor:
+    """The gradients' addresses as int64 [count], in the table that they lie in: valid until they are collected again."""
+    memory = (ctypes.c_int64 * len(gradients)).from_address(gradients.address)
+    return torch.frombuffer(memory, dtype=torch.int64)
+
+
+class DeviceTable:
+    """Sends a table again only when it changed; a captured graph gets one of its own, which its replays fill anew."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sent: Tensor | None = None  # what the device holds
+        self.table: Tensor | None = None
+        self.captured: list[Tensor] = []  # read at every replay: pinned copies and what they are copied to
+
+    def __call__(self, host: Tensor) -> Tensor:
+        """The device's copy of `host`, a CPU tensor, in the order of the current stream."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            pinned = host.pin_memory()
+            self.captured += [pinned, pinned.to(self.device, non_blocking=True)]
+            return self.captured[-1]
+        if self.table is None or self.table.shape != host.shape:
+            self.table = torch.empty_like(host, device=self.device)
+            self.sent = None
+        if self.sent is None or not torch.equal(self.sent, host):
+            self.sent = host.clone()
+            self.table.copy_(self.sent, non_blocking=True)
+        return self.table
+
+
+def rate_address(rate: float | Tensor) -> int:
+    """Where the device reads a tensor lr or meta_lr: a float32 tensor's address, or a float64 tensor's plus one; 0 for a number.
+
+    Raises ValueError for other dtypes.
+    """
+    if not isinstance(rate, Tensor):
+        return 0
+    if rate.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"a tensor lr or meta_lr that the device reads must be float32 or float64, but is {rate.dtype}")
+    return rate.data_ptr() + (rate.dtype == torch.float64)
