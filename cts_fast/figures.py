@@ -81,10 +81,14 @@ def convergence(
 def accuracy_vs_steps(
     path: Path, points: Mapping[str, Mapping[int, Sequence[float]]], scratch: Sequence[float], labels: Mapping[str, str]
 ) -> None:
-    """Held-out accuracy against meta-training steps spent: method to step to accuracies (fractions, one per seed)."""
+    """Held-out accuracy against meta-training steps spent: method to step to accuracies (fractions, one per seed).
+
+    Every curve begins at `scratch`, the random network after no meta-training at all.
+    """
     figure, axes = _axes(7, 4.6)
     palette = colours(list(points))
     for i, (method, by_step) in enumerate(points.items()):
+        by_step = {0: scratch, **by_step}
         steps = sorted(by_step)
         centres, halves = zip(*(mean_and_interval(by_step[step]) for step in steps))
         aside = 0.006 * steps[-1] * (i - (len(points) - 1) / 2)  # or intervals would hide each other

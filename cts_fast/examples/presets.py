@@ -49,7 +49,7 @@ PRESETS = {
             "random-shift": 0.1,
             "cts-accurate": 0.1,
         },
-        snapshots=3,
+        snapshots=2,
     ),
     # The paper's image experiments (section 4.2): GPU days.
     "paper": Preset(
