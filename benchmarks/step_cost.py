@@ -12,7 +12,7 @@ from benchmarks.variants import VARIANTS, check
 CEILING, SAME_BYTES = "ceiling", "3-read-2-write, same bytes"
 CEILING_BYTES = 900_000_000
 OURS, NATIVE = "step(), cpu", "native call, cpu"
-ROOM = 1.5  # memory that must stay free, as a multiple of what the next variant takes
+SPARE = 4 << 30  # bytes of memory that stay free
 
 
 def build(setup: Setup) -> tuple[dict[str, object], dict[str, dict], dict[str, str]]:
@@ -22,7 +22,7 @@ def build(setup: Setup) -> tuple[dict[str, object], dict[str, dict], dict[str, s
     variants, memory, missing = {}, {}, {}
     for name, kind in VARIANTS.items():
         reason = kind.unavailable(setup)
-        if reason is None and machine.available_bytes() < ROOM * 4 * parameter_bytes + (1 << 30):
+        if reason is None and machine.available_bytes() < 4 * parameter_bytes + SPARE:
             reason = "not enough free memory beside the other variants"
         if reason is None:
             memory[name] = step_memory(lambda kind=kind: kind(problem), lambda made: check(made, problem), parameter_bytes)

@@ -36,7 +36,7 @@ def markdown(result: Mapping, figures: Sequence[str]) -> str:
         *[f"![{name}]({name})" for name in figures],
         "## Every set-up",
         *[_steps(table) for table in result["steps"]],
-        _host(result["host"]),
+        *([_host(result["host"])] if result["host"] else []),
         *_whole(result["whole_steps"]),
         *[_methods(methods) for methods in result["methods"]],
     ]
