@@ -30,6 +30,17 @@ template <class T> __device__ __forceinline__ void store_raw(T* to, T x) { *to =
 #include <string>
 
 namespace cts {
+
+template <class C, class P> __device__ __forceinline__ C widen(P x) { return x; }
+template <> __device__ __forceinline__ float widen<float>(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <> __device__ __forceinline__ float widen<float>(__half x) { return __half2float(x); }
+
+template <class P> struct Narrow;  // ties to even
+template <> struct Narrow<float> { static __device__ __forceinline__ float of(float x) { return x; } };
+template <> struct Narrow<double> { static __device__ __forceinline__ double of(double x) { return x; } };
+template <> struct Narrow<__nv_bfloat16> { static __device__ __forceinline__ __nv_bfloat16 of(float x) { return __float2bfloat16_rn(x); } };
+template <> struct Narrow<__half> { static __device__ __forceinline__ __half of(float x) { return __float2half_rn(x); } };
+
 namespace {
 
 constexpr int THREADS = 128, CHUNK = 8;
@@ -43,16 +54,6 @@ template <> struct Raw<16> { using type = uint4; };
 template <> struct Raw<8> { using type = uint2; };
 template <> struct Raw<4> { using type = unsigned; };
 template <> struct Raw<2> { using type = unsigned short; };
-
-template <class C, class P> __device__ __forceinline__ C widen(P x) { return x; }
-template <> __device__ __forceinline__ float widen<float>(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <> __device__ __forceinline__ float widen<float>(__half x) { return __half2float(x); }
-
-template <class P> struct Narrow;  // ties to even
-template <> struct Narrow<float> { static __device__ __forceinline__ float of(float x) { return x; } };
-template <> struct Narrow<double> { static __device__ __forceinline__ double of(double x) { return x; } };
-template <> struct Narrow<__nv_bfloat16> { static __device__ __forceinline__ __nv_bfloat16 of(float x) { return __float2bfloat16_rn(x); } };
-template <> struct Narrow<__half> { static __device__ __forceinline__ __half of(float x) { return __float2half_rn(x); } };
 
 // W numbers in one access; `from` and `to` are aligned to all of them.
 template <int W, class P>

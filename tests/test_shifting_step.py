@@ -1,6 +1,7 @@
 """Facts about the step itself, on every backend that runs here. Oracle: the reference equations in float64."""
 
 import copy
+import os
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,10 @@ quickly = pytest.mark.parametrize(("backend", "device"), QUICK, ids=["-".join(pl
 quickly_and_reference = pytest.mark.parametrize(
     ("backend", "device"), [*QUICK, ("reference", "cpu")], ids=["-".join(place) for place in [*QUICK, ("reference", "cpu")]]
 )
-relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=True)
+relaxed = settings(
+    max_examples=int(os.environ.get("CTS_FAST_EXAMPLES", 100)), deadline=None, print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
 
 
 @quickly

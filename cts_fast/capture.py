@@ -1,0 +1,88 @@
+"""The whole training step as one CUDA graph: T forward and backward passes side by side, then the optimizer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+EAGER_STEPS = 3  # before the capture: libraries choose algorithms and allocate, which a capture may not
+
+
+class CapturedStep:
+    """``losses = step(batches)``: one training step of every task; after a few eager ones, the replay of a CUDA graph.
+
+    Tasks run on streams of their own, so small networks fill the GPU together. Every call is a real training step. Numbers that are not tensors
+    (a float lr) are what they were at the capture; give `lr` as a tensor to change it.
+
+    Args:
+        nets: T networks on one CUDA device; optimizer: over their parameters, made with ``capturable=True``.
+        loss: (net, *batch) → a scalar with its graph; must not wait for the device.
+
+    Raises:
+        ValueError: an optimizer that cannot be captured, a network that is not on a CUDA device, or batches of another shape than the first.
+    """
+
+    def __init__(self, nets: Sequence[nn.Module], optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor]) -> None:
+        self.nets, self.optimizer, self.loss = list(nets), optimizer, loss
+        self.device = next(nets[0].parameters()).device
+        if self.device.type != "cuda":
+            raise ValueError(f"a CUDA graph needs networks on a CUDA device, but these are on {self.device}")
+        if not all(group.get("capturable") for group in optimizer.param_groups):
+            raise ValueError("a CUDA graph needs an optimizer made with capturable=True")
+        self.streams = [torch.cuda.Stream(self.device) for _ in self.nets]
+        self.inputs: list[tuple[Tensor, ...]] | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.eager_steps = 0
+        self.losses: Tensor | None = None
+
+    def __call__(self, batches: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        """One training step on a batch of tensors for each task; the T losses, detached."""
+        with torch.cuda.device(self.device):
+            self._fill(batches)
+            if self.graph is None and self.eager_steps < EAGER_STEPS:
+                self.eager_steps += 1
+                self.optimizer.zero_grad()
+                return self._step()
+            if self.graph is None:
+                self._capture()
+            self.graph.replay()
+            return self.losses.clone()
+
+    def _fill(self, batches: Sequence[tuple[Tensor, ...]]) -> None:
+        """Copy the batches to where the graph reads them."""
+        if self.inputs is None:
+            self.inputs = [tuple(torch.empty_like(tensor, device=self.device) for tensor in batch) for batch in batches]
+        for task, (inputs, batch) in enumerate(zip(self.inputs, batches, strict=True)):
+            for here, tensor in zip(inputs, batch, strict=True):
+                if here.shape != tensor.shape or here.dtype != tensor.dtype:
+                    raise ValueError(
+                        f"task {task}: a batch of {tensor.dtype} {tuple(tensor.shape)}, but the first one had {here.dtype} {tuple(here.shape)}; "
+                        "a CUDA graph takes batches of one shape"
+                    )
+                here.copy_(tensor, non_blocking=True)
+
+    def _step(self) -> Tensor:
+        main = torch.cuda.current_stream()
+        losses = []
+        for net, batch, stream in zip(self.nets, self.inputs, self.streams, strict=True):
+            stream.wait_stream(main)
+            with torch.cuda.stream(stream):
+                loss = self.loss(net, *batch)
+                loss.backward()
+                losses.append(loss.detach())
+        for stream in self.streams:
+            main.wait_stream(stream)
+        for loss in losses:
+            loss.record_stream(main)
+        self.optimizer.step()
+        return torch.stack(losses)
+
+    def _capture(self) -> None:
+        self.optimizer.zero_grad()  # so that the graph's gradients are new ones at addresses that stay
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.losses = self._step()
+        self.graph = graph

@@ -1,0 +1,213 @@
+"""What only a GPU can show: graphs, streams, scalers, launches and synchronisations, and more than 2³¹ elements."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cts_fast import ShiftingMetaOptimizer, ops
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+BACKENDS = [name for name in ("cuda", "triton") if torch.cuda.is_available() and ops.unavailable(name, torch.device("cuda"), torch.float32) is None]
+each = pytest.mark.parametrize("backend", BACKENDS)
+OPTIONS = dict(lr=0.05, momentum=0.9, weight_decay=1e-3, meta_lr=0.1, horizon=5)
+
+
+def make(backend, tasks=3, **options):
+    """(nets, optimizer): small convolutional nets with heads of different sizes."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten())
+    nets = [nn.Sequential(copy.deepcopy(body), nn.Linear(8 * 36, 4 + t)).cuda() for t in range(tasks)]
+    opt = ShiftingMetaOptimizer(
+        [net[0].named_parameters() for net in nets], heads=[net[1].parameters() for net in nets], backend=backend, **{**OPTIONS, **options}
+    )
+    return nets, opt
+
+
+def batches(step, tasks=3):
+    draw = torch.Generator().manual_seed(step)
+    return [(torch.randn(16, 3, 8, 8, generator=draw).cuda(), torch.randint(4, (16,), generator=draw).cuda()) for _ in range(tasks)]
+
+
+def loss(net, x, y):
+    return nn.functional.cross_entropy(net(x), y)
+
+
+def train_eagerly(nets, opt, steps, before=lambda step: None):
+    for step in range(steps):
+        before(step)
+        opt.zero_grad()
+        for net, batch in zip(nets, batches(step), strict=True):
+            loss(net, *batch).backward()
+        opt.step()
+
+
+def values(nets, opt):
+    return [p.detach().double() for net in nets for p in net.parameters()] + [phi.double() for phi in opt.initialization]
+
+
+def random_gradients(opt):
+    for group in opt.param_groups:
+        for p in group["params"]:
+            p.grad = torch.randn_like(p)
+
+
+@each
+def test_replays_of_the_whole_training_step_equal_eager_steps(backend):
+    from cts_fast.capture import CapturedStep
+
+    nets, opt = make(backend)
+    train_eagerly(nets, opt, 12)
+    captured_nets, captured = make(backend, capturable=True)
+    step = CapturedStep(captured_nets, captured, loss)
+    for i in range(12):
+        step(batches(i))
+    assert step.graph is not None and (captured.inner_step, captured.round, captured.meta_updates) == (2, 2, 12)
+    for a, b in zip(values(nets, opt), values(captured_nets, captured), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@each
+def test_a_captured_step_equals_eager_ones_while_lr_changes(backend):
+    nets, eager = make(backend, horizon=4)
+    lr = torch.tensor(0.05, device="cuda")
+    twins, captured = make(backend, horizon=4, lr=lr, capturable=True)
+    random_gradients(eager)
+    eager_params = [p for g in eager.param_groups for p in g["params"]]
+    captured_params = [p for g in captured.param_groups for p in g["params"]]
+    for p, q in zip(eager_params, captured_params, strict=True):
+        q.grad = p.grad.clone()
+    rates = [0.05, 0.1, 0.02, 0.3, 0.01, 0.2]
+    graph = None
+    for rate in rates:
+        for group in eager.param_groups:
+            group["lr"] = torch.tensor(rate).item()
+        eager.step()
+        lr.fill_(rate)
+        if graph is None:
+            captured.step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured.step()
+        else:
+            graph.replay()
+        for p, q in zip(eager_params, captured_params, strict=True):
+            assert torch.equal(p, q)
+    assert captured.inner_step == 2 and captured.round == 1
+
+
+@each
+def test_the_step_runs_on_the_current_stream(backend):
+    nets, opt = make(backend)
+    twins, other = make(backend)
+    random_gradients(opt)
+    params, twin_params = ([p for g in o.param_groups for p in g["params"]] for o in (opt, other))
+    for p, q in zip(params, twin_params, strict=True):
+        q.grad = p.grad.clone()
+    opt.step()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        other.step()
+        done = torch.cuda.Event()
+        done.record()
+        assert not done.query()  # it waits its turn behind the sleep, and the host does not wait at all
+    torch.cuda.synchronize()
+    for p, q in zip(params, twin_params, strict=True):
+        assert torch.equal(p, q)
+
+
+@each
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_gradient_scaler_unscales_in_the_kernel_and_skips_overflows(backend, capturable):
+    nets, opt = make(backend, capturable=capturable, nonfinite="ignore")
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    before = None
+    for step in range(3):
+        opt.zero_grad()
+        for net, batch in zip(nets, batches(step), strict=True):
+            scaler.scale(loss(net, *batch)).backward()
+        if step == 1:
+            nets[0][0][0].weight.grad[0] = float("inf")
+            before = values(nets, opt)
+        scaler.step(opt)
+        if step == 1:
+            after = values(nets, opt)
+            params = len(list(nets[0].parameters())) * len(nets)
+            assert all(torch.equal(a, b) for a, b in zip(before[:params], after[:params], strict=True))
+        scaler.update()
+    assert opt.inner_step == 2
+
+
+@each
+def test_the_device_guard_leaves_the_current_device_alone(backend):
+    nets, opt = make(backend)
+    random_gradients(opt)
+    current = torch.cuda.current_device()
+    opt.step()
+    assert torch.cuda.current_device() == current
+
+
+@each
+def test_a_step_with_unchanged_pointers_is_one_launch_without_copies_or_synchronisations(backend):
+    nets, opt = make(backend)
+    random_gradients(opt)
+    for _ in range(3):
+        opt.step()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        opt.step()
+        torch.cuda._sleep(1000)  # so that a profile of nothing is not taken for one of no launches
+    torch.cuda.synchronize()
+    device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [name for name in device if "shifting_step" in name]
+    others = [name for name in device if "shifting_step" not in name and "spin" not in name and "sleep" not in name.lower()]
+    host = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    assert len(kernels) == 1 and others == []
+    waits = [name for name in host if name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaMemcpyAsync")]
+    assert waits == []
+
+
+@each
+def test_a_host_wait_is_never_needed(backend):
+    nets, opt = make(backend)
+    random_gradients(opt)
+    opt.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@each
+def test_more_elements_than_32_bits_can_count(backend):
+    count = (1 << 31) + 1000
+    if torch.cuda.mem_get_info()[0] < 9 * count * 2:
+        pytest.skip("not enough free memory")
+    param = nn.Parameter(torch.zeros(count, dtype=torch.bfloat16, device="cuda"))
+    param.grad = torch.zeros_like(param)
+    ends = torch.tensor([0, 1, (1 << 31) - 1, 1 << 31, count - 1], device="cuda")
+    param.grad[ends] = 1.0
+    opt = ShiftingMetaOptimizer([[param]], lr=0.5, meta_lr=0.0, horizon=None, backend=backend)
+    opt.step()
+    assert (param.detach()[ends] == -0.5).all() and int((param.detach() != 0).sum()) == len(ends)
+
+
+@each
+def test_a_graph_survives_new_gradients_of_eager_steps(backend):
+    nets, opt = make(backend, capturable=True)
+    random_gradients(opt)
+    opt.step()
+    kept = [p.grad for g in opt.param_groups for p in g["params"]]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    random_gradients(opt)
+    opt.step()  # other pointers
+    before = opt.inner_step
+    graph.replay()
+    assert opt.inner_step == (before + 1) % OPTIONS["horizon"] and len(kept) > 0
