@@ -64,7 +64,7 @@ class Flat:
         self.momentum = self._zeros(stride, self.dtype)
         self.master = self._zeros(stride, torch.float32) if self.work_dtype != self.dtype else None
         self.phi = torch.zeros(columns, dtype=self.work_dtype, device=self.device) if shared else None
-        self.started = torch.zeros(len(self.segments), self.rows, dtype=torch.uint8) if started is None else started.view(-1, self.rows)
+        self.started = torch.zeros(len(self.segments), self.rows, dtype=torch.uint8, device="cpu") if started is None else started.view(-1, self.rows)
         self.all_started = False
         self.initialization = [self.view(self.phi, segment) for segment in self.segments] if shared else []
         # all replicas, segment by segment and row by row: the order of gradients everywhere
@@ -116,6 +116,12 @@ class Flat:
         if self.master is not None:
             self.view(self.master[row], segment).copy_(view)
         param.data = view
+
+    def hear_(self, columns: slice = slice(None)) -> None:
+        """Low precision: where somebody wrote the parameter since it was rounded from the master, the master follows."""
+        if self.master is not None:
+            master, stored = self.master[:, columns], self.theta[:, columns]
+            master.copy_(torch.where(master.to(self.dtype) == stored, master, stored.to(master.dtype)))
 
     def clear_momentum_(self) -> None:
         """Momentum 0, and the next gradient is a first one again."""

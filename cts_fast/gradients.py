@@ -33,7 +33,7 @@ class Gradients(Sequence):
     @classmethod
     def of(cls, tensors: list[Tensor | None]) -> Gradients:
         """Other tensors in the gradients' place, each laid out as its parameter."""
-        table = torch.tensor([0 if tensor is None else tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
+        table = torch.tensor([0 if tensor is None else tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device="cpu")
         gradients = cls(tensors, sum(tensor is not None for tensor in tensors), table.data_ptr(), True)
         gradients.table = table  # lives as long as its address is in use
         return gradients
@@ -61,7 +61,7 @@ class Collector:
             self.table = GradientTable(self.params, self.addresses, layouts, like)
             self.collect, self.set, self.address = self.table.collect, self.table.set, self.table.address
         else:
-            self.table = torch.zeros(len(self.params), dtype=torch.int64)
+            self.table = torch.zeros(len(self.params), dtype=torch.int64, device="cpu")
             self.collect, self.set, self.address = self._collect, self.table.__setitem__, self.table.data_ptr()
 
     def __call__(self) -> Gradients:
@@ -87,11 +87,18 @@ class Collector:
         tensors = [param.grad for param in self.params]
         present = [i for i, gradient in enumerate(tensors) if gradient is not None]
         odd = [i for i in present if not _plain(tensors[i], *self.places[i])]
-        moved = [i for i, (param, address) in enumerate(zip(self.params, self.addresses, strict=True)) if address and param.data_ptr() != address]
+        moved = [i for i, (param, address) in enumerate(zip(self.params, self.addresses, strict=True)) if address and (param.data_ptr() != address or param.stride() != self.places[i][0].segments[self.places[i][1]].stride)]
         self.table.zero_()
         for i in set(present) - set(odd):
             self.table[i] = tensors[i].data_ptr()
         return tensors, len(present), True, odd, moved
+
+
+def check_moved(flat: Flat) -> None:
+    """Raise ValueError, naming task and parameter, if one was cast, moved to another device or reshaped."""
+    for segment in flat.segments:
+        for row in range(flat.rows):
+            flat.check_param(segment, row)
 
 
 def adopt_moved_(flat: Flat) -> None:
@@ -99,7 +106,7 @@ def adopt_moved_(flat: Flat) -> None:
     for n, segment in enumerate(flat.segments):
         for row, param in enumerate(segment.params):
             address = _address(flat, n, row)
-            if address and param.data_ptr() != address:
+            if address and (param.data_ptr() != address or param.stride() != segment.stride):
                 flat.adopt_(n, row)
 
 

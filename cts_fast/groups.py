@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -25,21 +25,21 @@ def check_hyper(values: dict) -> None:
     for name in ("lr", "momentum", "dampening", "weight_decay", "meta_lr", "shift"):
         value = values[name]
         if isinstance(value, Tensor):
-            continue  # reading it would wait for the device
+            if not value.is_cpu:
+                continue  # reading it would wait for the device
+            value = value.item()
         if not isinstance(value, Real) or not math.isfinite(value) or (name in NON_NEGATIVE and value < 0):
             raise ValueError(f"Invalid {NON_NEGATIVE.get(name, name)}: {value}")
     if values["nesterov"] and (values["momentum"] <= 0 or values["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
 
-def check_options(horizon, meta_interval, nonfinite) -> None:
+def check_options(horizon, meta_interval) -> None:
     """Raise ValueError for options of the whole optimizer that no step can use."""
-    if horizon is not None and (not isinstance(horizon, int) or horizon < 1):
+    if horizon is not None and (not isinstance(horizon, Integral) or horizon < 1):
         raise ValueError(f"Invalid horizon: {horizon}; it is a number of steps ≥ 1, or None for no resets")
-    if not isinstance(meta_interval, int) or meta_interval < 1:
+    if not isinstance(meta_interval, Integral) or meta_interval < 1:
         raise ValueError(f"Invalid meta_interval: {meta_interval}; it is a number of steps ≥ 1")
-    if nonfinite not in ("ignore", "raise", "skip"):
-        raise ValueError(f'Invalid nonfinite: {nonfinite!r}; known: "ignore", "raise", "skip"')
 
 
 def check_needs(needs: frozenset[str], num_tasks: int, losses, heldout) -> None:
@@ -82,7 +82,7 @@ def split_tasks(params, num_tasks: int | None) -> list[list]:
         raise TypeError(ordered + "Please use a list instead.")
     items = [params] if _is_parameter(params) else list(params)
     if not items:
-        return [[] for _ in range(num_tasks or 1)]
+        return [[] for _ in range(num_tasks or 0)]
     if _is_parameter(items[0]):
         tasks = [items]
     else:
@@ -140,7 +140,7 @@ def check_parameters(tasks: list[list], shared: bool) -> None:
                 raise ValueError(f"{where}: layout is {tensor.layout}; only strided tensors can be optimized")
             if tensor.dtype not in DTYPES:
                 raise ValueError(f"{where}: dtype is {tensor.dtype}; known: float32, float64, bfloat16, float16")
-    if not shared:
+    if not shared or not tasks:
         return
     first = tasks[0]
     for t, task in enumerate(tasks[1:], 1):

@@ -83,7 +83,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, capturable: 
     Raises ValueError for an unknown name, RuntimeError with the reason for one that cannot run.
     """
     if backend == "auto":
-        backend = os.environ.get("CTS_FAST_BACKEND", "auto")
+        backend = os.environ.get("CTS_FAST_BACKEND") or "auto"
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     names = PREFERENCE.get(device.type, ("torch",)) if backend == "auto" else (backend,)
@@ -138,8 +138,8 @@ def _keep_started_(flats: Sequence[Flat], gradients: Gradients, hyper: Sequence[
     first, any_momentum = 0, any(h.momentum for h in hyper)
     for flat in flats:
         if any_momentum and not flat.all_started:
-            present = torch.tensor([gradient is not None for gradient in gradients[first : first + flat.started.numel()]])
-            uses_momentum = torch.tensor([hyper[segment.group].momentum != 0 for segment in flat.segments])
+            present = torch.tensor([gradient is not None for gradient in gradients[first : first + flat.started.numel()]], device="cpu")
+            uses_momentum = torch.tensor([hyper[segment.group].momentum != 0 for segment in flat.segments], device="cpu")
             flat.started |= present.view_as(flat.started) & uses_momentum[:, None]
             flat.all_started = bool(flat.started.all())
         if control.reset and control.reset_momentum and flat.shared:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from itertools import chain
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from cts_fast import ops
 from cts_fast.flat import Flat, Segment, make_flats
-from cts_fast.gradients import Collector, adopt_moved_
+from cts_fast.gradients import Collector, adopt_moved_, check_moved
+from cts_fast.saved import matching
 from cts_fast.groups import PER_GROUP, as_groups, check_hyper, check_needs, check_options, check_parameters, drop_duplicates, split_tasks
 
 OPTIONS = ("horizon", "meta_interval", "reset_momentum", "capturable")  # of the whole optimizer; every group carries them
@@ -70,18 +70,19 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             shift=shift, shared=True, horizon=horizon, meta_interval=meta_interval, reset_momentum=reset_momentum, capturable=capturable,
         )  # fmt: skip
         check_hyper(defaults)
-        check_options(horizon, meta_interval, nonfinite)
+        check_options(horizon, meta_interval)
+        if nonfinite not in ("ignore", "raise", "skip"):
+            raise ValueError(f'Invalid nonfinite: {nonfinite!r}; known: "ignore", "raise", "skip"')
         if process_group is not None:
             raise ValueError("process_group: this version runs all tasks in one process; give process_group=None")
         if backend != "auto" and backend not in ops.BACKENDS:
             raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(ops.BACKENDS)}")
         self._nonfinite, self._backend_choice = nonfinite, backend
-        self._sizes: list[list[int]] = []  # parameters of each task, by group
         self._num_tasks: int | None = None
         self._built = False
         super().__init__(as_groups(tasks), defaults)
-        if self._num_tasks is None:
-            raise ValueError("optimizer got an empty parameter list")
+        if not any(group["params"] for group in self.param_groups):
+            raise ValueError("optimizer got an empty parameter list: no task has a parameter")
         if heads is not None:
             self._add_heads(heads)
         if not any(group["shared"] for group in self.param_groups):
@@ -105,23 +106,24 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         shared = param_group.get("shared", True)
         tasks = drop_duplicates(split_tasks(param_group["params"], self._num_tasks))
         check_parameters(tasks, shared)
-        if self._built and shared:
-            self._check_new_names(tasks[0])
-        group = {**param_group, "params": list(chain.from_iterable(tasks)), "shared": shared, "num_tasks": len(tasks)}
-        if self._built:  # a backend that cannot serve the new tensors says so before anything changed
-            for param in group["params"]:
-                tensor = param[1] if isinstance(param, tuple) else param
-                ops.resolve(self._backend_choice, tensor.device, tensor.dtype, self.defaults["capturable"])
-        super().add_param_group(group)
-        self._num_tasks = len(tasks)
-        self._sizes.append([len(task) for task in tasks])
+        group = {**param_group, "params": list(chain.from_iterable(tasks)), "shared": shared, "sizes": [len(task) for task in tasks]}
         if self._built:
-            self._build()
+            self._take_back_()
+        super().add_param_group(group)
+        if self._built:
+            try:
+                self._build()
+            except Exception:  # nothing was written yet
+                self.param_groups.pop()
+                raise
+        self._num_tasks = len(tasks) or self._num_tasks
 
     def _add_heads(self, heads: Iterable) -> None:
         heads = [list(head) for head in heads]
         if len(heads) != self._num_tasks:
             raise ValueError(f"heads of {len(heads)} tasks given, but there are {self._num_tasks} tasks; give one iterable a task")
+        if not any(heads):
+            return
         named = "param_names" in self.param_groups[0]
         tensors = [[item[1] if isinstance(item, tuple) else item for item in head] for head in heads]
         if named:  # torch wants names in all groups or in none
@@ -131,38 +133,32 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             ]
         self.add_param_group({"params": tensors, "shared": False})
 
-    def _check_new_names(self, task: list) -> None:
-        known = set(self._names())
-        for item in task:
-            if isinstance(item, tuple) and item[0] in known:
-                raise ValueError(f"parameter {item[0]!r}: another shared group has that name; names of the initialization must differ")
-
     def _segments(self) -> list[Segment]:
         segments = []
-        for g, (group, sizes) in enumerate(zip(self.param_groups, self._sizes, strict=True)):
-            params, names = group["params"], group.get("param_names")
+        shared = 0
+        for g, group in enumerate(self.param_groups):
+            params, names, sizes = group["params"], group.get("param_names"), group["sizes"]
             starts = [sum(sizes[:t]) for t in range(len(sizes))]
-            unnamed = "{}" if group["shared"] else "head.{}"
             if group["shared"]:
-                for n in range(sizes[0]):
-                    name = names[n] if names else unnamed.format(sum(s.task is None for s in segments))
-                    segments.append(Segment(g, name, [params[start + n] for start in starts]))
+                for n in range(sizes[0] if sizes else 0):
+                    segments.append(Segment(g, names[n] if names else str(shared), [params[start + n] for start in starts]))
+                    shared += 1
             else:
                 for t, (start, size) in enumerate(zip(starts, sizes, strict=True)):
                     for n in range(size):
-                        name = names[start + n] if names else unnamed.format(n)
-                        segments.append(Segment(g, name, [params[start + n]], task=t))
+                        segments.append(Segment(g, names[start + n] if names else f"head.{n}", [params[start + n]], task=t))
         return segments
-
-    def _names(self) -> list[str]:
-        return [segment.name for segment in self._segments() if segment.task is None]
 
     # Buffers ---------------------------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        """Lay out flat buffers for all groups, fill them from `state` or, for new parameters, from the first task, and bind views."""
+        """Lay out flat buffers for all groups, fill them from `state` or, for new parameters, from the first task, and bind views.
+
+        All that can fail comes before the first write.
+        """
         segments = self._segments()
-        names = [segment.name for segment in segments if segment.task is None]
+        shared = [segment for segment in segments if segment.task is None]
+        names = [segment.name for segment in shared]
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"parameter {twice!r}: two shared parameters have that name; names of the initialization must differ")
@@ -172,53 +168,65 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             first = segment.params[0]
             by_kind.setdefault((first.device, first.dtype), {}).setdefault(segment.task is None, []).append(segment)
         backends = [ops.resolve(self._backend_choice, device, dtype, capturable) for device, dtype in by_kind]
-        counters = self.state[segments[0].params[0]].get("counters") if self.state else None
-        differing = None
-        self._counting = capturable and ops.counts_on_device(backends)
-        self._flats = [make_flats(kind, self._counting) for kind in by_kind.values()]
-        for flat in chain.from_iterable(self._flats):
-            differing = self._fill_(flat) or differing
-        if differing:
-            warnings.warn(f"{differing}: differs from task 0; every task starts at task 0's parameters", stacklevel=4)
-        self._backends = backends
-        self._collectors = [Collector(flats) for flats in self._flats]
-        self._launchers = [ops.make_launcher(name, flats) for name, flats in zip(backends, self._flats, strict=True)]
-        self._initialization = {s.name: self.state[s.params[0]]["initialization"] for s in segments if s.task is None}
+        counting = capturable and ops.counts_on_device(backends)
+        if counting and len({device for device, _ in by_kind}) > 1:
+            raise ValueError("capturable=True: one step's counters live on one device, but the parameters are on several")
+        flats = [make_flats(kind, counting) for kind in by_kind.values()]
+        collectors = [Collector(kind) for kind in flats]
+        launchers = [ops.make_launcher(name, kind) for name, kind in zip(backends, flats, strict=True)]
+        self._warn_of_differing_replicas([segment for segment in shared if segment.params[0] not in self.state])
+
         first = segments[0].params[0]
+        counters = self.state[first].get("counters") if first in self.state else None
         if counters is None:  # inner_step, round, meta_updates, skipped_steps
             counters = torch.zeros(4, dtype=torch.int64, device=first.device if capturable else "cpu")
-        self._counters = counters
-        self.state[first]["counters"] = counters
+        for flat in chain.from_iterable(flats):
+            self._fill_(flat)
+        self.state[first]["counters"] = self._counters = counters
+        self._backends, self._counting, self._flats, self._collectors, self._launchers = backends, counting, flats, collectors, launchers
+        self._initialization = {segment.name: self.state[segment.params[0]]["initialization"] for segment in shared}
         raises = self._nonfinite == "raise"
-        self._flags = [torch.zeros(sum(len(f.params) for f in flats), dtype=torch.uint8, device=flats[0].device) for flats in self._flats] if raises else None
+        self._flags = [torch.zeros(sum(len(f.params) for f in kind), dtype=torch.uint8, device=kind[0].device) for kind in flats] if raises else None
         self._built = True
 
-    def _fill_(self, flat: Flat) -> str | None:
-        """Values of one flat buffer, from `state` where a parameter has one; the place of a replica that had to change, if any."""
-        differing = None
+    @staticmethod
+    def _warn_of_differing_replicas(segments: list[Segment]) -> None:
+        for segment in segments:
+            first = segment.params[0].detach()
+            for row, param in enumerate(segment.params[1:], 1):
+                if not torch.equal(param.nan_to_num(), first.nan_to_num()):
+                    warnings.warn(f"{segment.where(row)}: differs from task 0; every task starts at task 0's parameters", stacklevel=5)
+                    return
+
+    def _fill_(self, flat: Flat) -> None:
+        """Values of one flat buffer and the views in `state`: from `state` where a parameter has an entry, else from the parameters."""
         for n, segment in enumerate(flat.segments):
-            old = [dict(self.state[param]) if param in self.state else {} for param in segment.params]
-            fresh = "theta" not in old[0]
+            known = segment.params[0] in self.state
+            start = segment.params[0].detach().clone()
             for row, param in enumerate(segment.params):
-                if fresh and flat.shared and differing is None and not torch.equal(param, segment.params[0]):
-                    differing = segment.where(row)
-            start = segment.params[0].detach().clone() if fresh and flat.shared else None
-            for row in range(flat.rows):
                 flat.adopt_(n, row)
                 views = flat.state(n, row)
-                if start is not None:
-                    segment.params[row].data.copy_(start)
+                if known:
+                    for name, view in views.items():
+                        view.copy_(self.state[param][name])
+                elif flat.shared:
+                    param.data.copy_(start)
                     views["theta"].copy_(start)
-                for name, view in views.items():
-                    if name in old[row]:
-                        view.copy_(old[row][name])
-                    elif name == "initialization":
-                        view.copy_(start)
-                self.state[segment.params[row]] = views
-        return differing
+                    if row == 0:
+                        views["initialization"].copy_(start)
+                self.state[param] = views
+
+    def _take_back_(self) -> None:
+        """Hear what users wrote to parameters since the last step, exchanged storages included."""
+        for flat in chain.from_iterable(self._flats):
+            check_moved(flat)
+        for flat in chain.from_iterable(self._flats):
+            adopt_moved_(flat)
+            flat.hear_()
 
     def __getstate__(self) -> dict:
-        own = ("_nonfinite", "_backend_choice", "_sizes", "_num_tasks")
+        self._take_back_()
+        own = ("_nonfinite", "_backend_choice", "_num_tasks")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state: dict) -> None:
@@ -264,7 +272,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         if scale is not None:
             control = control._replace(inverse_scale=1.0 / scale.item())
         self._apply_(gradients, hyper, control, self._flags, losses, heldout)
-        self._counters.copy_(torch.tensor([*counted, skipped]))
+        self._counters.copy_(torch.tensor([*counted, skipped], device="cpu"))
         if self._flags and all(flags.device.type == "cpu" for flags in self._flags):
             self._report_nonfinite()
         return loss
@@ -272,6 +280,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     def _step_on_device(self, gradients, hyper: list[ops.Hyper], losses, heldout) -> None:
         """The step with every decision left to the device, so that a CUDA graph may hold it."""
         options = self.param_groups[0]
+        check_options(options["horizon"], options["meta_interval"])
         found_inf = getattr(self, "found_inf", None)
         if self._nonfinite == "skip":
             bad = ops.any_nonfinite(gradients)
@@ -285,6 +294,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     def _plan(self, inner_step: int, round_: int, meta_updates: int) -> tuple[ops.Control, tuple[int, int, int]]:
         """What the next step does, and the three counters after it."""
         options = self.param_groups[0]
+        check_options(options["horizon"], options["meta_interval"])
         inner_step += 1
         meta_update = inner_step % options["meta_interval"] == 0
         reset = options["horizon"] is not None and inner_step >= options["horizon"]
@@ -372,9 +382,10 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         if len(values) != len(self._initialization):
             raise ValueError(f"{len(values)} tensors given, but the initialization has {len(self._initialization)}")
         for (name, phi), value in zip(self._initialization.items(), values, strict=True):
-            if not isinstance(value, Tensor) or value.shape != phi.shape:
-                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"parameter {name!r}: {given} given, but its shape is {tuple(phi.shape)}")
+            if not isinstance(value, Tensor) or value.shape != phi.shape or not value.is_floating_point() or value.layout != torch.strided:
+                given = f"{value.dtype} {tuple(value.shape)}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"parameter {name!r}: {given} given, but a dense real tensor of {tuple(phi.shape)} is needed")
+        self._take_back_()
         for phi, value in zip(self._initialization.values(), values, strict=True):
             phi.copy_(value)
         self._reset_()
@@ -382,13 +393,13 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def reset_tasks(self) -> None:
         """The reset at K, now: θ ← φ for every task, shared momentum cleared if `reset_momentum`, inner_step 0, round + 1."""
+        self._take_back_()
         self._reset_()
         self._counters[1] += 1
 
     def _reset_(self) -> None:
         for flat in chain.from_iterable(self._flats):
             if flat.shared:
-                adopt_moved_(flat)
                 flat.reset_(self.param_groups[0]["reset_momentum"])
                 torch.autograd.graph.increment_version(flat.written)
         self._counters[0] = 0
@@ -398,6 +409,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """All that a bit-equal continuation needs, θ included, as references; see torch.optim.Optimizer.state_dict."""
         self._report_nonfinite()
+        self._take_back_()
         return super().state_dict()
 
     @torch._disable_dynamo
@@ -411,12 +423,9 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        saved_groups = deepcopy(state_dict["param_groups"])
-        self._check_groups(saved_groups)
-        saved = self._check_state(saved_groups, state_dict["state"])
+        saved_groups, saved = matching(self, state_dict)
 
-        for flat in chain.from_iterable(self._flats):
-            adopt_moved_(flat)
+        self._take_back_()
         for param, entry in saved:
             for name, view in self.state[param].items():
                 view.copy_(entry[name])
@@ -426,39 +435,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
                 flat.theta.copy_(flat.master)
             torch.autograd.graph.increment_version(flat.written)
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            kept = ("params", "param_names", "capturable", "shared", "num_tasks")
+            kept = ("params", "param_names", "capturable", "shared", "sizes")
             group.update({name: value for name, value in saved_group.items() if name not in kept})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
-
-    def _check_groups(self, saved_groups: list[dict]) -> None:
-        if len(saved_groups) != len(self.param_groups):
-            raise ValueError(f"loaded state dict has {len(saved_groups)} parameter groups, but the optimizer has {len(self.param_groups)}")
-        for g, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            for name in ("num_tasks", "shared"):
-                if saved.get(name, group[name]) != group[name]:
-                    raise ValueError(f"group {g}: loaded state dict has {name} {saved[name]}, but the optimizer has {group[name]}")
-            if len(saved["params"]) != len(group["params"]):
-                raise ValueError(f"group {g}: loaded state dict has {len(saved['params'])} parameters, but the optimizer has {len(group['params'])}")
-            for mine, theirs in zip(group.get("param_names", ()), saved.get("param_names", ()), strict=False):
-                if mine != theirs:
-                    raise ValueError(f"group {g}, parameter {mine!r}: is named {theirs!r} in the loaded state dict")
-            check_hyper({**group, **saved})
-
-    def _check_state(self, saved_groups: list[dict], state: Mapping) -> list[tuple[Tensor, Mapping]]:
-        """(parameter, its saved entry) for every parameter."""
-        saved = []
-        places = {param: segment.where(row) for segment in self._segments() for row, param in enumerate(segment.params)}
-        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            for param, index in zip(group["params"], saved_group["params"], strict=True):
-                entry = state.get(index, {})
-                for name, view in self.state[param].items():
-                    if name not in entry:
-                        raise ValueError(f"{places[param]}: {name!r} is missing in the loaded state dict")
-                    if entry[name].shape != view.shape or entry[name].dtype != view.dtype:
-                        raise ValueError(
-                            f"{places[param]}: {name!r} is {entry[name].dtype} {tuple(entry[name].shape)} in the loaded state dict, "
-                            f"but {view.dtype} {tuple(view.shape)} here"
-                        )
-                saved.append((param, entry))
-        return saved

@@ -73,8 +73,7 @@ class Launcher:
         i = 0
         for flat in self.flats:
             work = flat.theta if flat.master is None else flat.master
-            if flat.master is not None:  # whoever wrote the parameter since the last step is heard
-                work.copy_(torch.where(work.to(flat.dtype) == flat.theta, work, flat.theta.to(work.dtype)))
+            flat.hear_()
             for n, segment in enumerate(flat.segments):
                 columns = slice(segment.offset, segment.offset + segment.numel)
                 g = [None if x is None else as_flat(x, flat.work_dtype) * control.inverse_scale for x in gradients[i : i + flat.rows]]

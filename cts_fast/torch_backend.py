@@ -71,7 +71,7 @@ class _Block:
         theta, v = stored, momentum
         if flat.master is not None:
             theta, v = flat.master[:, columns], momentum.float()
-            theta.copy_(torch.where(theta.to(flat.dtype) == stored, theta, stored.float()))  # hear who wrote the parameter
+            flat.hear_(columns)
 
         d, missing, fresh = self._gather(gradients, h, c)
         kept = [(at, row, theta[row, at].clone(), v[row, at].clone()) for row, at in missing]

@@ -441,3 +441,52 @@ def test_no_warning_on_the_plain_path():
         warnings.simplefilter("error")
         nets = make_nets()
         train(nets, make_optimizer(nets), 2)
+
+
+@pytest.mark.parametrize("then", ["state_dict", "deepcopy", "add_param_group", "reset"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_user_wrote_to_a_parameter_is_never_lost(then, dtype):
+    nets = make_nets(dtype=dtype)
+    opt = make_optimizer(nets)
+    weight = nets[1][0].weight
+    if dtype == torch.float32:
+        weight.data = torch.full_like(weight, 2.0)
+    else:
+        weight.data.fill_(2.0)
+    if then == "state_dict":
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    elif then == "deepcopy":
+        nets, opt = copy.deepcopy((nets, opt))
+    elif then == "add_param_group":
+        extra = [torch.nn.Parameter(torch.zeros(2, dtype=dtype)) for _ in nets]
+        opt.add_param_group({"params": [[("extra", p)] for p in extra]})
+    else:
+        opt.reset_tasks()
+        assert torch.equal(nets[1][0].weight, nets[0][0].weight)
+        return
+    assert (nets[1][0].weight == 2).all() and (opt.state[nets[1][0].weight]["theta"] == 2).all()
+
+
+def test_a_default_device_elsewhere_does_not_matter():
+    nets = make_nets()
+    opt = make_optimizer(nets, nonfinite="raise")
+    backward(nets)
+    try:
+        torch.set_default_device("meta")
+        opt.step()
+    finally:
+        torch.set_default_device(None)
+    assert opt.inner_step == 1
+
+
+def test_an_empty_group_is_allowed_beside_others():
+    nets = make_nets(2)
+    opt = ShiftingMetaOptimizer([{"params": []}, {"params": [net.parameters() for net in nets]}], lr=0.1)
+    train(nets, opt, 1)
+    assert opt.num_tasks == 2 and opt.inner_step == 1
+
+
+def test_empty_heads_are_no_group():
+    nets = make_nets(2)
+    opt = ShiftingMetaOptimizer([net.named_parameters() for net in nets], heads=[[], []])
+    assert len(opt.param_groups) == 1

@@ -1,5 +1,7 @@
 """Bad input raises at once, names task, parameter and reason, and leaves everything as it was."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -28,6 +30,7 @@ SHARED = parameters((2,))[0]
 LEAF = torch.zeros(2, requires_grad=True)
 BAD_TASKS = {
     "empty task list": ([], ValueError, "empty parameter list"),
+    "tasks without parameters": ([[], []], ValueError, "no task has a parameter"),
     "a parameter of two tasks": ([[SHARED], [SHARED]], ValueError, "task 1, parameter 0: is a parameter of task 0 too"),
     "other counts": ([parameters((2,), (3,)), parameters((2,))], ValueError, "task 1: 1 parameters, but task 0 has 2"),
     "other shapes": ([parameters((2,)), parameters((3,))], ValueError, r"task 1, parameter '0': shape is \(3,\), but \(2,\) in task 0"),
@@ -104,6 +107,53 @@ def test_a_bad_group_leaves_the_optimizer_as_it_was(group, error):
     with pytest.raises(ValueError, match=error):
         opt.add_param_group(group)
     assert len(opt.param_groups) == 1 and opt.initialization[0] is live
+
+
+def test_a_group_that_cannot_be_laid_out_leaves_the_optimizer_as_it_was():
+    tasks = [[("a", parameter)] for parameter in parameters((2,), (2,))]
+    opt = ShiftingMetaOptimizer(tasks, lr=1.0, meta_lr=0.0)
+    live = opt.initialization[0]
+    with pytest.raises(ValueError, match="'a': two shared parameters have that name"):
+        opt.add_param_group({"params": [[("a", parameter)] for parameter in parameters((3,), (3,))]})
+    assert len(opt.param_groups) == 1 and opt.initialization[0] is live
+    tasks[0][0][1].grad = torch.ones(2)
+    opt.step()
+    assert tasks[0][0][1].tolist() == [-1, -1]
+
+
+def test_a_failing_construction_leaves_the_parameters_as_they_were():
+    tasks = [[nn.Parameter(torch.full((2,), float(t)))] for t in range(2)]
+    where = tasks[1][0].data_ptr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="task 1, parameter '0': differs"):
+            ShiftingMetaOptimizer(tasks)
+    assert tasks[1][0].tolist() == [1, 1] and tasks[1][0].data_ptr() == where
+
+
+@pytest.mark.parametrize("broken", [{"horizon": 0}, {"horizon": 2.5}, {"meta_interval": 0}])
+def test_a_bad_live_option_raises_before_anything_moved(broken):
+    tasks = [parameters((2,))]
+    opt = ShiftingMetaOptimizer(tasks, lr=1.0)
+    tasks[0][0].grad = torch.ones(2)
+    opt.param_groups[0].update(broken)
+    with pytest.raises(ValueError, match="Invalid"):
+        opt.step()
+    assert not tasks[0][0].any()
+
+
+def test_head_tensors_do_not_change_tasks_in_loading():
+    def build(*sizes):
+        heads = [parameters(*[(3,)] * size) for size in sizes]
+        return ShiftingMetaOptimizer([parameters((2,)), parameters((2,))], heads=heads)
+
+    with pytest.raises(ValueError, match=r"group 1.*\[2, 1\].*\[1, 2\]"):
+        build(1, 2).load_state_dict(build(2, 1).state_dict())
+
+
+def test_a_state_dict_that_is_none():
+    with pytest.raises(ValueError, match="'state' is missing"):
+        ShiftingMetaOptimizer([parameters((2,))]).load_state_dict({})
 
 
 def test_parameters_already_in_a_group():

@@ -87,7 +87,7 @@ def test_dicts_without_newer_options_load():
     train(nets, opt, 2)
     state = copy.deepcopy(opt.state_dict())
     for group in state["param_groups"]:
-        for name in ("meta_interval", "shift", "num_tasks", "reset_momentum"):
+        for name in ("meta_interval", "shift", "sizes", "reset_momentum"):
             del group[name]
     opt.load_state_dict(state)
     assert opt.param_groups[0]["meta_interval"] == 1
@@ -110,7 +110,7 @@ def broken(kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("tasks", "num_tasks 2, but the optimizer has 3"), ("name", "'other'"), ("dtype", "float64"), ("groups", "parameter groups"),
+        ("tasks", "has 2 tasks, but the optimizer has 3"), ("name", "'other'"), ("dtype", "float64"), ("groups", "parameter groups"),
         ("shape", r"task 0, parameter '1.bias'.*\(2,\)"), ("missing", "task 1, parameter '0.bias'.*missing"),
     ],
 )  # fmt: skip
