@@ -94,10 +94,11 @@ def account(experiment: Experiment) -> str:
     config, train, test = experiment.config, experiment.train, experiment.test
     size = f", images of {train.size} x {train.size} pixels" if train.size else ""
     images = f"{test.images} training images" if test.images else "all its training images"
-    steps = f"{train.steps} steps of batch {train.batch_size} per task in {train.rounds} rounds of {train.horizon}"
+    rounds = f"in {train.rounds} rounds of {train.horizon}" if train.rounds > 1 else "in one round"
+    steps = f"{train.steps} steps of batch {train.batch_size} per task {rounds}"
     paragraphs = [
         f"Accuracy in % on the test sets of {len(config['targets'])} image tasks that meta-training never saw: "
-        f"mean of {test.seeds} fine-tuning runs ± 95 % interval; the last column is the mean over these tasks.",
+        f"mean of {test.seeds} fine-tuning run{'s' * (test.seeds > 1)} ± 95 % interval; the last column is the mean over these tasks.",
         f"What was run: each method meta-trained a ResNet20 on the tasks {', '.join(config['tasks'])}: {steps}{size}. "
         "All began at the same weights and saw the same batches. Then each starting point was fine-tuned on each "
         f"held-out task: {images}, {test.steps} steps of batch {test.batch_size}, with a new last layer.",
