@@ -54,6 +54,11 @@ class Curve:
     losses: list[list[float]] = field(default_factory=list)
 
     @property
+    def last(self) -> float:
+        """The newest task-average loss; NaN before the first."""
+        return sum(self.losses[-1]) / len(self.losses[-1]) if self.losses else math.nan
+
+    @property
     def mean(self) -> list[float]:
         """Task-average losses."""
         return [sum(losses) / len(losses) for losses in self.losses]
@@ -181,8 +186,8 @@ class Experiment:
                     curve.losses.append(torch.stack(pending).mean(0).tolist())
                     pending.clear()
                     if writer:
-                        writer.add_scalar("meta-train/loss", curve.mean[-1], trainer.step)
-                progress.advance(f"loss {curve.mean[-1]:.3f}" if curve.steps else "")
+                        writer.add_scalar("meta-train/loss", curve.last, trainer.step)
+                progress.advance(f"loss {curve.last:.3f}")
                 if stop():
                     save()
                     raise Interrupted
