@@ -155,7 +155,7 @@ def extensions() -> list[Extension]:
         sources = [str(CSRC / name) for name in ("shifting_step.cpp", "cpu.cpp", "gradients.cpp", "bindings.cpp")]
         modules.append(Extension("cts_fast._cpu", sources, depends=HEADERS, optional=optional))
     if chosen == "cuda" or (chosen == "auto" and nvcc()):
-        sources = [str(CSRC / name) for name in ("shifting_step.cu", "cuda.cpp", "cuda_bindings.cpp")]
+        sources = [str(CSRC / name) for name in ("shifting_step.cu", "launch.cpp", "cuda_bindings.cpp")]
         modules.append(Extension("cts_fast._cuda", sources, depends=HEADERS, optional=optional))
     return [module for module in modules if not optional or all(map(os.path.exists, module.sources))]
 

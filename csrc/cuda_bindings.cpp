@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cuda.h"
+#include "launch.h"
 
 namespace py = pybind11;
 using namespace py::literals;

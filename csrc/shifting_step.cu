@@ -23,7 +23,7 @@ __device__ __forceinline__ void store_raw(uint2* to, uint2 x) {
 template <class T> __device__ __forceinline__ void store_raw(T* to, T x) { *to = x; }
 #endif
 
-#include "cuda.h"
+#include "launch.h"
 
 #include <cstring>
 #include <stdexcept>

@@ -31,7 +31,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool) -> s
         return f"it has no kernel for {dtype}"
     driver = _cuda.driver_version()
     if driver < _cuda.needs_driver:
-        return f"the driver is for CUDA {driver // 1000}.{driver % 1000 // 10}; this build needs {_cuda.needs_driver // 1000}.{_cuda.needs_driver % 1000 // 10}"
+        return f"the driver is for CUDA {_version(driver)}; this build needs {_version(_cuda.needs_driver)}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "its kernels are built for compute capability 8.0 and newer, {} has {}.{}".format(device, *torch.cuda.get_device_capability(device))
     return None
@@ -53,13 +53,14 @@ def block_shape(tasks: int, shared_memory: int) -> tuple[int, int]:
 
 
 def make_tiles(flats: Sequence[Flat], columns: int) -> Tensor:
-    """The tiles of all segments as csrc/cuda.h lays them out, int64 [tiles, 4]; columns: the most that one has."""
+    """The tiles of all segments as csrc/launch.h lays them out, int64 [tiles, 4]; columns: the most that one has."""
     tiles, first = [], 0
     for flat in flats:
         for segment in flat.segments:
-            at = torch.arange(0, segment.numel, columns)
+            at = torch.arange(0, segment.numel, columns, device="cpu")
             count = (segment.numel - at).clamp(max=columns)
-            tiles.append(torch.stack([segment.offset + at, at, count | segment.group << 32, torch.full_like(at, first | (not flat.shared) << 32)], dim=1))
+            place = torch.full_like(at, first | (not flat.shared) << 32)
+            tiles.append(torch.stack([segment.offset + at, at, count | segment.group << 32, place], dim=1))
             first += flat.rows
     return torch.cat(tiles)
 
@@ -77,11 +78,11 @@ class Launcher:
         threads, shared_bytes = block_shape(tasks, shared_memory)
         tiles = make_tiles(flats, threads * COLUMN_BYTES // flats[0].work_dtype.itemsize)
         self.num_tiles = len(tiles)
-        self.tiles = (tiles if len(tiles) else torch.zeros(1, 4, dtype=torch.int64)).to(device)
+        self.tiles = (tiles if len(tiles) else torch.zeros(1, 4, dtype=torch.int64, device="cpu")).to(device)
         groups = [segment.group for flat in flats for segment in flat.segments for _ in range(flat.rows)]
-        self.groups, self.num_groups = torch.tensor(groups, dtype=torch.int32).to(device), max(groups) + 1
+        self.groups, self.num_groups = torch.tensor(groups, dtype=torch.int32, device=device), max(groups) + 1
         if self.num_groups > _cuda.max_groups:
-            raise RuntimeError(f"the cuda backend takes up to {_cuda.max_groups} param groups, but there are {self.num_groups}; use backend='triton'")
+            raise RuntimeError(f"the cuda backend takes up to {_cuda.max_groups} param groups, not {self.num_groups}; use backend='triton'")
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
         self.table = DeviceTable(device) if len(groups) > _cuda.max_pointers else None
         self.flags = DeviceTable(device)
@@ -90,8 +91,9 @@ class Launcher:
         heads = (0, 0, 0, 0, 0, 1) if flats[-1].shared else _buffers(flats[-1])
         shared_count = len(flats[0].params) if flats[0].shared else 0
         self.plan = _cuda.Plan(
-            DTYPES[flats[0].dtype], self.index, shared, heads, self.tiles.data_ptr(), max(self.num_tiles, 1), threads, shared_bytes, len(groups), shared_count
-        )
+            DTYPES[flats[0].dtype], self.index, shared, heads, self.tiles.data_ptr(), max(self.num_tiles, 1), threads, shared_bytes,
+            len(groups), shared_count,
+        )  # fmt: skip
 
     def __call__(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         counting = control.counting
@@ -104,13 +106,16 @@ class Launcher:
         elif any(h.dampening and h.momentum for h in hyper) and not all(flat.all_started for flat in self.flats):
             started = self.flags(torch.cat([flat.started.flatten() for flat in self.flats])).data_ptr()
         rates = [[rate_address(rate) for rate in (h.lr, h.meta_lr)] for h in hyper]
-        self.plan.step(
-            gradients.address, 0 if self.table is None else self.table(host_addresses(gradients)).data_ptr(), started,
-            0 if control.nonfinite is None else control.nonfinite.data_ptr(),
-            [h._replace(lr=0.0 if a else h.lr, meta_lr=1.0 if b else h.meta_lr) for h, (a, b) in zip(hyper, rates, strict=True)],
-            [a for a, _ in rates], [b for _, b in rates], control.meta_update, control.reset, control.reset_momentum, control.inverse_scale,
-            counts, torch.cuda.current_stream(self.index).cuda_stream if self.flats[0].device.type == "cuda" else 0,
-        )  # fmt: skip
+        table = 0 if self.table is None else self.table(host_addresses(gradients), counting is not None).data_ptr()
+        nonfinite = 0 if control.nonfinite is None else control.nonfinite.data_ptr()
+        numbers = [h._replace(lr=0.0 if a else h.lr, meta_lr=1.0 if b else h.meta_lr) for h, (a, b) in zip(hyper, rates, strict=True)]
+        on_gpu = self.flats[0].device.type == "cuda"
+        with torch.cuda.device(self.index if on_gpu else -1):
+            self.plan.step(
+                gradients.address, table, started, nonfinite, numbers, [a for a, _ in rates], [b for _, b in rates],
+                control.meta_update, control.reset, control.reset_momentum, control.inverse_scale, counts,
+                torch.cuda.current_stream().cuda_stream if on_gpu else 0,
+            )  # fmt: skip
 
     def _counts(self, counting: Counting) -> tuple:
         found_inf, grad_scale = (0 if tensor is None else tensor.data_ptr() for tensor in (counting.found_inf, counting.grad_scale))
@@ -123,3 +128,7 @@ class Launcher:
 def _buffers(flat: Flat) -> tuple:
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (flat.phi, flat.theta, flat.momentum, flat.master)]
     return (*pointers, flat.theta.stride(0), flat.rows)
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"

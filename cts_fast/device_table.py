@@ -23,19 +23,24 @@ class DeviceTable:
         self.device = device
         self.sent: Tensor | None = None  # what the device holds
         self.table: Tensor | None = None
+        self.spare: Tensor | None = None  # pinned, for the next capture, in which none can be made
         self.captured: list[Tensor] = []  # read at every replay: pinned copies and what they are copied to
 
-    def __call__(self, host: Tensor) -> Tensor:
-        """The device's copy of `host`, a CPU tensor, in the order of the current stream."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            pinned = host.pin_memory()
+    def __call__(self, host: Tensor, capturable: bool = False) -> Tensor:
+        """The device's copy of `host`, a CPU tensor, in the order of the current stream. capturable: a capture may follow."""
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            pinned = torch.empty_like(host, pin_memory=True) if self.spare is None else self.spare
+            self.spare = None
+            pinned.copy_(host)
             self.captured += [pinned, pinned.to(self.device, non_blocking=True)]
             return self.captured[-1]
-        if self.table is None or self.table.shape != host.shape:
-            self.table = torch.empty_like(host, device=self.device)
-            self.sent = None
+        if on_gpu and capturable and self.spare is None:
+            self.spare = torch.empty_like(host, pin_memory=True)
         if self.sent is None or not torch.equal(self.sent, host):
             self.sent = host.clone()
+            if self.table is None:
+                self.table = torch.empty_like(host, device=self.device)
             self.table.copy_(self.sent, non_blocking=True)
         return self.table
 

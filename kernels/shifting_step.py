@@ -171,8 +171,8 @@ def _advance(counters, started, gradients, groups, hyper, count, shared_count, m
 
 @triton.jit(do_not_specialize=["mode", "horizon", "meta_interval", "shared_tiles", "shared_count", "count", "counts"])
 def shifting_step_kernel(
-    tiles, gradients, groups, hyper, started, nonfinite, theta, v, master, phi, stride, head_theta, head_v, head_master, shared_tiles, shared_count, count,
-    mode, counters, ticket, horizon, meta_interval, found_inf, grad_scale, counts,
+    tiles, gradients, groups, hyper, started, nonfinite, theta, v, master, phi, stride, head_theta, head_v, head_master,
+    shared_tiles, shared_count, count, mode, counters, ticket, horizon, meta_interval, found_inf, grad_scale, counts,
     T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WORK: tl.constexpr, DAMPENED: tl.constexpr,
 ):  # fmt: skip
     """See the module. Grid: one program a tile, those of shared tensors first.
@@ -214,12 +214,14 @@ def shifting_step_kernel(
     elif head_theta is not None:
         if left >= BLOCK:
             _step(
-                head_theta, head_v, head_master, None, 0, gradients + first, flags, bad, h, scale, column, at, left, mode, 1, 1, BLOCK, True, ALIGNED, WORK
-            )
+                head_theta, head_v, head_master, None, 0, gradients + first, flags, bad, h, scale, column, at, left, mode,
+                1, 1, BLOCK, True, ALIGNED, WORK,
+            )  # fmt: skip
         else:
             _step(
-                head_theta, head_v, head_master, None, 0, gradients + first, flags, bad, h, scale, column, at, left, mode, 1, 1, BLOCK, False, ALIGNED, WORK
-            )
+                head_theta, head_v, head_master, None, 0, gradients + first, flags, bad, h, scale, column, at, left, mode,
+                1, 1, BLOCK, False, ALIGNED, WORK,
+            )  # fmt: skip
     if counters is not None:
         tl.debug_barrier()  # every thread has read the counters before this program hands in its ticket
         if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
@@ -253,7 +255,7 @@ def make_tiles(flats: Sequence[Flat], block: int) -> Tensor:
     tiles, first = [], 0
     for flat in flats:
         for segment in flat.segments:
-            at = torch.arange(0, segment.numel, block)
+            at = torch.arange(0, segment.numel, block, device="cpu")
             rows = [segment.offset + at, segment.numel - at, at, torch.full_like(at, segment.group), torch.full_like(at, first)]
             tiles.append(torch.stack(rows, dim=1))
             first += flat.rows
@@ -277,9 +279,9 @@ class Launcher:
         tiles = make_tiles(flats, self.shape["BLOCK"])
         self.shared_tiles = sum(-(-segment.numel // self.shape["BLOCK"]) for segment in shared.segments) if shared else 0
         self.num_tiles = len(tiles)
-        self.tiles = (tiles if len(tiles) else torch.zeros(1, TILE.value, dtype=torch.int64)).to(self.device)
+        self.tiles = (tiles if len(tiles) else torch.zeros(1, TILE.value, dtype=torch.int64, device="cpu")).to(self.device)
         groups = [segment.group for flat in flats for segment in flat.segments for _ in range(flat.rows)]
-        self.groups = torch.tensor(groups, dtype=torch.int32).to(self.device)
+        self.groups = torch.tensor(groups, dtype=torch.int32, device=self.device)
         self.num_groups = max(groups) + 1
         self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.table = DeviceTable(self.device)
@@ -288,7 +290,7 @@ class Launcher:
         if not self.num_tiles and control.counting is None:
             return
         addresses = host_addresses(gradients)
-        table = self._table(addresses, hyper[: self.num_groups], control.inverse_scale)
+        table = self._table(addresses, hyper[: self.num_groups], control)
         counting, shared, head = control.counting, self.shared, self.head
         started, dampened = None, any(h.dampening and h.momentum for h in hyper)
         if counting is not None:
@@ -309,9 +311,10 @@ class Launcher:
                 DAMPENED=dampened and started is not None, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
 
-    def _table(self, addresses: Tensor, hyper: Sequence[Hyper], inverse_scale: float) -> Tensor:
+    def _table(self, addresses: Tensor, hyper: Sequence[Hyper], control: Control) -> Tensor:
         """The device's table: int64 [count + groups · HYPER], gradients' addresses and then the hyper-parameters' bits."""
         rates = [[rate_address(rate) for rate in (h.lr, h.meta_lr)] for h in hyper]
-        values = [[*(0.0 if isinstance(value, Tensor) else float(value) for value in h), inverse_scale] for h in hyper]
-        bits = torch.tensor(values, dtype=torch.float64).view(torch.int64)
-        return self.table(torch.cat([addresses, torch.cat([bits, torch.tensor(rates)], dim=1).flatten()]))
+        values = [[*(0.0 if isinstance(value, Tensor) else float(value) for value in h), control.inverse_scale] for h in hyper]
+        bits = torch.tensor(values, dtype=torch.float64, device="cpu").view(torch.int64)
+        hosts = torch.cat([bits, torch.tensor(rates, dtype=torch.int64, device="cpu")], dim=1)
+        return self.table(torch.cat([addresses, hosts.flatten()]), control.counting is not None)

@@ -9,7 +9,7 @@ cd "$1"
 for dtype in float32 float64 bfloat16 float16; do
   g++ $flags -DCTS_DTYPE=$dtype -c "$csrc/shifting_step.cu" -o $dtype.o &
 done
-g++ $flags -c "$csrc/cuda.cpp" -o launch.o
+g++ $flags -c "$csrc/launch.cpp" -o launch.o
 g++ $flags -c "$csrc/cuda_bindings.cpp" -o bindings.o
 wait
 g++ -shared -fsanitize=address,undefined ./*.o -o _cuda.so

@@ -13,7 +13,10 @@ from cts_fast import ShiftingMetaOptimizer, ops
 PLACES = [place for place in places() if ops.counts_on_device(place[:1])]
 everywhere = pytest.mark.parametrize(("backend", "device"), PLACES, ids=["-".join(place) for place in PLACES])
 # an interpreter is slow: few cases, and no search for smaller ones
-few = settings(max_examples=int(os.environ.get("CTS_FAST_EXAMPLES", 12)), deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate], print_blob=True)
+few = settings(
+    max_examples=int(os.environ.get("CTS_FAST_EXAMPLES", 12)), deadline=None, print_blob=True,
+    suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate],
+)  # fmt: skip
 OPTIONS = dict(lr=0.1, momentum=0.9, weight_decay=0.01, meta_lr=0.3, horizon=3)
 
 

@@ -17,7 +17,9 @@ from cts_fast import ops
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter is slow: few cases, and no search for smaller ones
-few = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.reuse, Phase.generate], print_blob=True)
+few = settings(
+    max_examples=12, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+)
 OPTIONS = dict(lr=0.1, momentum=0.9, weight_decay=0.01, meta_lr=0.3, horizon=3)
 
 

@@ -1,6 +1,10 @@
 // One launch of the step on a GPU, as the host describes it.
 #pragma once
 
+#ifndef CTS_HOST_SHIM
+#include <cuda_runtime_api.h>
+#endif
+
 #include "shifting_step.h"
 
 namespace cts {

@@ -1,9 +1,5 @@
 // The step on a GPU: which kernel a launch goes to.
-#ifndef CTS_HOST_SHIM
-#include <cuda_runtime_api.h>
-#endif
-
-#include "cuda.h"
+#include "launch.h"
 
 #include <stdexcept>
 
