@@ -112,11 +112,12 @@ class Experiment:
         device: str = "cpu",
         resume: bool = False,
         tensorboard: bool = False,
+        capture: bool = False,
     ):
         self.out, self.config, self.entries, self.targets = out, config, entries, targets
         self.train, self.test, self.seed, self.device = train, test, seed, device
         self.snapshot_steps = frozenset(snapshots) | {train.steps}
-        self.tensorboard = tensorboard
+        self.tensorboard, self.capture = tensorboard, capture
         self.curves: dict[str, Curve] = {}
         self.snapshots: dict[str, dict[int, dict[str, Tensor]]] = {}  # method to step to phi
         self.accuracy: dict[tuple[str, int, str, int], float] = {}  # (method, step, target, seed)
@@ -152,6 +153,7 @@ class Experiment:
             seed=self.seed,
             device=self.device,
             map=map_tasks,
+            capture=self.capture,
             **entry.options,
         )
         curve = self.curves[name] = Curve(trainer.tasks)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batches import TaskBatches, task_seed
+from .capture import CapturedStep
 from .models import ResNet20
 
 _GLOBAL_GENERATOR = threading.Lock()  # modules draw from torch's one generator, and nets are made in many threads
@@ -61,6 +62,7 @@ class MetaTrainer:
         tasks: `cts_fast.data.Task`s; their training images are used.
         meta_lr: the method's beta.
         map: runs a function for every task, as `cts_fast.parallel.task_map` yields it.
+        capture: replay the whole of `inner_step` as a CUDA graph (`cts_fast.capture`); only for methods with no needs.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class MetaTrainer:
         seed: int,
         device: torch.device | str = "cpu",
         map: Callable[..., Any] = map,
+        capture: bool = False,
         **options: Any,
     ):
         if not tasks:
@@ -110,6 +113,7 @@ class MetaTrainer:
             "weight_decay": settings.weight_decay,
             "horizon": settings.horizon,
             "meta_lr": meta_lr,
+            **({"capturable": True} if capture else {}),
             **options,
         }
         self.optimizer = method(
@@ -120,6 +124,11 @@ class MetaTrainer:
         self.needs = frozenset(getattr(self.optimizer, "needs", ()))
         if "heldout" in self.needs and len(self.held_back) < len(tasks):
             raise ValueError(f"{method.__name__} needs held-out images of every task: raise held_back")
+        if capture and self.needs:
+            raise ValueError(
+                f"{method.__name__} needs {', '.join(sorted(self.needs))}, which a CUDA graph cannot give it"
+            )
+        self.captured = CapturedStep(self.nets, self.optimizer, _loss) if capture else None
 
     @property
     def initialization(self) -> dict[str, Tensor]:
@@ -135,6 +144,8 @@ class MetaTrainer:
 
     def inner_step(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """The work on given batches: T forward and backward passes and the optimizer's step; reads nothing back."""
+        if self.captured:
+            return self.captured(batches)
         self.optimizer.zero_grad()
         losses = list(self.map(_backward, self.nets, batches))
         needed: dict[str, Any] = {}
@@ -176,13 +187,15 @@ class _HeldOutLoss:
         self.net, self.stream = net, stream
 
     def __call__(self) -> Tensor:
-        x, y = next(self.stream)
-        return F.cross_entropy(self.net(x), y)
+        return _loss(self.net, *next(self.stream))
+
+
+def _loss(net: ResNet20, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(net(x), y)
 
 
 def _backward(net: ResNet20, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Adds the gradients of one task's batch; returns its loss, detached."""
-    x, y = batch
-    loss = F.cross_entropy(net(x), y)
+    loss = _loss(net, *batch)
     loss.backward()
     return loss.detach()

@@ -124,7 +124,9 @@ def test_all_methods_run_and_are_ranked(tmp_path, capsys):
     table = capsys.readouterr().out.split("starting point")[1]
     accuracy = {LABELS[name]: by_target["rings"]["accuracy"][0] for name, by_target in results["meta_test"].items()}
     rows = [label for line in table.splitlines() for label in LABELS.values() if line.startswith(label + " ")]
-    assert sorted(rows) == sorted(accuracy) and [accuracy[row] for row in rows] == sorted(accuracy.values(), reverse=True)
+    assert sorted(rows) == sorted(accuracy) and [accuracy[row] for row in rows] == sorted(
+        accuracy.values(), reverse=True
+    )
 
 
 # Refusals
@@ -145,6 +147,7 @@ def test_all_methods_run_and_are_ranked(tmp_path, capsys):
         (["--meta-lr", "sgd=1"], ["'sgd'"]),
         (["--meta-lr", "cts=-1", "--methods", "cts"], ["cts=-1", "negative"]),
         (["--device", "abacus"], ["abacus"]),
+        (["--capture"], ["--capture", "--device cpu"]),
         (["--resume"], ["config.json", "no run to resume"]),
     ],
 )

@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+    p.add_argument("--capture", action="store_true", help="replay each training step as one CUDA graph")
     p.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into --out as well")
     return p
@@ -108,6 +109,8 @@ def prepare(args: argparse.Namespace) -> Experiment:
     test = dataclasses.replace(preset.test, **{key: value for key, value in test_changes.items() if value is not None})
     check_extras("matplotlib", "safetensors", "tqdm", *(["tensorboard"] if args.tensorboard else []))
     check_device(args.device)
+    if args.capture and torch.device(args.device).type != "cuda":
+        raise ValueError(f"--capture makes a CUDA graph, which --device {args.device} has not: give --device cuda")
 
     known = (*METHODS, *PSEUDO_METHODS)
     methods = list(known) if args.methods == ["all"] else list(dict.fromkeys(args.methods))
@@ -126,6 +129,9 @@ def prepare(args: argparse.Namespace) -> Experiment:
             if name not in meta_lr:
                 raise ValueError(f"the preset has no meta_lr for {name!r}: give --meta-lr {name}=X")
             entries[name] = Entry(METHODS[name], tasks, meta_lr[name])
+    for name, entry in entries.items() if args.capture else ():
+        if getattr(entry.method, "on_host", False):
+            raise ValueError(f"--capture: {name} takes decisions on the host, which a CUDA graph cannot; leave it out")
     config = {
         "suite": args.suite,
         "preset": args.preset,
@@ -151,6 +157,7 @@ def prepare(args: argparse.Namespace) -> Experiment:
         snapshots=[round(train.steps * (i + 1) / points) for i in range(points)],
         resume=args.resume,
         tensorboard=args.tensorboard,
+        capture=args.capture,
     )
 
 
