@@ -98,6 +98,20 @@ def test_the_program_leaves_its_files_and_resumes(small, tmp_path, capsys):
     assert "seed was 0, now 7" in capsys.readouterr().err
 
 
+def test_an_interrupted_run_says_how_to_go_on_and_does(small, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    out, trajectories = tmp_path / "run", synthetic.trajectories
+    monkeypatch.setattr(synthetic, "trajectories", interrupted)
+    assert synthetic.main(["--out", str(out)]) == 130
+    assert f"cts_fast.examples.synthetic --out {out} --resume" in capsys.readouterr().err
+    assert [path.name for path in out.glob("stage-*")] == ["stage-quality.pt"]
+    monkeypatch.setattr(synthetic, "trajectories", trajectories)
+    monkeypatch.setattr(synthetic, "quality_map", interrupted)  # what is there is not computed again
+    assert synthetic.main(["--out", str(out), "--resume"]) == 0
+
+
 @pytest.mark.slow
 def test_the_whole_program_shows_the_papers_order_of_methods(tmp_path):
     assert synthetic.main(["--out", str(tmp_path / "run")]) == 0
