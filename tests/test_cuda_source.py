@@ -18,7 +18,8 @@ needs_gcc = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "l
 @needs_gcc
 @pytest.mark.parametrize("file", ["test_shifting_step.py", "test_counted_steps.py"])
 def test_the_step_is_right_under_sanitizers(shim, file):
-    libraries = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in ("libasan.so", "libstdc++.so.6")]
+    named = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
+    libraries = [subprocess.run(command, capture_output=True, text=True).stdout.strip() for command in named]
     environment = {
         **os.environ, "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
         "CTS_FAST_EXAMPLES": "10",
