@@ -172,7 +172,7 @@ def test_images_survive_packing(filter):
 
 def test_show_writes_a_picture_of_the_tasks(tmp_path, capsys):
     path = tmp_path / "sheet.png"
-    show.main(["--out", str(path), "--tasks", "scenes", "typefaces"])
+    show.main(["--out", str(path), "--tasks", "scenes,typefaces"])
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
     assert "2 tasks" in capsys.readouterr().out
 

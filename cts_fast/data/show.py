@@ -1,4 +1,4 @@
-"""Contact sheet of a suite: ``python -m cts_fast.data.show [--out FILE.png] [--tasks NAME ...]``.
+"""Contact sheet of a suite: ``python -m cts_fast.data.show [--out FILE.png] [--tasks A,B,...]``.
 
 One block per task: its name, what it asks, size, number of classes and images, and samples in columns by class (20
 columns at most). Needs matplotlib (the extra ``[examples]``).
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("tasks.png"), help="PNG to write (default: %(default)s)")
     parser.add_argument("--suite", default="builtin", help="suite (default: %(default)s)")
     parser.add_argument("--root", type=Path, help="folder of the suite's data")
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks to show (default: all)")
+    parser.add_argument("--tasks", type=lambda names: names.split(","), metavar="A,B,...", help="tasks to show (default: all)")
     arguments = parser.parse_args(argv)
     try:
         tasks = load_suite(arguments.suite, arguments.root, arguments.tasks)
