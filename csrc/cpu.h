@@ -17,7 +17,7 @@ struct Tile {
   int64_t begin, end;
 };
 
-// Steps the tiles first ... last. It may prefetch what lies beyond, up to tiles[num_tiles - 1].
+// Steps the tiles first ... last - 1; what it prefetches may reach to the last of num_tiles.
 using Kernel = void (*)(const Flat* flats, const Tile* tiles, int64_t first, int64_t last, int64_t num_tiles, const Step& step);
 
 // One for each instruction set that csrc/shifting_step.cpp is compiled for.
