@@ -74,8 +74,6 @@ class CapturedStep:
                 losses.append(loss.detach())
         for stream in self.streams:
             main.wait_stream(stream)
-        for loss in losses:
-            loss.record_stream(main)
         self.optimizer.step()
         return torch.stack(losses)
 
