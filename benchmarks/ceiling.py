@@ -16,11 +16,10 @@ import torch
 
 SOURCE = Path(__file__).with_name("ceiling.c")
 PAGE, STAGGER = 1024, 160  # floats; streams or rows a whole number of pages apart would share cache sets and memory banks
-LARGE = 45_000_000  # numbers a stream: three streams of 180 MB
+LARGE = 22_500_000  # numbers a stream: three streams of 90 MB
 # (rows, columns in a tile, prefetch distance): one row is plain 3-read-2-write, more rows interleave their streams
 SHAPES = (
-    (1, 1024, 0), (1, 1024, 512), (1, 512, 128), (4, 4096, 512), (4, 1024, 1024),
-    (8, 4096, 256), (8, 1024, 512), (16, 4096, 128),
+    (1, 1024, 0), (1, 1024, 512), (1, 256, 128), (4, 4096, 512), (4, 1024, 512), (4, 256, 128), (8, 1024, 512), (16, 1024, 128),
 )  # fmt: skip
 
 

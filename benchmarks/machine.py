@@ -25,6 +25,7 @@ def describe() -> dict[str, object]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "load_average": round(os.getloadavg()[0], 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

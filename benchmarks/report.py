@@ -18,29 +18,26 @@ from benchmarks.figures import draw
 from benchmarks.host import host_time
 from benchmarks.measure import Budget
 from benchmarks.method_cost import method_cost
-from benchmarks.setups import TASKS, Setup
+from benchmarks.setups import NETWORKS, TASKS, Setup
 from benchmarks.step_cost import step_cost
 from benchmarks.tables import markdown
 from benchmarks.variants import Ours
 from benchmarks.whole_step import whole_step
 
 RESULTS = Path(__file__).with_name("results")
-FULL = [
-    *(Setup("resnet20", tasks) for tasks in TASKS), *(Setup("mlp", tasks) for tasks in (1, 8, 32)),
-    *(Setup("transformer", tasks) for tasks in (1, 8)), *(Setup("resnet18", tasks) for tasks in (1, 8)),
-]  # fmt: skip
+FULL = [*(Setup("resnet20", tasks) for tasks in TASKS), *(Setup(network, 8) for network in ("mlp", "transformer", "resnet18"))]
 QUICK = [Setup("resnet20", 8), Setup("resnet20", 32), Setup("mlp", 8)]
 
 
-def measure(quick: bool, say: Callable[[str], object], save: Callable[[dict], object]) -> dict[str, object]:
+def measure(quick: bool, setups: list[Setup], say: Callable[[str], object], save: Callable[[dict], object]) -> dict[str, object]:
     """All numbers of the report, as one JSON-like dict; what there is so far is saved after each part."""
     began = perf_counter()
-    budget = Budget(5, 30, 4) if quick else Budget(10, 300, 10)
+    budget = Budget(5, 30, 4) if quick else Budget(7, 300, 6)
     flush = ceiling.CacheFlush(3 * machine.last_level_cache())
     say("the machine's ceiling")
     shape, rates = ceiling.best_shape(3 if quick else 10)
     result: dict[str, object] = {
-        "command": "python -m benchmarks.report" + (" --quick" if quick else ""),
+        "command": "python -m benchmarks.report" + " --quick" * quick + f" --setups {','.join(map(str, setups))}" * (setups not in (QUICK, FULL)),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.describe(),
         "ceiling": {"shape": shape, "gb_per_s": rates, "gflops_per_thread": ceiling.gflops_per_thread()},
@@ -55,12 +52,12 @@ def measure(quick: bool, say: Callable[[str], object], save: Callable[[dict], ob
         save(result)
         say(f"{name}: {result['seconds']} s so far")
 
-    for setup in QUICK if quick else FULL:
+    for setup in setups:
         next_part(str(setup))
         result["steps"] += step_cost(setup, budget, flush, shape)
     backend = "torch" if Ours.unavailable(Setup("resnet20", 8)) else "cpu"
     next_part("host time")
-    result["host"] = {"backend": backend, **host_time(backend, 10 if quick else 100, flush)}
+    result["host"] = {"backend": backend, **host_time(backend, 10 if quick else 60, flush)}
     for setup in [Setup("resnet20", 8)] if quick else [Setup("transformer", 8), Setup("resnet20", 8)]:
         next_part(f"methods, {setup}")
         result["methods"].append(method_cost(setup, budget, flush, shape))
@@ -71,12 +68,22 @@ def measure(quick: bool, say: Callable[[str], object], save: Callable[[dict], ob
     return result
 
 
+def parse_setups(text: str) -> list[Setup]:
+    """Set-ups by their names, such as resnet20-T8, with commas between them."""
+    known = {str(setup): setup for network in NETWORKS for tasks in TASKS for setup in [Setup(network, tasks)]}
+    for name in text.split(","):
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"unknown set-up {name!r}; known: {', '.join(known)}")
+    return [known[name] for name in text.split(",")]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, or read what was measured before, and write `<machine>-<date>.json`, `.md` and the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="three set-ups and fewer repeats")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
     parser.add_argument("--redraw", type=Path, metavar="JSON", help="make tables and figures of an earlier run anew")
+    parser.add_argument("--setups", type=parse_setups, metavar="NETWORK-T8,…", help="these set-ups instead")
     options = parser.parse_args(arguments)
     if options.redraw:
         stem, result = options.redraw.with_suffix(""), json.loads(options.redraw.read_text())
@@ -84,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         stem = options.out / f"{machine.name()}-{datetime.now(timezone.utc):%Y-%m-%d}{'-quick' if options.quick else ''}"
         result = measure(
-            options.quick, lambda text: print(text, file=sys.stderr, flush=True),
+            options.quick, options.setups or (QUICK if options.quick else FULL), lambda text: print(text, file=sys.stderr, flush=True),
             lambda so_far: stem.with_name(stem.name + ".json").write_text(json.dumps(so_far, indent=1) + "\n"),
         )  # fmt: skip
     figures = draw(result, stem)

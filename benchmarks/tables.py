@@ -24,10 +24,11 @@ def markdown(result: Mapping, figures: Sequence[str]) -> str:
         f"{machine['processor']} (family/model {machine['family_model']}), {machine['cores']} cores, {machine['threads']} threads, "
         f"last-level cache {machine['last_level_cache_bytes'] >> 20} MiB, {machine['memory_gib']} GiB memory, {machine['vectors']}; "
         f"{machine['system']}, Python {machine['python']}, torch {machine['torch']}, cts_fast {machine['cts_fast']}, {machine['compiler']}.  \n"
-        f"`{result['command']}`, {result['date']}, {result['seconds']} s.",
+        f"`{result['command']}`, {result['date']}, {result['seconds']} s"
+        + (f"; load average at the start {machine['load_average']}." if "load_average" in machine else "."),
         "Times are medians of paired runs: all variants of a table take turns within every repeat, in a new order each time; in brackets the "
         "16th and 84th percentile. GB/s counts (5T + 2)·P·4 bytes, the fewest that a step can move, whatever a variant really moves. "
-        "“Of ceiling” compares with an in-place 3-read-2-write of 900 MB in the same repeats, “×” with the whole `step()` on the `cpu` backend, "
+        "“Of ceiling” compares with an in-place 3-read-2-write of 450 MB in the same repeats, “×” with the whole `step()` on the `cpu` backend, "
         "both as medians of the ratios within a repeat. Cold: a buffer of three times the last-level cache is walked before each run. Warm: the "
         "same variant ran just before. Every variant was checked against the float64 reference equations before it was timed. Memory is "
         "what stays allocated, and the most that a step holds, beside parameters and gradients. A repeat in which other processes were busy is left out while enough quiet ones remain.",
@@ -56,7 +57,7 @@ def _ms(row: Mapping) -> str:
 def _ceiling(ceiling: Mapping) -> str:
     best = max(ceiling["gb_per_s"].values())
     rows = [(name, f"{rate:.1f}", "best" if rate == best else "") for name, rate in ceiling["gb_per_s"].items()]
-    return "## The machine's ceiling\n\nIn-place 3-read-2-write of 900 MB, threads as torch has them.\n\n" + _table(
+    return "## The machine's ceiling\n\nIn-place 3-read-2-write of 450 MB, threads as torch has them.\n\n" + _table(
         ("form", "GB/s", ""), rows
     )
 
