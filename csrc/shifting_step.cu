@@ -44,7 +44,7 @@ template <> struct Narrow<__half> { static __device__ __forceinline__ __half of(
 namespace {
 
 constexpr int THREADS = 128, CHUNK = 8;
-template <int N> constexpr int MIN_BLOCKS = N == 0 ? 2 : N <= 2 ? 8 : N <= 4 ? 6 : N <= 8 ? 3 : 2;  // on a multiprocessor: bounds the registers
+template <int N> constexpr int MIN_BLOCKS = N == 0 ? 2 : N <= 2 ? 8 : N <= 4 ? 5 : N <= 8 ? 3 : 2;  // on a multiprocessor: bounds the registers
 
 template <class P> struct Work { using type = float; };
 template <> struct Work<double> { using type = double; };
