@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
 
 import torch
@@ -16,6 +17,14 @@ from cts_fast.saved import matching
 from cts_fast.groups import PER_GROUP, as_groups, check_hyper, check_needs, check_options, check_parameters, drop_duplicates, split_tasks
 
 OPTIONS = ("horizon", "meta_interval", "reset_momentum", "capturable")  # of the whole optimizer; every group carries them
+
+
+@lru_cache(maxsize=256)
+def _checked(*values) -> ops.Hyper:
+    """The values of PER_GROUP as hyper-parameters; raises ValueError for those that no step can use."""
+    named = dict(zip(PER_GROUP, values, strict=True))
+    check_hyper(named)
+    return ops.Hyper(**named)
 
 
 class ShiftingMetaOptimizer(torch.optim.Optimizer):
@@ -307,12 +316,12 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     def _hyper(self) -> list[ops.Hyper]:
         hyper = []
         for group in self.param_groups:
-            values = {name: group[name] for name in PER_GROUP}
-            for name, value in values.items():  # the device reads its own tensors in a captured step; the host takes part in no other
-                if isinstance(value, Tensor) and not (self._counting and value.device == self._counters.device):
-                    values[name] = value.item()
-            check_hyper(values)
-            hyper.append(ops.Hyper(**values))
+            values = [group[name] for name in PER_GROUP]
+            for i, value in enumerate(values):  # the device reads its own tensors in a captured step; the host takes part in no other
+                if type(value) not in (float, int, bool) and isinstance(value, Tensor):
+                    if not (self._counting and value.device == self._counters.device):
+                        values[i] = value.item()
+            hyper.append((_checked.__wrapped__ if self._counting else _checked)(*values))
         return hyper
 
     def _report_nonfinite(self) -> None:
