@@ -84,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
     parser.add_argument("--redraw", type=Path, metavar="JSON", help="make tables and figures of an earlier run anew")
     parser.add_argument("--setups", type=parse_setups, metavar="NETWORK-T8,…", help="these set-ups instead")
+    parser.add_argument("--note", help="what a reader must know of the conditions; stands at the top of the tables")
     options = parser.parse_args(arguments)
     if options.redraw:
         stem, result = options.redraw.with_suffix(""), json.loads(options.redraw.read_text())
@@ -94,6 +95,9 @@ def main(arguments: list[str] | None = None) -> None:
             options.quick, options.setups or (QUICK if options.quick else FULL), lambda text: print(text, file=sys.stderr, flush=True),
             lambda so_far: stem.with_name(stem.name + ".json").write_text(json.dumps(so_far, indent=1) + "\n"),
         )  # fmt: skip
+    if options.note:
+        result["note"] = options.note
+        stem.with_name(stem.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
     figures = draw(result, stem)
     text = markdown(result, [path.name for path in figures])
     stem.with_name(stem.name + ".md").write_text(text)

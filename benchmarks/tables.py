@@ -26,6 +26,7 @@ def markdown(result: Mapping, figures: Sequence[str]) -> str:
         f"{machine['system']}, Python {machine['python']}, torch {machine['torch']}, cts_fast {machine['cts_fast']}, {machine['compiler']}.  \n"
         f"`{result['command']}`, {result['date']}, {result['seconds']} s"
         + (f"; load average at the start {machine['load_average']}." if "load_average" in machine else "."),
+        *([f"**{result['note']}**"] if "note" in result else []),
         "Times are medians of paired runs: all variants of a table take turns within every repeat, in a new order each time; in brackets the "
         "16th and 84th percentile. GB/s counts (5T + 2)·P·4 bytes, the fewest that a step can move, whatever a variant really moves. "
         "“Of ceiling” compares with an in-place 3-read-2-write of 450 MB in the same repeats, “×” with the whole `step()` on the `cpu` backend, "
