@@ -3,8 +3,6 @@
 // Compiled once for each instruction set (-DCTS_ISA=avx512 | avx2 | plain); csrc/cpu.cpp takes one at run time.
 #include "shifting_step.h"
 
-#include <type_traits>
-
 #include "cpu.h"
 #include "vec.h"
 
@@ -12,7 +10,7 @@ namespace cts {
 inline namespace CTS_ISA {
 namespace {
 
-constexpr int64_t kLine = 64;         // bytes of a cache line
+constexpr int64_t kLine = 64;          // bytes of a cache line
 constexpr int64_t kAhead = 8 * kLine;  // how far each stream is prefetched
 constexpr int kGroup = kVectorBytes < 32 ? 8 : 256 / kVectorBytes;  // vectors whose sum over the tasks is in registers
 
@@ -22,10 +20,9 @@ CTS_HD S* advanced(S* base, int64_t elements) {
   return reinterpret_cast<S*>(reinterpret_cast<uintptr_t>(base) + uintptr_t(elements) * sizeof(S));
 }
 
-// Asks for the line of an element, which is written soon; kLevel 3: into the first cache, 2: into the second.
-template <int kLevel = 3, class S>
+template <class S>
 CTS_HD void prefetch(const S* base, int64_t elements) {
-  __builtin_prefetch(advanced(base, elements), 1, kLevel);
+  __builtin_prefetch(advanced(base, elements), 1);
 }
 
 // One row at some column: S in memory, C in the master of a narrower S.
@@ -57,8 +54,8 @@ struct Row {
   }
 };
 
-// What a tile's kernel may take for granted. Each but the last holds where every row has a gradient and momentum, the meta-update is
-// due and nothing else is; the compiler then drops the other cases, and the kernel keeps up with memory.
+// What a tile's kernel may take for granted. `yes` and `with_weight_decay`: every row has a gradient, momentum and a meta-update, and
+// nothing else is asked for. The compiler then drops the other cases, and the kernel keeps up with memory.
 enum class Usual { yes, with_weight_decay, no };
 
 template <class C>
@@ -83,15 +80,17 @@ CTS_HD Rule<Vec<C>> broadcast(const Rule<C>& r) {
 // `vectors` vectors of columns of a segment, all rows: the inner steps with the sum over the tasks in registers, then, while theta' is
 // still in the first cache, the meta-update and the shift. whole: no column is padding. ahead: columns to prefetch ahead.
 template <int vectors, bool whole, Usual kind, class S, class C>
-CTS_HD void step_columns(const Flat& flat, const Segment& segment, const Step& step, const Rule<Vec<C>>& rule, int64_t column, int64_t ahead) {
+CTS_HD void step_columns(const Flat& flat, const Segment& segment, const Step& step, const Rule<Vec<C>>& rule, int64_t column,
+                         int64_t ahead) {
   using V = Vec<C>;
   constexpr int64_t N = V::size, line = kLine / int64_t(sizeof(S)), lines = vectors * N / line;
   constexpr bool has_master = sizeof(S) != sizeof(C), any = kind == Usual::no;
   const int64_t rows = flat.rows, stride = flat.stride, at = segment.offset + column, left = segment.numel - column;
   const bool uses_phi = rule.meta_update || rule.reset;
   const void* const* gradients = step.gradients + segment.first;
-  C* const phi = static_cast<C*>(flat.phi) + at;
-  const Row<S, C> first{static_cast<S*>(flat.theta) + at, static_cast<S*>(flat.momentum) + at, has_master ? static_cast<C*>(flat.master) + at : nullptr};
+  C* const phi = uses_phi ? static_cast<C*>(flat.phi) + at : nullptr;
+  const Row<S, C> first{static_cast<S*>(flat.theta) + at, static_cast<S*>(flat.momentum) + at,
+                        has_master ? static_cast<C*>(flat.master) + at : nullptr};
   V sums[vectors];
   CTS_UNROLL
   for (int i = 0; i < vectors; ++i) sums[i] = V(C(0));
