@@ -1,8 +1,14 @@
-"""Where there is no GPU, Triton's kernels run in its interpreter, on CPU tensors; Triton reads this when it is first imported."""
+"""What all tests rely on: the checkout's benchmarks can be imported, and Triton's kernels run where there is no GPU."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`; last, so that an installed package comes before the checkout's
+
+# Without a GPU, Triton's interpreter runs the kernels on CPU tensors; Triton reads this when it is first imported.
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
