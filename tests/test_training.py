@@ -123,7 +123,8 @@ def test_the_body_depends_on_the_seed_alone():
     assert torch.equal(bodies[0], bodies[1]) and not torch.equal(bodies[0], bodies[2])
 
 
-@pytest.mark.parametrize("name", METHODS)
+# tests/test_baselines.py resumes every method's optimizer; here one of each kind of step resumes the whole loop
+@pytest.mark.parametrize("name", ["cts", "random-shift", "leap", "imaml"])
 def test_resume_equals_uninterrupted_bit_for_bit(name, tmp_path):
     whole = make_trainer(name)
     losses = [whole.train_step() for _ in range(5)]
