@@ -87,7 +87,7 @@ class Collector:
         tensors = [param.grad for param in self.params]
         present = [i for i, gradient in enumerate(tensors) if gradient is not None]
         odd = [i for i in present if not _plain(tensors[i], *self.places[i])]
-        moved = [i for i, (param, address) in enumerate(zip(self.params, self.addresses, strict=True)) if address and (param.data_ptr() != address or param.stride() != self.places[i][0].segments[self.places[i][1]].stride)]
+        moved = [i for i, place in enumerate(self.places) if _moved(*place)]
         self.table.zero_()
         for i in set(present) - set(odd):
             self.table[i] = tensors[i].data_ptr()
@@ -104,10 +104,14 @@ def check_moved(flat: Flat) -> None:
 def adopt_moved_(flat: Flat) -> None:
     """Take parameters whose storage was exchanged back into the flat buffer."""
     for n, segment in enumerate(flat.segments):
-        for row, param in enumerate(segment.params):
-            address = _address(flat, n, row)
-            if address and (param.data_ptr() != address or param.stride() != segment.stride):
+        for row in range(len(segment.params)):
+            if _moved(flat, n, row):
                 flat.adopt_(n, row)
+
+
+def _moved(flat: Flat, n: int, row: int) -> bool:
+    param, address = flat.segments[n].params[row], _address(flat, n, row)
+    return address != 0 and (param.data_ptr() != address or param.stride() != flat.segments[n].stride)
 
 
 def _address(flat: Flat, n: int, row: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from hypothesis import strategies as st
@@ -116,6 +116,24 @@ def assert_as_exact_as_reference(case: Case, backend: str, device: str = "cpu") 
         if wrong.any():
             at = tuple(wrong.nonzero()[0].tolist())
             raise AssertionError(f"{backend} on {device}: {name}{list(at)} is {o[at]:.9g}, exact {e[at]:.9g}, reference {r[at]:.9g}; {case}")
+
+
+def assert_is_torch_sgd(case: Case, backend: str) -> None:
+    """Without meta-learning every task follows a torch.optim.SGD of its own, bit for bit."""
+    sgd = {name: case.options[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
+    case = replace(case, options={**sgd, "meta_lr": 0.0, "horizon": None})
+    opt, params = build(case, backend)
+    twins = [[torch.nn.Parameter(p.detach().clone()) for p in task] for task in params]
+    sgds = [torch.optim.SGD(task, **sgd) for task in twins]
+    for step in range(case.steps):
+        set_gradients(case, params, step)
+        set_gradients(case, twins, step)
+        opt.step()
+        for one in sgds:
+            one.step()
+    for task, twin in zip(params, twins, strict=True):
+        for p, q in zip(task, twin, strict=True):
+            assert torch.equal(p, q)
 
 
 @st.composite

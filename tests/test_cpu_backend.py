@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from step_cases import Case, assert_as_exact_as_reference, build, cases, result, run, set_gradients
+from step_cases import Case, assert_as_exact_as_reference, assert_is_torch_sgd, build, cases, result, run, set_gradients
 
 from cts_fast import ShiftingMetaOptimizer
 from cts_fast import gradients as gradients_module
@@ -79,20 +79,7 @@ def test_any_number_of_threads_gives_the_same_bits(tasks, dtype):
 @relaxed
 @given(case=cases())
 def test_without_meta_learning_tasks_are_torch_sgd_bit_for_bit(dtype, case):
-    sgd = {name: case.options[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
-    case = replace(case, dtype=dtype, options={**sgd, "meta_lr": 0.0, "horizon": None})
-    opt, params = build(case, "cpu")
-    twins = [[torch.nn.Parameter(p.detach().clone()) for p in task] for task in params]
-    sgds = [torch.optim.SGD(task, **sgd) for task in twins if task]
-    for step in range(case.steps):
-        set_gradients(case, params, step)
-        set_gradients(case, twins, step)
-        opt.step()
-        for one in sgds:
-            one.step()
-    for task, twin in zip(params, twins, strict=True):
-        for p, q in zip(task, twin, strict=True):
-            assert torch.equal(p, q)
+    assert_is_torch_sgd(replace(case, dtype=dtype), "cpu")
 
 
 @every_isa

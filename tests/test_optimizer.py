@@ -440,7 +440,9 @@ def test_no_warning_on_the_plain_path():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nets = make_nets()
-        train(nets, make_optimizer(nets), 2)
+        opt = make_optimizer(nets)
+        train(nets, opt, 2)
+    assert opt.inner_step == 2
 
 
 @pytest.mark.parametrize("then", ["state_dict", "deepcopy", "add_param_group", "reset"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from step_cases import Case, assert_as_exact_as_reference, build, cases, places, result, run, set_gradients
+from step_cases import Case, assert_as_exact_as_reference, assert_is_torch_sgd, build, cases, places, result, run, set_gradients
 
 from cts_fast import ShiftingMetaOptimizer
 
@@ -58,20 +58,7 @@ def test_any_layout_of_parameters_and_gradients(backend, device, layout, grad_la
 @relaxed
 @given(case=cases())
 def test_without_meta_learning_the_reference_is_torch_sgd_bit_for_bit(case):
-    sgd = {name: case.options[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
-    case = replace(case, dtype=torch.float32, options={**sgd, "meta_lr": 0.0, "horizon": None})
-    opt, params = build(case, "reference")
-    twins = [[torch.nn.Parameter(p.detach().clone()) for p in task] for task in params]
-    sgds = [torch.optim.SGD(task, **sgd) for task in twins]
-    for step in range(case.steps):
-        set_gradients(case, params, step)
-        set_gradients(case, twins, step)
-        opt.step()
-        for one in sgds:
-            one.step()
-    for task, twin in zip(params, twins, strict=True):
-        for p, q in zip(task, twin, strict=True):
-            assert torch.equal(p, q)
+    assert_is_torch_sgd(replace(case, dtype=torch.float32), "reference")
 
 
 @everywhere_and_reference
