@@ -40,33 +40,87 @@ const ExchangeApi* exchange_api(py::handle tensor_type) {
   return api;
 }
 
-constexpr size_t kHintDistance = 6;  // parameters ahead
+// Torch's objects are cold after a training step, and one leads to the next: tensor object, TensorImpl, then storage, version counter
+// and autograd's metadata, then the gradient. So a parameter is worked on in stages, this many parameters before its gradient is read
+// (and, for kCheck, after it). What is prefetched may be wrong or gone; what is read belongs to a live object.
+constexpr size_t kObject = 24, kImpl = 16, kParts = 8, kCheck = 4;
+constexpr size_t kFirstPart = 2, kLastPart = 5;  // words of a TensorImpl that lead on, in every torch so far
 
-// Asks for `lines` cache lines from wherever `address` is; any address will do.
+uintptr_t word(uintptr_t object, size_t i) { return reinterpret_cast<const uintptr_t*>(object)[i]; }
+
 void prefetch(uintptr_t address, int lines) {
   for (int i = 0; i < lines; ++i) __builtin_prefetch(reinterpret_cast<const void*>(address + 64 * i));
 }
 
 uintptr_t address(const DLTensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset; }
 
+// Where in a tensor's Python object the address of its TensorImpl stands.
+size_t find_impl(py::handle tensor) {
+  const auto impl = tensor.attr("_cdata").cast<uintptr_t>(), object = reinterpret_cast<uintptr_t>(tensor.ptr());
+  const size_t words = size_t(Py_TYPE(tensor.ptr())->tp_basicsize) / sizeof(uintptr_t);
+  for (size_t i = 0; i < words; ++i)
+    if (word(object, i) == impl) return i;
+  throw std::runtime_error("this torch does not keep a tensor's address in its Python object");
+}
+
 }  // namespace
 
 GradientTable::GradientTable(py::list params, const std::vector<uintptr_t>& addresses, const std::vector<py::tuple>& layouts,
                              py::object like)
-    : params_(params), addresses_(addresses), pointers_(addresses.size()), name_(py::str("grad")) {
+    : params_(params), addresses_(addresses), pointers_(addresses.size()), last_(addresses.size()), name_(py::str("grad")),
+      is_neg_(py::str("is_neg")) {
   if (params.size() != addresses.size() || params.size() != layouts.size())
     throw std::invalid_argument("one address and one layout for each parameter");
   for (const py::tuple& layout : layouts)
     layouts_.push_back({layout[0].cast<std::vector<int64_t>>(), layout[1].cast<std::vector<int64_t>>()});
-  for (py::handle param : params)
-    hints_.push_back({param.attr("_cdata").cast<uintptr_t>(), param.attr("untyped_storage")().attr("_cdata").cast<uintptr_t>(), 0, 0});
   tensor_type_ = py::type::of(like);
+  impl_ = find_impl(like);
   const ExchangeApi* api = exchange_api(tensor_type_);
   exchange_ = api;
   DLTensor described;
   if (api->describe(like.ptr(), &described)) throw py::error_already_set();
   device_type_ = described.device_type, device_id_ = described.device_id;
   type_code_ = described.type_code, type_bits_ = described.type_bits;
+}
+
+void GradientTable::prefetch_for(size_t i) const {
+  const size_t count = pointers_.size();
+  const auto param = [&](size_t j) { return reinterpret_cast<uintptr_t>(PyList_GET_ITEM(params_.ptr(), Py_ssize_t(j))); };
+  if (i + kObject < count) prefetch(param(i + kObject), 1);
+  if (i + kImpl < count) {
+    prefetch(word(param(i + kImpl), impl_), 3);
+    prefetch(last_[i + kImpl].object, 1);
+    prefetch(last_[i + kImpl].impl, 3);
+  }
+  if (i + kParts < count)
+    for (size_t part = kFirstPart; part <= kLastPart; ++part) prefetch(word(word(param(i + kParts), impl_), part), 2);
+}
+
+bool GradientTable::is_plain(PyObject* gradient, size_t i, const void** data) const {
+  const auto describe = static_cast<const ExchangeApi*>(exchange_)->describe;
+  DLTensor found;
+  if (Py_TYPE(gradient) != reinterpret_cast<PyTypeObject*>(tensor_type_.ptr())) return false;
+  if (describe(gradient, &found)) {  // sparse, or of a kind that DLPack does not know
+    PyErr_Clear();
+    return false;
+  }
+  *data = reinterpret_cast<const void*>(address(found));
+  return found.type_code == type_code_ && found.type_bits == type_bits_ && found.device_type == device_type_ &&
+         found.device_id == device_id_ && layouts_[i].of(found.ndim, found.shape, found.strides) && !negated(gradient, layouts_[i]);
+}
+
+// Autograd leaves torch's lazy minus only on single numbers: the imaginary part of a conjugate, which else is strided.
+bool GradientTable::negated(PyObject* gradient, const Layout& layout) const {
+  for (int64_t size : layout.shape)
+    if (size != 1) return false;
+  return py::handle(gradient).attr(is_neg_)().cast<bool>();
+}
+
+bool GradientTable::Layout::of(int32_t ndim, const int64_t* sizes, const int64_t* steps) const {
+  if (ndim != int32_t(shape.size())) return false;
+  for (size_t d = 0; d < shape.size(); ++d)
+    if (sizes[d] != shape[d] || (shape[d] > 1 && steps[d] != strides[d])) return false;
+  return true;
 }
 
 py::tuple GradientTable::collect() {
@@ -76,45 +130,32 @@ py::tuple GradientTable::collect() {
   size_t present = 0;
   auto gradients = py::reinterpret_steal<py::list>(PyList_New(Py_ssize_t(count)));
   bool changed = false;
-  for (size_t i = 0; i < count; ++i) {
-    if (i + kHintDistance < count) {
-      const Hint& hint = hints_[i + kHintDistance];
-      prefetch(reinterpret_cast<uintptr_t>(PyList_GET_ITEM(params_.ptr(), i + kHintDistance)), 1);
-      prefetch(hint.param, 3);
-      prefetch(hint.param_storage, 2);
-      prefetch(hint.gradient, 1);
-      prefetch(hint.gradient_sizes - 64, 3);
+  for (size_t step = 0; step < count + kCheck; ++step) {
+    if (step < count) {
+      prefetch_for(step);
+      PyObject* gradient = PyObject_GetAttr(PyList_GET_ITEM(params_.ptr(), Py_ssize_t(step)), name_.ptr());
+      if (!gradient) throw py::error_already_set();
+      PyList_SET_ITEM(gradients.ptr(), Py_ssize_t(step), gradient);  // the list owns it now
+      if (Py_TYPE(gradient) == reinterpret_cast<PyTypeObject*>(tensor_type_.ptr())) {
+        const auto object = reinterpret_cast<uintptr_t>(gradient);
+        last_[step] = {object, word(object, impl_)};
+        prefetch(word(last_[step].impl, kFirstPart), 2);
+      }
     }
-    PyObject* param = PyList_GET_ITEM(params_.ptr(), i);
-    PyObject* gradient = PyObject_GetAttr(param, name_.ptr());
-    if (!gradient) throw py::error_already_set();
-    PyList_SET_ITEM(gradients.ptr(), Py_ssize_t(i), gradient);  // the list owns it now
-    DLTensor described;
-    const void* pointer = nullptr;
+    if (step < kCheck) continue;
+    const size_t i = step - kCheck;
+    PyObject *param = PyList_GET_ITEM(params_.ptr(), Py_ssize_t(i)), *gradient = PyList_GET_ITEM(gradients.ptr(), Py_ssize_t(i));
+    const void* data = nullptr;
     if (gradient != Py_None) {
       ++present;
-      bool plain = Py_TYPE(gradient) == reinterpret_cast<PyTypeObject*>(tensor_type_.ptr());
-      if (plain && describe(gradient, &described)) {  // sparse, or of a kind that DLPack does not know
-        PyErr_Clear();
-        plain = false;
-      }
-      const Layout& layout = layouts_[i];
-      plain = plain && described.type_code == type_code_ && described.type_bits == type_bits_ && described.device_type == device_type_ &&
-              described.device_id == device_id_ && described.ndim == int32_t(layout.shape.size());
-      for (size_t d = 0; plain && d < layout.shape.size(); ++d)
-        plain = described.shape[d] == layout.shape[d] && (layout.shape[d] < 2 || described.strides[d] == layout.strides[d]);
-      if (plain) {
-        pointer = reinterpret_cast<const void*>(address(described));
-        hints_[i].gradient = reinterpret_cast<uintptr_t>(gradient);
-        hints_[i].gradient_sizes = reinterpret_cast<uintptr_t>(described.shape);
-      }
-      else odd.append(i);
+      if (!is_plain(gradient, i, &data)) data = nullptr, odd.append(i);
     }
-    changed |= pointers_[i] != pointer;
-    pointers_[i] = pointer;
+    changed |= pointers_[i] != data;
+    pointers_[i] = data;
     if (!addresses_[i]) continue;
-    if (describe(param, &described)) throw py::error_already_set();
-    if (address(described) != addresses_[i]) moved.append(i);
+    DLTensor found;
+    if (describe(param, &found)) throw py::error_already_set();
+    if (address(found) != addresses_[i] || !layouts_[i].of(found.ndim, found.shape, found.strides)) moved.append(i);
   }
   return py::make_tuple(gradients, present, changed, odd, moved);
 }

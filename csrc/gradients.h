@@ -27,19 +27,26 @@ class GradientTable {
  private:
   struct Layout {
     std::vector<int64_t> shape, strides;
+
+    bool of(int32_t ndim, const int64_t* sizes, const int64_t* steps) const;
   };
 
-  struct Hint {  // where torch's objects were when last seen: prefetched, as they are cold after a training step, and never read through
-    uintptr_t param, param_storage, gradient, gradient_sizes;
+  struct Seen {  // where the last gradient's tensor object and TensorImpl were: prefetched and never read
+    uintptr_t object, impl;
   };
 
-  std::vector<Hint> hints_;
+  void prefetch_for(size_t i) const;
+  bool is_plain(PyObject* gradient, size_t i, const void** data) const;
+  bool negated(PyObject* gradient, const Layout& layout) const;
+
   pybind11::list params_;
   std::vector<uintptr_t> addresses_;
   std::vector<Layout> layouts_;
   std::vector<const void*> pointers_;
-  pybind11::object tensor_type_, name_;
+  std::vector<Seen> last_;
+  pybind11::object tensor_type_, name_, is_neg_;
   const void* exchange_;
+  size_t impl_;
   int device_type_, device_id_, type_code_, type_bits_;
 };
 

@@ -112,7 +112,7 @@ class Flat:
         self.check_param(segment, row)
         param = segment.params[row]
         view = self.view(self.theta[row], segment)
-        view.copy_(param.detach())
+        view.copy_(param.detach().clone())  # it may be the same memory in another order
         if self.master is not None:
             self.view(self.master[row], segment).copy_(view)
         param.data = view

@@ -128,6 +128,7 @@ def _plain(gradient: Tensor, flat: Flat, n: int, row: int) -> bool:
         and gradient.device == flat.device
         and gradient.shape == flat.segments[n].shape
         and gradient.stride() == flat.segments[n].stride
+        and not gradient.is_neg()
     )
 
 

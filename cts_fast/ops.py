@@ -135,6 +135,8 @@ def shifting_step_(
 
 def _keep_started_(flats: Sequence[Flat], gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
     """Note which momentum has taken its first gradient now, and which a reset has cleared."""
+    if all(flat.all_started for flat in flats) and not (control.reset and control.reset_momentum):
+        return
     first, any_momentum = 0, any(h.momentum for h in hyper)
     for flat in flats:
         if any_momentum and not flat.all_started:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from cts_fast import ops
+from cts_fast.counters import NAMES as COUNTERS
+from cts_fast.counters import Counters
 from cts_fast.flat import Flat, Segment, make_flats
 from cts_fast.gradients import Collector, adopt_moved_, check_moved
 from cts_fast.saved import matching
@@ -25,6 +29,30 @@ def _checked(*values) -> ops.Hyper:
     named = dict(zip(PER_GROUP, values, strict=True))
     check_hyper(named)
     return ops.Hyper(**named)
+
+
+def _heard_by_torch(step: Callable) -> Callable:
+    """What torch.optim puts around `step`: hooks and the profiler's label; and, under torch.compile, a graph break.
+
+    It is entered only where somebody listens: with cold caches it costs a tenth of a small network's step.
+    """
+    wrapped = torch._disable_dynamo(torch.optim.Optimizer.profile_hook_step(step))
+
+    @wraps(step)
+    def heard(self, *args, **kwargs):
+        listens = (
+            torch.compiler.is_compiling()
+            or profiler._is_profiler_enabled
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        )
+        overridden = type(self).step is not heard  # torch wraps a subclass's own step by itself
+        return (wrapped if listens and not overridden else step)(self, *args, **kwargs)
+
+    heard.hooked = True  # by this mark torch.optim.Optimizer knows that it need not wrap it
+    return heard
 
 
 class ShiftingMetaOptimizer(torch.optim.Optimizer):
@@ -187,11 +215,11 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
         first = segments[0].params[0]
         counters = self.state[first].get("counters") if first in self.state else None
-        if counters is None:  # inner_step, round, meta_updates, skipped_steps
-            counters = torch.zeros(4, dtype=torch.int64, device=first.device if capturable else "cpu")
+        if counters is None:
+            counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=first.device if capturable else "cpu")
         for flat in chain.from_iterable(flats):
             self._fill_(flat)
-        self.state[first]["counters"] = self._counters = counters
+        self.state[first]["counters"], self._counters = counters, Counters(counters)
         self._backends, self._counting, self._flats, self._collectors, self._launchers = backends, counting, flats, collectors, launchers
         self._initialization = {segment.name: self.state[segment.params[0]]["initialization"] for segment in shared}
         raises = self._nonfinite == "raise"
@@ -244,7 +272,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
     # The step --------------------------------------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
+    @_heard_by_torch
     @torch.no_grad()
     def step(
         self, closure: Callable[[], float] | None = None, *, losses: Sequence | None = None, heldout: Sequence[Callable] | None = None
@@ -271,9 +299,9 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         if self._counting:
             self._step_on_device(gradients, hyper, losses, heldout)
             return loss
-        inner_step, round_, meta_updates, skipped = self._counters.tolist()
+        inner_step, round_, meta_updates, skipped = self._counters.read()
         if self._nonfinite == "skip" and ops.any_nonfinite(gradients):
-            self._counters[3] += 1
+            self._counters.write((inner_step, round_, meta_updates, skipped + 1))
             return loss
 
         control, counted = self._plan(inner_step, round_, meta_updates)
@@ -281,7 +309,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         if scale is not None:
             control = control._replace(inverse_scale=1.0 / scale.item())
         self._apply_(gradients, hyper, control, self._flags, losses, heldout)
-        self._counters.copy_(torch.tensor([*counted, skipped], device="cpu"))
+        self._counters.write((*counted, skipped))
         if self._flags and all(flags.device.type == "cpu" for flags in self._flags):
             self._report_nonfinite()
         return loss
@@ -293,10 +321,10 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if self._nonfinite == "skip":
             bad = ops.any_nonfinite(gradients)
-            self._counters[3] += bad.to(torch.int64)
+            self._counters.tensor[3] += bad.to(torch.int64)
             found_inf = bad if found_inf is None else torch.maximum(found_inf.view(()), bad)
         horizon = ops.NEVER if options["horizon"] is None else options["horizon"]
-        counting = ops.Counting(self._counters, horizon, options["meta_interval"], found_inf, getattr(self, "grad_scale", None))
+        counting = ops.Counting(self._counters.tensor, horizon, options["meta_interval"], found_inf, getattr(self, "grad_scale", None))
         control = ops.Control(False, False, options["reset_momentum"], counting=counting)
         self._apply_(gradients, hyper, control, self._flags, losses, heldout)
 
@@ -319,7 +347,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             values = [group[name] for name in PER_GROUP]
             for i, value in enumerate(values):  # the device reads its own tensors in a captured step; the host takes part in no other
                 if type(value) not in (float, int, bool) and isinstance(value, Tensor):
-                    if not (self._counting and value.device == self._counters.device):
+                    if not (self._counting and value.device == self._counters.tensor.device):
                         values[i] = value.item()
             hyper.append((_checked.__wrapped__ if self._counting else _checked)(*values))
         return hyper
@@ -349,22 +377,22 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     @property
     def inner_step(self) -> int:
         """k: inner steps taken in this round; 0 right after a reset."""
-        return int(self._counters[0])
+        return self._counters.read()[0]
 
     @property
     def round(self) -> int:
         """m: resets so far."""
-        return int(self._counters[1])
+        return self._counters.read()[1]
 
     @property
     def meta_updates(self) -> int:
         """Meta-updates so far."""
-        return int(self._counters[2])
+        return self._counters.read()[2]
 
     @property
     def skipped_steps(self) -> int:
         """Steps left out because a gradient was not finite (nonfinite="skip")."""
-        return int(self._counters[3])
+        return self._counters.read()[3]
 
     @property
     def backend(self) -> str:
@@ -404,14 +432,15 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         """The reset at K, now: θ ← φ for every task, shared momentum cleared if `reset_momentum`, inner_step 0, round + 1."""
         self._take_back_()
         self._reset_()
-        self._counters[1] += 1
+        inner_step, round_, *others = self._counters.read()
+        self._counters.write((inner_step, round_ + 1, *others))
 
     def _reset_(self) -> None:
         for flat in chain.from_iterable(self._flats):
             if flat.shared:
                 flat.reset_(self.param_groups[0]["reset_momentum"])
                 torch.autograd.graph.increment_version(flat.written)
-        self._counters[0] = 0
+        self._counters.write((0, *self._counters.read()[1:]))
 
     # State dicts -------------------------------------------------------------------------------------------------------------------
 

@@ -163,7 +163,7 @@ def test_loading_an_initialization_starts_the_round_anew(name):
     opt.load_initialization(start)
     other.load_initialization(start)
     if name == "random-shift":  # direction i belongs to meta-update i
-        opt._counters[2] = 0
+        opt._counters.tensor[2] = 0
     for _ in range(6):
         tasks.step(opt)
         fresh.step(other)

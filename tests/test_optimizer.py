@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cts_fast import ShiftingMetaOptimizer, ops
 
@@ -207,6 +208,34 @@ def test_step_hooks_run_around_the_step():
     assert seen == [("before", 0), ("after", 1)]
 
 
+def test_hooks_of_a_subclass_with_its_own_step_run_once():
+    class Printing(ShiftingMetaOptimizer):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    nets, seen = make_nets(), []
+    opt = Printing([net[:2].parameters() for net in nets])
+    opt.register_step_post_hook(lambda o, args, kwargs: seen.append((args, o.inner_step)))
+    backward(nets)
+    opt.step()
+    assert seen == [((opt,), 1)]
+
+
+def test_hooks_of_all_optimizers_and_the_profiler_hear_the_step():
+    nets, seen = make_nets(), []
+    opt = make_optimizer(nets)
+    backward(nets)
+    handle = register_optimizer_step_pre_hook(lambda o, args, kwargs: seen.append(type(o)))
+    try:
+        opt.step()
+    finally:
+        handle.remove()
+    assert seen == [ShiftingMetaOptimizer]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        opt.step()
+    assert "Optimizer.step#ShiftingMetaOptimizer.step" in {event.key for event in profile.key_averages()}
+
+
 def test_without_any_gradient_nothing_changes_counters_included():
     nets = make_nets()
     opt = make_optimizer(nets)
@@ -311,6 +340,27 @@ def test_parameters_exchanged_by_the_user_are_taken_back():
     opt.step()
     assert (nets[1][0].weight == 2).all() and (opt.state[nets[1][0].weight]["theta"] == 2).all()
     assert nets[1][0].weight.data_ptr() != fresh.data_ptr()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_parameter_transposed_in_place_keeps_its_values(backend):
+    params = [[nn.Parameter(torch.arange(9.0).view(3, 3))] for _ in range(2)]
+    opt = ShiftingMetaOptimizer(params, lr=0.0, meta_lr=0.0, backend=backend)
+    params[1][0].data = params[1][0].data.t()
+    params[1][0].grad = torch.ones(3, 3)
+    opt.step()
+    expected = torch.arange(9.0).view(3, 3).t()
+    assert torch.equal(params[1][0], expected) and torch.equal(opt.state[params[1][0]]["theta"], expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_gradient_that_torch_negates_lazily_is_read_negated(backend):
+    params = [nn.Parameter(torch.tensor(1.0))]
+    opt = ShiftingMetaOptimizer(params, lr=1.0, meta_lr=0.0, backend=backend)
+    torch.complex(torch.tensor(1.0), params[0]).conj().mul(1j).real.backward()  # real(i (1 - i p)) = p
+    assert params[0].grad.is_neg() and params[0].grad.item() == 1.0
+    opt.step()
+    assert params[0].item() == 0.0
 
 
 def test_a_cast_after_construction_raises_and_says_what_to_do():
