@@ -11,6 +11,7 @@ namespace cts {
 namespace {
 
 constexpr size_t kTileBytes = 1 << 17;    // of all rows of a tile, about: small beside a step, large beside the cost of taking a tile
+constexpr size_t kTileColumns = 2048;     // tiles are whole multiples of it
 constexpr size_t kThreadBytes = 1 << 16;  // less than that is not worth another thread
 
 size_t size_of(DType dtype) {
@@ -63,12 +64,12 @@ void run_team(void (*body)(void*), void* data, int threads) {
 
 Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment>> segments, const std::string& isa)
     : flats_(std::move(flats)), segments_(std::move(segments)), kernel_(kernel_for(isa, dtype)) {
-  const size_t size = size_of(dtype), line = 128 / size;
+  const size_t size = size_of(dtype);
   for (size_t f = 0; f < flats_.size(); ++f) {
     flats_[f].segments = segments_[f].data();
     flats_[f].num_segments = int32_t(segments_[f].size());
     const size_t column_bytes = size * 3 * flats_[f].rows;
-    const int64_t length = int64_t(std::max<size_t>(1, kTileBytes / column_bytes / line) * line);
+    const int64_t length = int64_t(std::max<size_t>(1, kTileBytes / column_bytes / kTileColumns) * kTileColumns);
     for (size_t s = 0; s < segments_[f].size(); ++s) {
       const int64_t numel = segments_[f][s].numel;
       for (int64_t begin = 0; begin < numel; begin += length)
