@@ -19,15 +19,16 @@ class Counters:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+        self._on_host = tensor.device.type == "cpu"
         self._numbers, self._address = None, 0
 
     def read(self) -> list[int]:
         """All of them; waits for the device."""
-        return self._in_memory()[:] if self.tensor.device.type == "cpu" else self.tensor.tolist()
+        return self._in_memory()[:] if self._on_host else self.tensor.tolist()
 
     def write(self, values: Sequence[int]) -> None:
         """Set all of them."""
-        if self.tensor.device.type == "cpu":
+        if self._on_host:
             self._in_memory()[:] = values
         else:
             self.tensor.copy_(torch.tensor(values, device="cpu"))

@@ -139,4 +139,4 @@ def _dense(gradient: Tensor, flat: Flat, n: int, row: int) -> Tensor:
         raise ValueError(f"{segment.where(row)}: gradient is {gradient.layout}; the step takes dense gradients (use sparse=False)")
     if gradient.dtype != flat.dtype or gradient.device != flat.device:
         raise ValueError(f"{segment.where(row)}: gradient is {gradient.dtype} on {gradient.device}, the parameter {flat.dtype} on {flat.device}")
-    return torch.empty_strided(segment.shape, segment.stride, dtype=flat.dtype, device=flat.device).copy_(gradient)
+    return torch.empty_strided(segment.shape, segment.stride, dtype=flat.dtype, device=flat.device).copy_(gradient.detach())

@@ -106,6 +106,7 @@ def make_launcher(backend: str, flats: Sequence[Flat]):
     return importlib.import_module(BACKENDS[backend]).Launcher(flats)
 
 
+@torch.no_grad()
 def any_nonfinite(gradients: Iterable[Sequence[Tensor | None]]) -> Tensor:
     """1.0 if a gradient holds a NaN or infinity, else 0.0: a float32 scalar on the first one's device, not waited for."""
     present = [[g for g in group if g is not None and g.numel()] for group in gradients]

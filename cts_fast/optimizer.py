@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache, wraps
+from functools import wraps
 from itertools import chain
+from operator import is_, itemgetter
 
 import torch
 from torch import Tensor
@@ -23,8 +24,10 @@ from cts_fast.groups import PER_GROUP, as_groups, check_hyper, check_needs, chec
 OPTIONS = ("horizon", "meta_interval", "reset_momentum", "capturable")  # of the whole optimizer; every group carries them
 
 
-@lru_cache(maxsize=256)
-def _checked(*values) -> ops.Hyper:
+_values_of = itemgetter(*PER_GROUP)
+
+
+def _checked(values: Sequence) -> ops.Hyper:
     """The values of PER_GROUP as hyper-parameters; raises ValueError for those that no step can use."""
     named = dict(zip(PER_GROUP, values, strict=True))
     check_hyper(named)
@@ -224,6 +227,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         self._initialization = {segment.name: self.state[segment.params[0]]["initialization"] for segment in shared}
         raises = self._nonfinite == "raise"
         self._flags = [torch.zeros(sum(len(f.params) for f in kind), dtype=torch.uint8, device=kind[0].device) for kind in flats] if raises else None
+        self._hyper_values: list = []  # what `_known_hyper` was made from, the objects themselves
         self._built = True
 
     @staticmethod
@@ -273,7 +277,6 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     # The step --------------------------------------------------------------------------------------------------------------------
 
     @_heard_by_torch
-    @torch.no_grad()
     def step(
         self, closure: Callable[[], float] | None = None, *, losses: Sequence | None = None, heldout: Sequence[Callable] | None = None
     ) -> float | None:  # fmt: skip
@@ -314,6 +317,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             self._report_nonfinite()
         return loss
 
+    @torch.no_grad()
     def _step_on_device(self, gradients, hyper: list[ops.Hyper], losses, heldout) -> None:
         """The step with every decision left to the device, so that a CUDA graph may hold it."""
         options = self.param_groups[0]
@@ -342,15 +346,18 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         ops.shifting_step_(self._launchers, self._flats, gradients, hyper, control, nonfinite)
 
     def _hyper(self) -> list[ops.Hyper]:
-        hyper = []
-        for group in self.param_groups:
-            values = [group[name] for name in PER_GROUP]
-            for i, value in enumerate(values):  # the device reads its own tensors in a captured step; the host takes part in no other
-                if type(value) not in (float, int, bool) and isinstance(value, Tensor):
-                    if not (self._counting and value.device == self._counters.tensor.device):
-                        values[i] = value.item()
-            hyper.append((_checked.__wrapped__ if self._counting else _checked)(*values))
-        return hyper
+        values = [value for group in self.param_groups for value in _values_of(group)]
+        if len(values) != len(self._hyper_values) or not all(map(is_, values, self._hyper_values)):  # somebody set one
+            self._known_hyper = [_checked([self._read(value) for value in _values_of(group)]) for group in self.param_groups]
+            changes_in_place = any(isinstance(value, Tensor) for value in values)
+            self._hyper_values = [] if changes_in_place else values
+        return self._known_hyper
+
+    def _read(self, value):
+        """The number that a tensor hyper-parameter holds; the device reads its own in a captured step, in no other does the host take part."""
+        if isinstance(value, Tensor) and not (self._counting and value.device == self._counters.tensor.device):
+            return value.item()
+        return value
 
     def _report_nonfinite(self) -> None:
         if not self._flags or (any(flags.is_cuda for flags in self._flags) and torch.cuda.is_current_stream_capturing()):

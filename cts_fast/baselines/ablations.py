@@ -41,6 +41,7 @@ class RandomShifting(NoShifting):
         if not isinstance(own["seed"], int) or isinstance(own["seed"], bool) or own["seed"] < 0:
             raise ValueError(f"Invalid seed: {own['seed']}; it is a whole number ≥ 0")
 
+    @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
         shared = self._shared()
         before = [flat.phi.clone() for flat in shared]

@@ -21,6 +21,7 @@ class FOMAML(Method):
     once_a_round = True
     on_host = True
 
+    @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
         self._inner_step_(gradients, hyper, control, nonfinite)
         meta_gradient = None
@@ -46,6 +47,7 @@ class FOMAMLPlusPlus(Method):
     on_host = True
     buffers = {"meta_gradient": False}
 
+    @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
         self._inner_step_(gradients, hyper, control, nonfinite)
         self._heldout_gradients(

@@ -54,6 +54,7 @@ class IMAML(Method):
         self._proximal = [torch.zeros_like(flat.theta) for flat in self._shared()]
         self._proximal_views = [views_of(flat, rows) for flat, rows in zip(self._shared(), self._proximal, strict=True)]
 
+    @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
         if any(h.maximize for h in hyper):
             raise ValueError("IMAML: its proximal problem is a minimization; give the negative loss and maximize=False")

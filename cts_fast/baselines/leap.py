@@ -50,6 +50,7 @@ class Leap(Method):
                 self._previous_loss[i] = kept[i]
             self.state[param]["previous_loss"] = self._previous_loss[i]
 
+    @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
         loss = torch.stack(
             [
