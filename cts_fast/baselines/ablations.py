@@ -104,4 +104,4 @@ class ShiftingAccurate(Method):
 
 def _norm(vectors: list[torch.Tensor]) -> float:
     """The Euclidean norm of all vectors together."""
-    return math.sqrt(sum(vector.double().square().sum().item() for vector in vectors))
+    return math.hypot(*(torch.linalg.vector_norm(vector, dtype=torch.float64).item() for vector in vectors))
