@@ -40,4 +40,4 @@ fi
 echo "built in $((SECONDS - began)) s" | tee -a "$work/build.log"
 (cd "$work/package" && "$python" -m cts_fast.info)
 
-"$python" benchmarks/gpu_check.py --build-log "$work/build.log" "$@"
+"$python" benchmarks/gpu_check.py --build-log "$work/build.log" --seconds $((580 - SECONDS)) "$@"
