@@ -154,6 +154,21 @@ def test_the_device_guard_leaves_the_current_device_alone(backend):
 
 
 @each
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("capturable", [False, True])
+def test_networks_on_another_device_than_the_current_one_step_there(backend, capturable):
+    here, there = ([[nn.Parameter(torch.ones(300, device=device))] for _ in range(3)] for device in ("cuda:0", "cuda:1"))
+    for tasks in (here, there):
+        opt = ShiftingMetaOptimizer(tasks, **OPTIONS, backend=backend, capturable=capturable)
+        for step in range(7):
+            for t, (p,) in enumerate(tasks):
+                p.grad = torch.full_like(p, 0.1 * t + step)
+            opt.step()
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(p.cpu(), q.cpu()) for (p,), (q,) in zip(here, there, strict=True))
+
+
+@each
 def test_a_step_with_unchanged_pointers_is_one_launch_without_copies_or_synchronisations(backend):
     nets, opt = make(backend)
     random_gradients(opt)
