@@ -25,7 +25,7 @@ sys.path = [*(path for path in sys.path if Path(path or ".").resolve() != ROOT /
 
 from benchmarks.gpu_measure import so_far  # noqa: E402
 
-SECTIONS = {"tests": 170, "sanitizers": 70, "counts": 30, "bandwidth": 20, "steps": 120, "training": 60}  # their shares of the time
+SECTIONS = {"tests": 160, "sanitizers": 65, "counts": 50, "bandwidth": 20, "steps": 125, "training": 60}  # their shares of the time
 LIMIT = "GPU_CHECK_SECONDS"  # what is left for a section, in its process's environment
 
 
