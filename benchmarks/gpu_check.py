@@ -1,7 +1,8 @@
 """Everything that only a GPU can show, section by section: python benchmarks/gpu_check.py [--device cpu for a dry run of what needs none].
 
-Sections run in processes of their own, so that one that crashes or hangs costs itself alone; what is known is written after each of them to
-benchmarks/results/<device>-<date>.json. Exit code 1 if a section failed. benchmarks/gpu_check.sh builds the package first.
+Sections run in processes of their own, so that one that crashes or hangs costs no other one, and of its own results only those to come; what
+is known is written after each of them to benchmarks/results/<device>-<date>.json. Exit code 1 if a section failed. benchmarks/gpu_check.sh builds
+the package first.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree
 from pathlib import Path
@@ -21,7 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path = [*(path for path in sys.path if Path(path or ".").resolve() != ROOT / "benchmarks"), str(ROOT)]  # the installed package comes first
 
-SECTIONS = {"tests": 180, "sanitizers": 80, "counts": 50, "bandwidth": 30, "steps": 150, "training": 70}  # seconds that each may take
+from benchmarks.gpu_measure import so_far  # noqa: E402
+
+SECTIONS = {"tests": 160, "sanitizers": 65, "counts": 50, "bandwidth": 20, "steps": 125, "training": 60}  # their shares of the time
 LIMIT = "GPU_CHECK_SECONDS"  # what is left for a section, in its process's environment
 
 
@@ -32,7 +36,7 @@ def main() -> int:
     parser.add_argument("--section", choices=(*SECTIONS, "small"), help="run one section in this process")
     parser.add_argument("--only", nargs="*", choices=tuple(SECTIONS), default=tuple(SECTIONS), help="the sections to run")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--seconds", type=float, default=480, help="for all sections together; later ones get what earlier ones left")
+    parser.add_argument("--seconds", type=float, default=480, help="for all sections together; later ones share what earlier ones left")
     parser.add_argument("--build-log", type=Path, help="what the build said; kept with the results")
     arguments = parser.parse_args()
     if arguments.section:
@@ -40,13 +44,14 @@ def main() -> int:
 
         own = {"tests": tests, "sanitizers": sanitizers, "small": small}
         result = (own.get(arguments.section) or getattr(gpu_measure, arguments.section))(arguments.device)
-        print("\nRESULT " + json.dumps(result))
+        so_far(result)
         return 0
     return run_all(arguments)
 
 
 def run_all(arguments) -> int:
     """The machine, then each section; writes after each one."""
+    deadline = time.monotonic() + arguments.seconds
     results = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "device": arguments.device, "sections": {}}
     results["machine"] = subprocess_json("machine", "cuda" if arguments.device == "cuda" else "cpu", 60)
     if arguments.build_log:
@@ -55,11 +60,11 @@ def run_all(arguments) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{name}-{results['date'][:10]}.json"
     failed = ["machine"] if "error" in results["machine"] else []
-    deadline = time.monotonic() + arguments.seconds
-    for section in arguments.only:
+    for i, section in enumerate(arguments.only):
         print(f"== {section}", flush=True)
         began = time.monotonic()
-        result = subprocess_json(section, arguments.device, min(SECTIONS[section], deadline - began))
+        share = SECTIONS[section] / sum(SECTIONS[one] for one in arguments.only[i:])
+        result = subprocess_json(section, arguments.device, share * (deadline - began))
         result["seconds"] = round(time.monotonic() - began, 1)
         results["sections"][section] = result
         if "error" in result:
@@ -73,8 +78,19 @@ def run_all(arguments) -> int:
     return 1 if failed else 0
 
 
+def last_result(output: str) -> dict | None:
+    """What a section handed over last."""
+    found = [line.removeprefix("RESULT ") for line in output.splitlines() if line.startswith("RESULT ")]
+    for text in reversed(found):
+        try:
+            return json.loads(text)
+        except ValueError:  # cut off in the middle
+            continue
+    return None
+
+
 def subprocess_json(section: str, device: str, seconds: float) -> dict:
-    """A section's result from a process of its own; {"error": …} if it failed, crashed or took too long."""
+    """A section's result from a process of its own; with an "error" if it failed, crashed or took too long."""
     command = [sys.executable, str(Path(__file__).resolve()), "--section", section, "--device", device]
     if section == "machine":
         command = [sys.executable, "-c", MACHINE, device]
@@ -85,15 +101,16 @@ def subprocess_json(section: str, device: str, seconds: float) -> dict:
             command, capture_output=True, text=True, timeout=seconds, cwd=ROOT.anchor, env={**os.environ, LIMIT: str(seconds)}
         )
     except subprocess.TimeoutExpired as error:
-        return {"error": f"took more than {seconds} s", "output": str(error.stdout or b"")[-2000:] + str(error.stderr or b"")[-2000:]}
-    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
-    if process.returncode or not lines:
-        return {"error": f"exit code {process.returncode}", "output": process.stdout[-2000:] + process.stderr[-4000:]}
-    return json.loads(lines[-1][len("RESULT "):])
+        stdout, stderr = (text.decode(errors="replace") if isinstance(text, bytes) else text or "" for text in (error.stdout, error.stderr))
+        return {**(last_result(stdout) or {}), "error": f"took more than {seconds:.0f} s", "output": stdout[-2000:] + stderr[-2000:]}
+    result = last_result(process.stdout)
+    if process.returncode or result is None:
+        return {**(result or {}), "error": f"exit code {process.returncode}", "output": process.stdout[-2000:] + process.stderr[-4000:]}
+    return result
 
 
 MACHINE = """
-import json, platform, subprocess, sys, torch
+import json, platform, shutil, subprocess, sys, torch
 facts = {"name": sys.argv[1], "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
 try:
     import triton
@@ -106,7 +123,7 @@ if sys.argv[1] == "cuda":
     p = torch.cuda.get_device_properties(0)
     facts.update(name=p.name, capability=[p.major, p.minor], multiprocessors=p.multi_processor_count, l2_bytes=p.L2_cache_size)
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit", "--format=csv,noheader"]
-    facts["driver, clocks, power"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    facts["driver, clocks, power"] = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which(query[0]) else None
 print("RESULT " + json.dumps(facts))
 """
 
@@ -118,7 +135,7 @@ def tests(device: str) -> dict:
     """The step's tests on every backend, in a few processes side by side; a failure of one is a failure of the section."""
     on = device
     jobs = {
-        "cuda": (["test_shifting_step.py", "test_counted_steps.py"], f"cuda-{on}", "60"),
+        "cuda": (["test_shifting_step.py", "test_counted_steps.py", "test_cuda_backend.py"], f"cuda-{on}", "60"),
         # Triton compiles a kernel for every number of tasks, dtype and set of options: several processes
         "triton, float32": (["test_shifting_step.py"], f"triton-{on} and any_number and float32", "1"),
         "triton, float64": (["test_shifting_step.py"], f"triton-{on} and any_number and float64", "1"),
@@ -134,28 +151,32 @@ def tests(device: str) -> dict:
     if device == "cpu":
         jobs = {"torch": (["test_shifting_step.py"], "torch-cpu and by_hand", "2"), "gpu": jobs["gpu"]}
     running, results = {}, {}
+    folder = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     for name, (files, which, examples) in jobs.items():
-        report = Path(os.environ.get("TMPDIR", "/tmp")) / f"gpu-check-{os.getpid()}-{len(running)}.xml"
+        report, log = folder / f"{len(running)}.xml", folder / f"{len(running)}.log"
         code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # not -m pytest, which would put the checkout before the package
         command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}", *files]
         command += ["-k", which] if which else []
         environment = {**os.environ, "CTS_FAST_EXAMPLES": examples, "OMP_NUM_THREADS": "4"}
-        process = subprocess.Popen(command, cwd=ROOT / "tests", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        running[name] = (process, report)
+        with log.open("w") as output:
+            process = subprocess.Popen(command, cwd=ROOT / "tests", env=environment, stdout=output, stderr=subprocess.STDOUT)
+        running[name] = (process, report, log)
     deadline = time.monotonic() + float(os.environ[LIMIT]) - 8
-    for name, (process, report) in running.items():
+    for name, (process, report, log) in running.items():
         try:
-            output, _ = process.communicate(timeout=max(1, deadline - time.monotonic()))
+            process.wait(timeout=max(1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-            output, _ = process.communicate()
-            results[name] = {"error": "took too long", "tail": output[-1500:]}
+            process.wait()
+            results[name] = {"error": "took too long", "tail": log.read_text(errors="replace")[-1500:]}
             continue
-        results[name] = counts_of(report) | ({"tail": output[-3000:]} if process.returncode else {})
-        if process.returncode not in (0, 5 if device == "cpu" else 0) or not results[name].get("tests"):
+        results[name] = counts_of(report) | ({"tail": log.read_text(errors="replace")[-3000:]} if process.returncode else {})
+        if process.returncode or not results[name].get("tests"):
             results[name]["error"] = f"pytest exit code {process.returncode}"
         elif device == "cuda" and results[name]["skipped"] == results[name]["tests"]:
             results[name]["error"] = "every test was skipped"
+        so_far({"processes": results})
+    shutil.rmtree(folder)
     broken = [name for name, result in results.items() if "error" in result]
     return {"processes": results, **({"error": f"tests failed: {', '.join(broken)}"} if broken else {})}
 
@@ -165,7 +186,6 @@ def counts_of(report: Path) -> dict:
     if not report.exists():
         return {}
     tree = xml.etree.ElementTree.parse(report)
-    report.unlink()
     suites = list(tree.iter("testsuite"))
     numbers = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")}
     return numbers | {"skips": sorted({skip.get("message", "")[:120] for skip in tree.iter("skipped")})}
@@ -179,7 +199,8 @@ def sanitizers(device: str) -> dict:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation, whose end a tool can see
     running, results = {}, {}
     for name in ("memcheck", "racecheck", "initcheck"):
-        command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, str(Path(__file__).resolve()), "--section", "small"]
+        # not CUDA's API errors: torch and the driver ask for functions that may not be there
+        command = [tool, "--tool", name, "--report-api-errors", "no", "--error-exitcode", "9", sys.executable, str(Path(__file__).resolve()), "--section", "small"]
         running[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     deadline = time.monotonic() + float(os.environ[LIMIT]) - 8
     for name, process in running.items():
@@ -195,6 +216,7 @@ def sanitizers(device: str) -> dict:
             results[name] = {"refused": output[-1500:]}
         else:
             results[name] = {"exit code": process.returncode, "tail": output[-3000:]}
+        so_far({"tools": results})
     broken = [name for name, result in results.items() if "exit code" in result]
     return {"tools": results, **({"error": f"sanitizer reports: {', '.join(broken)}"} if broken else {})}
 
@@ -241,11 +263,16 @@ def table(results: dict) -> str:
     if rate:
         lines += [f"copy bandwidth: {rate / 1e12:.3f} TB/s", ""]
     rows = [row for row in sections.get("steps", {}).get("rows", []) if "us" in row]
-    lines.append(f"{'network':10} {'T':>4} {'variant':26} {'cold µs':>10} {'warm µs':>10} {'host µs':>10} {'row µs':>10} {'of copy':>8}")
+    lines.append("cold, warm: device time with cold and warm L2; host: until the call returns; row: a step in a row of steps; of copy: the bytes that a")
+    lines.append("step must move, in the cold time, over the copy bandwidth; times: cold time over that of the first variant of its network and T")
+    lines.append(f"{'network':10} {'T':>4} {'variant':26} {'cold µs':>10} {'warm µs':>10} {'host µs':>10} {'row µs':>10} {'of copy':>8} {'times':>8}")
+    ours: dict[tuple, float] = {}
     for row in rows:
-        share = f"{row['floor_bytes'] / (1e-6 * row['us']['device_cold']) / rate:8.1%}" if rate else ""
+        cold = row["us"]["device_cold"]
+        share = f"{row['floor_bytes'] / (1e-6 * cold) / rate:8.1%}" if rate else f"{'':8}"
         us = " ".join(f"{row['us'][key]:10.1f}" for key in ("device_cold", "device_warm", "host", "in_a_row"))
-        lines.append(f"{row['network']:10} {row['tasks']:4} {row['variant']:26} {us} {share}")
+        times = cold / ours.setdefault((row["network"], row["tasks"]), cold)
+        lines.append(f"{row['network']:10} {row['tasks']:4} {row['variant']:26} {us} {share} {times:8.2f}")
     for row in sections.get("steps", {}).get("rows", []):
         if "us" not in row:
             lines.append(f"{row['network']:10} {row['tasks']:4} {row['variant']:26} {row.get('error') or row.get('left out')}")

@@ -18,8 +18,12 @@ if [ -n "${WHEELS:-}" ]; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/package" "$WHEELS"/*.whl || { echo "FAILED: wheels"; exit 1; }
 fi
 missing=$("$python" - <<'END'
-import importlib.util
-print(" ".join(name for name in ("torch", "triton", "setuptools", "pybind11", "ninja", "torchvision", "pytest", "hypothesis") if importlib.util.find_spec(name) is None))
+import importlib.metadata, importlib.util
+needed = ("torch", "triton", "setuptools", "pybind11", "ninja", "torchvision", "pytest", "hypothesis")
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+if "setuptools" not in missing and int(importlib.metadata.version("setuptools").partition(".")[0]) < 77:
+    missing.append("setuptools>=77")
+print(*missing)
 END
 )
 if [ -n "$missing" ]; then
@@ -40,4 +44,4 @@ fi
 echo "built in $((SECONDS - began)) s" | tee -a "$work/build.log"
 (cd "$work/package" && "$python" -m cts_fast.info)
 
-"$python" benchmarks/gpu_check.py --build-log "$work/build.log" "$@"
+"$python" benchmarks/gpu_check.py --build-log "$work/build.log" --seconds $((580 - SECONDS)) "$@"

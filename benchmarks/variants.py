@@ -79,6 +79,14 @@ class ReleasedForm(NaiveLoop):
         super().__init__(problem)
         self.bases = [{name: phi.clone() for name, phi in self.base.items()} for _ in self.named]
 
+    @classmethod
+    def of(cls, optimizers: list[torch.optim.Optimizer], named: list[dict[str, Tensor]]) -> ReleasedForm:
+        """The same update of any networks. optimizers: one a task; named: each task's shared parameters by name."""
+        made = cls.__new__(cls)
+        made.optimizers, made.named = optimizers, named
+        made.bases = [{name: theta.detach().clone() for name, theta in named[0].items()} for _ in named]
+        return made
+
     @torch.no_grad()
     def step(self) -> None:
         before = []
@@ -87,7 +95,8 @@ class ReleasedForm(NaiveLoop):
             before.append({name: phi.clone() for name, phi in base.items()})
             for name, theta in task.items():
                 base[name] -= BETA * (base[name] - theta)
-        mean = torch.zeros(sum(phi.numel() for phi in self.base.values()))
+        first = self.bases[0].values()
+        mean = torch.zeros(sum(phi.numel() for phi in first), device=next(iter(first)).device)
         for base in self.bases:
             mean += flatten(list(base.values()))
         mean /= len(self.bases)

@@ -5,6 +5,8 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include <algorithm>
+
 #include "shifting_step.h"
 
 namespace cts {
@@ -12,10 +14,17 @@ namespace cts {
 // What a kernel's parameters hold by value; a larger table of gradients goes through device memory. 4 KiB hold all that before CUDA 12.1.
 #if defined(CUDART_VERSION) && CUDART_VERSION < 12010
 constexpr int MAX_PARAMETER_BYTES = 4096, SMALL_POINTERS = 320, SMALL_GROUPS = 8, MAX_POINTERS = SMALL_POINTERS, MAX_GROUPS = SMALL_GROUPS;
-constexpr int NEEDS_DRIVER = 11000;
+constexpr int NEEDS_PARAMETERS = 11000;
 #else
-constexpr int NEEDS_DRIVER = 12010;
+constexpr int NEEDS_PARAMETERS = 12010;
 constexpr int MAX_PARAMETER_BYTES = 32764, SMALL_POINTERS = 512, SMALL_GROUPS = 8, MAX_POINTERS = 3200, MAX_GROUPS = 64;
+#endif
+
+// The oldest driver that this build runs on, as a CUDA version: the runtime inside it works on drivers of its own major version or newer.
+#if defined(CUDART_VERSION)
+constexpr int NEEDS_DRIVER = std::max(NEEDS_PARAMETERS, CUDART_VERSION / 1000 * 1000);
+#else
+constexpr int NEEDS_DRIVER = NEEDS_PARAMETERS;
 #endif
 
 // Columns of one tensor that one block takes: column ... column + columns of its buffers, `at` of its tensor. first: index of row 0's gradient.

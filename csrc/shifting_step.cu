@@ -264,10 +264,11 @@ __device__ __forceinline__ Rule<C> rule_of(const Launch& p, const Tile& tile) {
   return rule;
 }
 
-// The same rule with the common choices as constants, which spares a branch for each number. Where it is 0, weight decay adds 0 theta.
+// The same rule with the common choices as constants, which spares a branch for each number. Weight decay stays a choice, which costs a
+// predicate: adding 0 theta would turn an infinite theta into NaN.
 template <class C>
 __device__ __forceinline__ Rule<C> as_plain(Rule<C> rule) {
-  rule.has_momentum = rule.has_weight_decay = true;
+  rule.has_momentum = true;
   rule.nesterov = rule.maximize = rule.scaled = false;
   return rule;
 }

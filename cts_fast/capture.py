@@ -81,6 +81,7 @@ class CapturedStep:
         self.optimizer.zero_grad()  # so that the graph's gradients are new ones at addresses that stay
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # other threads of the program may go on meanwhile: one that pins a data loader's batches would end a capture that minds all threads
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.losses = self._step()
         self.graph = graph

@@ -30,7 +30,7 @@ def instruction_set() -> str:
     return os.environ.get("CTS_FAST_ISA") or _cpu.instruction_sets()[0]
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
     """Why this backend cannot run there; None if it can."""
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device}"

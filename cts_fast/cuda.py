@@ -23,12 +23,14 @@ IN_REGISTERS = 16  # tasks
 SHARED_RESERVE = 2048  # bytes of shared memory that a block needs for other things
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
     """Why this backend cannot run there; None if it can."""
     if device.type != _cuda.device_type:
         return f"it runs on {_cuda.device_type} devices, not on {device}"
     if dtype not in DTYPES:
         return f"it has no kernel for {dtype}"
+    if groups > _cuda.max_groups:
+        return f"it takes up to {_cuda.max_groups} param groups, not {groups}"
     driver = _cuda.driver_version()
     if driver < _cuda.needs_driver:
         return f"the driver is for CUDA {_version(driver)}; this build needs {_version(_cuda.needs_driver)}"
@@ -81,8 +83,6 @@ class Launcher:
         self.tiles = (tiles if len(tiles) else torch.zeros(1, 4, dtype=torch.int64, device="cpu")).to(device)
         groups = [segment.group for flat in flats for segment in flat.segments for _ in range(flat.rows)]
         self.groups, self.num_groups = torch.tensor(groups, dtype=torch.int32, device=device), max(groups) + 1
-        if self.num_groups > _cuda.max_groups:
-            raise RuntimeError(f"the cuda backend takes up to {_cuda.max_groups} param groups, not {self.num_groups}; use backend='triton'")
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
         self.table = DeviceTable(device) if len(groups) > _cuda.max_pointers else None
         self.flags = DeviceTable(device)
@@ -101,16 +101,16 @@ class Launcher:
             return
         hyper = hyper[: self.num_groups]
         started, counts = 0, (0,) * 8
-        if counting is not None:
-            started, counts = self.flats[0].started.data_ptr(), self._counts(counting)
-        elif any(h.dampening and h.momentum for h in hyper) and not all(flat.all_started for flat in self.flats):
-            started = self.flags(torch.cat([flat.started.flatten() for flat in self.flats])).data_ptr()
         rates = [[rate_address(rate) for rate in (h.lr, h.meta_lr)] for h in hyper]
-        table = 0 if self.table is None else self.table(host_addresses(gradients), counting is not None).data_ptr()
         nonfinite = 0 if control.nonfinite is None else control.nonfinite.data_ptr()
         numbers = [h._replace(lr=0.0 if a else h.lr, meta_lr=1.0 if b else h.meta_lr) for h, (a, b) in zip(hyper, rates, strict=True)]
         on_gpu = self.flats[0].device.type == "cuda"
         with torch.cuda.device(self.index if on_gpu else -1):
+            if counting is not None:
+                started, counts = self.flats[0].started.data_ptr(), self._counts(counting)
+            elif any(h.dampening and h.momentum for h in hyper) and not all(flat.all_started for flat in self.flats):
+                started = self.flags(torch.cat([flat.started.flatten() for flat in self.flats])).data_ptr()
+            table = 0 if self.table is None else self.table(host_addresses(gradients), counting is not None).data_ptr()
             self.plan.step(
                 gradients.address, table, started, nonfinite, numbers, [a for a, _ in rates], [b for _, b in rates],
                 control.meta_update, control.reset, control.reset_momentum, control.inverse_scale, counts,

@@ -27,18 +27,21 @@ class DeviceTable:
         self.captured: list[Tensor] = []  # read at every replay: pinned copies and what they are copied to
 
     def __call__(self, host: Tensor, capturable: bool = False) -> Tensor:
-        """The device's copy of `host`, a CPU tensor, in the order of the current stream. capturable: a capture may follow."""
+        """The device's copy of `host`, a CPU tensor, in the order of the current stream. capturable: a capture may follow.
+
+        Raises RuntimeError in a capture that no call with capturable=True came before.
+        """
         on_gpu = self.device.type == "cuda"
         if on_gpu and torch.cuda.is_current_stream_capturing():
-            pinned = torch.empty_like(host, pin_memory=True) if self.spare is None else self.spare
-            self.spare = None
-            pinned.copy_(host)
+            if self.spare is None:
+                raise RuntimeError("the step's table needs pinned memory, which a capture cannot make: take one step outside before each capture")
+            pinned, self.spare = self.spare.copy_(host), None
             self.captured += [pinned, pinned.to(self.device, non_blocking=True)]
             return self.captured[-1]
         if on_gpu and capturable and self.spare is None:
             self.spare = torch.empty_like(host, pin_memory=True)
         if self.sent is None or not torch.equal(self.sent, host):
-            self.sent = host.clone()
+            self.sent = host.pin_memory() if on_gpu else host.clone()  # CUDA may wait for the stream before it copies from other memory
             if self.table is None:
                 self.table = torch.empty_like(host, device=self.device)
             self.table.copy_(self.sent, non_blocking=True)

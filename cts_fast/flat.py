@@ -81,7 +81,8 @@ class Flat:
         """
         flat = row[segment.offset : segment.offset + segment.numel].detach()
         if flat.device.type in ("cpu", "cuda"):
-            flat = torch.from_dlpack(flat)
+            with torch.cuda.device(flat.device if flat.is_cuda else -1):  # torch exports tensors of the current device alone
+                flat = torch.from_dlpack(flat)
         return flat.as_strided(segment.shape, segment.stride)
 
     def state(self, n: int, row: int) -> dict[str, Tensor]:

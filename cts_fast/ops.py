@@ -13,7 +13,7 @@ from torch import Tensor
 from cts_fast.flat import Flat
 from cts_fast.gradients import Gradients
 
-BACKENDS = {  # name → module with `unavailable(device, dtype, capturable)` and `Launcher(flats)`
+BACKENDS = {  # name → module with `unavailable(device, dtype, capturable, groups)` and `Launcher(flats)`
     "cuda": "cts_fast.cuda",
     "triton": "cts_fast.kernels.shifting_step",
     "cpu": "cts_fast.cpu",
@@ -68,16 +68,16 @@ class Control(NamedTuple):
                     self.nonfinite[i] |= ~gradient.isfinite().all()
 
 
-def unavailable(backend: str, device: torch.device, dtype: torch.dtype, capturable: bool = False) -> str | None:
-    """Why `backend` cannot run on that device and dtype; None if it can."""
+def unavailable(backend: str, device: torch.device, dtype: torch.dtype, capturable: bool = False, groups: int = 1) -> str | None:
+    """Why `backend` cannot run on that device and dtype with so many param groups; None if it can."""
     try:
         module = importlib.import_module(BACKENDS[backend])
     except ImportError as error:
         return str(error)
-    return module.unavailable(device, dtype, capturable)
+    return module.unavailable(device, dtype, capturable, groups)
 
 
-def resolve(backend: str, device: torch.device, dtype: torch.dtype, capturable: bool = False) -> str:
+def resolve(backend: str, device: torch.device, dtype: torch.dtype, capturable: bool = False, groups: int = 1) -> str:
     """The name of the backend that runs: "auto" takes the environment's CTS_FAST_BACKEND, else the fastest that can.
 
     Raises ValueError for an unknown name, RuntimeError with the reason for one that cannot run.
@@ -89,7 +89,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, capturable: 
     names = PREFERENCE.get(device.type, ("torch",)) if backend == "auto" else (backend,)
     why = {}
     for name in names:
-        reason = unavailable(name, device, dtype, capturable)
+        reason = unavailable(name, device, dtype, capturable, groups)
         if reason is None:
             return name
         why[name] = reason

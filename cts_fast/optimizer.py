@@ -207,7 +207,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         for segment in segments:
             first = segment.params[0]
             by_kind.setdefault((first.device, first.dtype), {}).setdefault(segment.task is None, []).append(segment)
-        backends = [ops.resolve(self._backend_choice, device, dtype, capturable) for device, dtype in by_kind]
+        backends = [ops.resolve(self._backend_choice, device, dtype, capturable, len(self.param_groups)) for device, dtype in by_kind]
         counting = capturable and ops.counts_on_device(backends)
         if counting and len({device for device, _ in by_kind}) > 1:
             raise ValueError("capturable=True: one step's counters live on one device, but the parameters are on several")

@@ -58,7 +58,7 @@ def shifting_step_(
                 v_t.zero_()
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
     """Why this backend cannot run there; None if it can."""
     return "it takes its decisions on the host, which a captured step may not" if capturable and device.type != "cpu" else None
 

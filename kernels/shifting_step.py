@@ -129,26 +129,36 @@ def _step(
         clear = reset & ((bits & RESET_MOMENTUM) != 0)
         p = tl.load(phi + column + numbers, mask=inside, other=0)
         meta_lr, shift = _learning_rate(h + 6, h + 10), tl.load(h + 7).to(WORK)
-        total = tl.full([BLOCK], 0, WORK)
-        for t in tl.static_range(0, T, ROWS):
-            here = t + rows < T
+        if T <= ROWS:
             x, spot, mask = _inner_step(
-                theta, v, master, stride, t + rows, here, gradients, started, nonfinite, h, scale, column, at, inside, clear, BLOCK, ALIGNED, WORK
+                theta, v, master, stride, rows, rows < T, gradients, started, nonfinite, h, scale, column, at, inside, clear, BLOCK, ALIGNED, WORK
             )
-            total += tl.sum(tl.where(here[:, None], x - p[None, :], 0.0), axis=0)
-            if T > ROWS:
+            total = tl.sum(tl.where((rows < T)[:, None], x - p[None, :], 0.0), axis=0)
+        else:
+            total = tl.full([BLOCK], 0, WORK)
+            for t in range(0, T, ROWS):  # not unrolled: 128 tasks would compile for a minute
+                here = t + rows < T
+                x, spot, mask = _inner_step(
+                    theta, v, master, stride, t + rows, here, gradients, started, nonfinite, h, scale, column, at, inside, clear, BLOCK, ALIGNED,
+                    WORK,
+                )  # fmt: skip
+                total += tl.sum(tl.where(here[:, None], x - p[None, :], 0.0), axis=0)
                 _store(theta, master, spot, mask, x)
+            tl.debug_barrier()  # what is read back below may have been stored by another thread
         moves = meta_update & (tl.full([1], meta_lr, tl.float64) != 0)
         delta = tl.where(moves, total * (meta_lr / T).to(WORK), 0.0)
         p = tl.where(moves, p + delta, p)
         tl.store(phi + column + numbers, p, mask=inside & moves)
-        for t in tl.static_range(0, T, ROWS):
-            if T > ROWS:
+        if T <= ROWS:
+            x = tl.where(moves, tl.fma(shift, delta[None, :], x), x)
+            _store(theta, master, spot, mask, tl.where(reset, p[None, :], x))
+        else:
+            for t in range(0, T, ROWS):
                 spot = (t + rows).to(tl.int64)[:, None] * stride + (column + numbers)[None, :]
                 mask = (t + rows < T)[:, None] & inside[None, :]
                 x = _stored(theta, master, spot, mask, WORK)
-            x = tl.where(moves, tl.fma(shift, delta[None, :], x), x)
-            _store(theta, master, spot, mask, tl.where(reset, p[None, :], x))
+                x = tl.where(moves, tl.fma(shift, delta[None, :], x), x)
+                _store(theta, master, spot, mask, tl.where(reset, p[None, :], x))
 
 
 @triton.jit
@@ -234,7 +244,7 @@ def shifting_step_kernel(
                 )
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
     """Why this backend cannot run there; None if it can. Under TRITON_INTERPRET=1 it runs on CPU tensors, else on CUDA ones."""
     if INTERPRETED.value:
         return None if device.type == "cpu" else "TRITON_INTERPRET is set, which runs Triton on CPU tensors only"
@@ -284,24 +294,24 @@ class Launcher:
         self.groups = torch.tensor(groups, dtype=torch.int32, device=self.device)
         self.num_groups = max(groups) + 1
         self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self.table = DeviceTable(self.device)
+        self.table, self.flags = DeviceTable(self.device), DeviceTable(self.device)
 
     def __call__(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         if not self.num_tiles and control.counting is None:
             return
         addresses = host_addresses(gradients)
-        table = self._table(addresses, hyper[: self.num_groups], control)
         counting, shared, head = control.counting, self.shared, self.head
         started, dampened = None, any(h.dampening and h.momentum for h in hyper)
-        if counting is not None:
-            started = self.flats[0].started
-        elif dampened and not all(flat.all_started for flat in self.flats):
-            started = torch.cat([flat.started.flatten() for flat in self.flats]).to(self.device, non_blocking=True)
         mode = control.meta_update * META_UPDATE.value | control.reset * RESET.value | control.reset_momentum * RESET_MOMENTUM.value
         on = [None] * 7 if counting is None else [
             counting.counters, self.ticket, counting.horizon, counting.meta_interval, counting.found_inf, counting.grad_scale, int(counting.advances)
         ]  # fmt: skip
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            if counting is not None:
+                started = self.flats[0].started
+            elif dampened and not all(flat.all_started for flat in self.flats):
+                started = self.flags(torch.cat([flat.started.flatten() for flat in self.flats]))
+            table = self._table(addresses, hyper[: self.num_groups], control)
             shifting_step_kernel[(max(self.num_tiles, 1),)](
                 self.tiles, table[: self.count], self.groups, table[self.count :].view(torch.float64), started, control.nonfinite,
                 *((shared.theta, shared.momentum, shared.master, shared.phi, shared.theta.stride(0)) if shared else (None,) * 5),

@@ -17,7 +17,7 @@ needs_gcc = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "l
 
 @needs_gcc
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["test_shifting_step.py", "test_counted_steps.py"])
+@pytest.mark.parametrize("file", ["test_shifting_step.py", "test_counted_steps.py", "test_cuda_backend.py"])
 def test_the_step_is_right_under_sanitizers(shim, file):
     named = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
     libraries = [subprocess.run(command, capture_output=True, text=True).stdout.strip() for command in named]

@@ -54,9 +54,10 @@ def random_gradients(opt):
 
 
 @each
-def test_replays_of_the_whole_training_step_equal_eager_steps(backend):
+def test_replays_of_the_whole_training_step_equal_eager_steps(backend, monkeypatch):
     from cts_fast.capture import CapturedStep
 
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # else two eager runs differ too
     nets, opt = make(backend)
     train_eagerly(nets, opt, 12)
     captured_nets, captured = make(backend, capturable=True)
@@ -106,6 +107,8 @@ def test_the_step_runs_on_the_current_stream(backend):
     for p, q in zip(params, twin_params, strict=True):
         q.grad = p.grad.clone()
     opt.step()
+    opt.step()
+    other.step()  # what is made and sent once
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -151,6 +154,21 @@ def test_the_device_guard_leaves_the_current_device_alone(backend):
 
 
 @each
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("capturable", [False, True])
+def test_networks_on_another_device_than_the_current_one_step_there(backend, capturable):
+    here, there = ([[nn.Parameter(torch.ones(300, device=device))] for _ in range(3)] for device in ("cuda:0", "cuda:1"))
+    for tasks in (here, there):
+        opt = ShiftingMetaOptimizer(tasks, **OPTIONS, backend=backend, capturable=capturable)
+        for step in range(7):
+            for t, (p,) in enumerate(tasks):
+                p.grad = torch.full_like(p, 0.1 * t + step)
+            opt.step()
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(p.cpu(), q.cpu()) for (p,), (q,) in zip(here, there, strict=True))
+
+
+@each
 def test_a_step_with_unchanged_pointers_is_one_launch_without_copies_or_synchronisations(backend):
     nets, opt = make(backend)
     random_gradients(opt)
@@ -162,10 +180,11 @@ def test_a_step_with_unchanged_pointers_is_one_launch_without_copies_or_synchron
         opt.step()
         torch.cuda._sleep(1000)  # so that a profile of nothing is not taken for one of no launches
     torch.cuda.synchronize()
-    device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [event for event in profile.events() if not event.is_user_annotation]  # torch labels the time of a step on the device too
+    device = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     kernels = [name for name in device if "shifting_step" in name]
     others = [name for name in device if "shifting_step" not in name and "spin" not in name and "sleep" not in name.lower()]
-    host = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    host = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     assert len(kernels) == 1 and others == []
     waits = [name for name in host if name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaMemcpyAsync")]
     assert waits == []
@@ -179,8 +198,51 @@ def test_a_host_wait_is_never_needed(backend):
     torch.cuda.set_sync_debug_mode("error")
     try:
         opt.step()
+        random_gradients(opt)  # at other addresses
+        opt.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@each
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_table_larger_than_a_launch_holds_waits_for_nobody_and_can_be_captured(backend, capturable):
+    def params():
+        return [[nn.Parameter(torch.ones(1, device="cuda")) for _ in range(300)] for _ in range(30)]  # 72 kB of addresses
+
+    tasks, twins = params(), params()
+    opt, other = (ShiftingMetaOptimizer(p, **OPTIONS, backend=backend, capturable=capturable) for p in (tasks, twins))
+    random_gradients(opt)
+    kept = []
+
+    def renew():  # the same gradients at other addresses
+        for task, twin in zip(tasks, twins, strict=True):
+            for p, q in zip(task, twin, strict=True):
+                kept.append(q.grad)
+                q.grad = p.grad.clone()
+
+    for _ in range(4):
+        opt.step()
+    for _ in range(2):  # what is sent twice has its pinned memory
+        renew()
+        other.step()
+    renew()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(100_000_000)
+    other.step()
+    done = torch.cuda.Event()
+    done.record()
+    assert not done.query()
+    if capturable:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            other.step()
+        graph.replay()
+    else:
+        other.step()
+    for task, twin in zip(tasks, twins, strict=True):
+        for p, q in zip(task, twin, strict=True):
+            assert torch.equal(p, q)
 
 
 @each

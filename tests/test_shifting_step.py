@@ -124,6 +124,19 @@ def test_an_exploding_task_touches_no_other_task_without_meta_learning(backend, 
 
 
 @everywhere_and_reference
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_without_weight_decay_an_infinite_parameter_is_no_nan(backend, device, value):
+    # every column, so that wide accesses and the tensor's last numbers are among them
+    params = [[torch.nn.Parameter(torch.full((37,), value, device=device))] for _ in range(3)]
+    opt = ShiftingMetaOptimizer(params, lr=0.1, momentum=0.9, weight_decay=0.0, meta_lr=0.0, backend=backend)
+    for (param,) in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    for (param,) in params:
+        assert (param == value).all() and (opt.state[param]["momentum_buffer"] == 1).all()
+
+
+@everywhere_and_reference
 def test_reset_puts_every_task_at_phi_and_clears_momentum(backend, device):
     case = Case(3, ((5, 3),), heads=(((2,),),) * 3, steps=3, options=dict(lr=0.1, momentum=0.9, meta_lr=0.3, horizon=3))
     opt, params = build(case, backend, device)

@@ -62,7 +62,8 @@ def test_triton_says_why_it_cannot_run():
 
 VARIANTS = {
     **{f"sm_{capability}": dict(capability=capability, T=8) for capability in (80, 90, 100)},
-    **{f"T = {T}": dict(capability=90, T=T) for T in (1, 3, 16, 17)},
+    **{f"T = {T}": dict(capability=90, T=T) for T in (1, 3, 16, 17, 128)},
+    "T = 17, bf16": dict(capability=90, T=17, dtype="bf16"),
     **{dtype: dict(capability=90, T=8, dtype=dtype) for dtype in ("fp64", "bf16", "fp16")},
     "every option": dict(capability=90, T=8, dampened=True, counting=True, nonfinite=True),
     "unaligned": dict(capability=90, T=8, aligned=False),
@@ -84,6 +85,12 @@ def compiled():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_is_one_kernel_without_spills(compiled, name):
     assert compiled[name]["entries"] == 1 and compiled[name]["stack"] == compiled[name]["local"] == 0
+
+
+@pytest.mark.parametrize("name", ["T = 17", "T = 128", "T = 17, bf16"])
+def test_theta_that_waits_in_memory_is_read_back_after_a_barrier(compiled, name):
+    # a thread may read what another one stored: a float32 master is stored in other pieces than it is loaded
+    assert compiled[name]["barriers"] == 2  # in the code of whole tiles, and of a tensor's last one
 
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_100", "fp64"])

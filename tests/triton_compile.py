@@ -43,7 +43,7 @@ def source(T, dtype="fp32", aligned=True, dampened=False, counting=False, nonfin
 
 
 def facts(capability, **variant):
-    """Kernel entries, global accesses by width in bytes, registers and local memory of one variant."""
+    """Kernel entries, barriers that the source asks for, global accesses by width in bytes, registers and local memory of one variant."""
     kernel = triton.compile(source(**variant), target=GPUTarget("cuda", capability, 32), options=dict(num_warps=4, enable_fp_fusion=False))
     ptx = kernel.asm["ptx"]
     widths = {"load": [], "store": []}
@@ -55,7 +55,8 @@ def facts(capability, **variant):
         tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
-    return dict(entries=ptx.count(".entry"), widths=widths, registers=registers, stack=stack, local=local, threads=128)
+    barriers = len(re.findall(r"\b(?:gpu|ttg)\.barrier\b", kernel.asm["ttgir"]))
+    return dict(barriers=barriers, entries=ptx.count(".entry"), widths=widths, registers=registers, stack=stack, local=local, threads=128)
 
 
 if __name__ == "__main__":
