@@ -54,13 +54,13 @@ void prefetch(uintptr_t address, int lines) {
 
 uintptr_t address(const DLTensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset; }
 
-// Where in a tensor's Python object the address of its TensorImpl stands.
+// Which word of a tensor's Python object is the address of its TensorImpl; 0 if none: then nothing is prefetched.
 size_t find_impl(py::handle tensor) {
   const auto impl = tensor.attr("_cdata").cast<uintptr_t>(), object = reinterpret_cast<uintptr_t>(tensor.ptr());
   const size_t words = size_t(Py_TYPE(tensor.ptr())->tp_basicsize) / sizeof(uintptr_t);
-  for (size_t i = 0; i < words; ++i)
+  for (size_t i = 1; i < words; ++i)
     if (word(object, i) == impl) return i;
-  throw std::runtime_error("this torch does not keep a tensor's address in its Python object");
+  return 0;
 }
 
 }  // namespace
@@ -132,11 +132,11 @@ py::tuple GradientTable::collect() {
   bool changed = false;
   for (size_t step = 0; step < count + kCheck; ++step) {
     if (step < count) {
-      prefetch_for(step);
+      if (impl_) prefetch_for(step);
       PyObject* gradient = PyObject_GetAttr(PyList_GET_ITEM(params_.ptr(), Py_ssize_t(step)), name_.ptr());
       if (!gradient) throw py::error_already_set();
       PyList_SET_ITEM(gradients.ptr(), Py_ssize_t(step), gradient);  // the list owns it now
-      if (Py_TYPE(gradient) == reinterpret_cast<PyTypeObject*>(tensor_type_.ptr())) {
+      if (impl_ && Py_TYPE(gradient) == reinterpret_cast<PyTypeObject*>(tensor_type_.ptr())) {
         const auto object = reinterpret_cast<uintptr_t>(gradient);
         last_[step] = {object, word(object, impl_)};
         prefetch(word(last_[step].impl, kFirstPart), 2);

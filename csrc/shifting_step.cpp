@@ -63,7 +63,7 @@ struct Row {
   }
 };
 
-// What a kernel may take for granted about a tile, beside nothing: every row has a gradient, momentum and a meta-update, and nothing
+// What a kernel may take for granted about a tile. The usual kinds: every row has a gradient, momentum and a meta-update, and nothing
 // else is asked for but perhaps weight decay. The compiler then drops the other cases, and the kernel keeps up with memory.
 enum class Kind { any, usual, usual_with_weight_decay };
 
@@ -152,8 +152,8 @@ __attribute__((noinline)) void tile_in_blocks(const Flat& flat, const Tile& tile
     }
     if (!uses_phi) continue;
     for (int64_t i = 0; i < n; i += N) {
-      V value = load(phi + i), delta = load(sums + i);
-      if (rule.meta_update) delta = meta_update(value, delta, rule), store(phi + i, value);
+      V value = load(phi + i), delta = value;
+      if (rule.meta_update) delta = meta_update(value, load(sums + i), rule), store(phi + i, value);
       store(sums + i, rule.reset ? value : delta);
     }
     for (int64_t t = flat.rows; t-- > 0;) {  // the last rows are the ones still near
