@@ -100,5 +100,8 @@ class CacheFlush:
     def __init__(self, bytes: int) -> None:
         self.buffer = torch.ones(bytes // 4)  # written: untouched pages are all the same one
 
+    def __reduce__(self) -> tuple:
+        return CacheFlush, (self.buffer.nbytes,)  # another process makes its own
+
     def __call__(self) -> None:
         library().walk(self.buffer.data_ptr(), self.buffer.numel(), torch.get_num_threads())
