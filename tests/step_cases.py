@@ -169,3 +169,15 @@ def cases(draw) -> Case:
         draw(st.integers(0, 1000)), missing, draw(st.sampled_from(["contiguous", "transposed", "channels_last"])),
         draw(st.sampled_from(["same", "same", "transposed", "sliced", "unaligned"])), options,
     )  # fmt: skip
+
+
+def assert_table_is_sent_again_only_when_it_changed(opt, params):
+    """Steps an optimizer whose kernel reads the gradients' addresses from a device table; params: [T][N], with gradients."""
+    opt.step()
+    (launcher,) = opt._launchers
+    version = launcher.table.table._version
+    opt.step()
+    assert launcher.table.table._version == version
+    params[-1][0].grad = params[-1][0].grad.clone()
+    opt.step()
+    assert launcher.table.table._version == version + 1
