@@ -10,8 +10,8 @@
 namespace cts {
 namespace {
 
-constexpr size_t kTileBytes = 1 << 17;    // of all rows of a tile, about: small beside a step, large beside the cost of taking a tile
-constexpr size_t kTileColumns = 2048;     // tiles are whole multiples of it
+constexpr size_t kTileBytes = 48 << 10;   // of all rows of a tile, about
+constexpr size_t kRunBytes = 2 << 10;     // of one row of a tile, at least: a long run for DRAM; tiles are whole multiples of it
 constexpr size_t kThreadBytes = 1 << 16;  // less than that is not worth another thread
 
 size_t size_of(DType dtype) {
@@ -69,7 +69,8 @@ Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment
     flats_[f].segments = segments_[f].data();
     flats_[f].num_segments = int32_t(segments_[f].size());
     const size_t column_bytes = size * 3 * flats_[f].rows;
-    const int64_t length = int64_t(std::max<size_t>(1, kTileBytes / column_bytes / kTileColumns) * kTileColumns);
+    const size_t run = kRunBytes / size;
+    const int64_t length = std::min(kTileElements, int64_t(std::max<size_t>(1, kTileBytes / column_bytes / run) * run));
     for (size_t s = 0; s < segments_[f].size(); ++s) {
       const int64_t numel = segments_[f][s].numel;
       for (int64_t begin = 0; begin < numel; begin += length)
@@ -80,20 +81,17 @@ Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment
 }
 
 void Plan::step(const Step& step, int threads) const {
+  if (tiles_.empty()) return;
   threads = int(std::min<size_t>({size_t(std::max(threads, 1)), std::max<size_t>(1, bytes_ / kThreadBytes), tiles_.size()}));
   struct Work {
     const Plan& plan;
     const Step& step;
-    int64_t chunk;
-    std::atomic<int64_t> next{0};
-  } work{*this, step, std::max<int64_t>(1, int64_t(tiles_.size()) / (8 * std::max(threads, 1)))};
+    Queue queue;
+  } work{*this, step, {int64_t(tiles_.size()), std::max<int64_t>(1, int64_t(tiles_.size()) / (8 * threads))}};
   run_team(
       [](void* data) {
         Work& work = *static_cast<Work*>(data);
-        const auto& tiles = work.plan.tiles_;
-        const int64_t count = int64_t(tiles.size());
-        for (int64_t first; (first = work.next.fetch_add(work.chunk, std::memory_order_relaxed)) < count;)
-          work.plan.kernel_(work.plan.flats_.data(), tiles.data(), first, std::min(first + work.chunk, count), count, work.step);
+        work.plan.kernel_(work.plan.flats_.data(), work.plan.tiles_.data(), work.queue, work.step);
       },
       &work, threads);
 }

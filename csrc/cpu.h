@@ -1,6 +1,7 @@
 // The step on the CPU: a list of tiles, walked by one team of threads in one parallel region.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <string>
 #include <vector>
@@ -11,14 +12,22 @@ namespace cts {
 
 enum class DType : int { float32, float64, bfloat16, float16 };
 
-// Columns begin ... end of one segment, all rows.
+// Columns begin ... end of one segment, all rows: what is fetched row by row and then stepped together.
 struct Tile {
   int32_t flat, segment;
   int64_t begin, end;
 };
 
-// Steps the tiles first ... last - 1; what it prefetches may reach to the last of num_tiles.
-using Kernel = void (*)(const Flat* flats, const Tile* tiles, int64_t first, int64_t last, int64_t num_tiles, const Step& step);
+constexpr int64_t kTileElements = 4096;  // of one row of a tile, at most
+
+// Tiles that wait for a thread, taken `chunk` at a time.
+struct Queue {
+  int64_t count, chunk;
+  std::atomic<int64_t> next{0};
+};
+
+// Steps tiles until the queue is empty; every thread of a team runs it.
+using Kernel = void (*)(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step);
 
 // One for each instruction set that csrc/shifting_step.cpp is compiled for.
 namespace plain { Kernel kernel(DType); }

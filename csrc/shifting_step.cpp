@@ -1,49 +1,22 @@
-// The step's kernel: walks tiles of columns, vector by vector, and applies the rule of shifting_step.h to all rows at once.
+// The step's kernel: applies the rule of shifting_step.h to all rows of a tile, vector by vector.
 //
 // Compiled once for each instruction set (-DCTS_ISA=avx512 | avx2 | plain); csrc/cpu.cpp takes one at run time.
 #include "shifting_step.h"
 
 #include <type_traits>
 
-#include "cpu.h"
+#include "ahead.h"
 #include "vec.h"
 
 namespace cts {
 inline namespace CTS_ISA {
 namespace {
 
-constexpr int64_t kLine = 64;          // bytes of a cache line
-constexpr int64_t kAhead = 8 * kLine;  // how far ahead a kernel in registers prefetches each of its streams
-constexpr int64_t kBlock = 8192;       // bytes of phi in a block: two pages of each row in turn, which DRAM and TLB like
-constexpr int64_t kLong = 1 << 16;     // columns from which more than four rows are better visited in turn than together
-
-// A pointer that may lie outside of its array and is never read through.
-template <class S>
-CTS_HD S* advanced(S* base, int64_t elements) {
-  return reinterpret_cast<S*>(reinterpret_cast<uintptr_t>(base) + uintptr_t(elements) * sizeof(S));
-}
-
-template <class S>
-CTS_HD void prefetch(const S* base, int64_t elements) {
-  __builtin_prefetch(advanced(base, elements), 1);
-}
-
-// The same, into the second cache.
-template <class S>
-CTS_HD void prefetch_far(const S* base, int64_t elements) {
-  __builtin_prefetch(advanced(base, elements), 1, 2);
-}
-
 // One row at some column: S in memory, C in the master of a narrower S.
 template <class S, class C>
 struct Row {
   S *theta, *momentum;
   C* master;
-
-  CTS_HD void advance(int64_t stride) {
-    theta += stride, momentum += stride;
-    if constexpr (sizeof(S) != sizeof(C)) master += stride;
-  }
 
   CTS_HD Vec<C> load_theta(int64_t at) const {
     if constexpr (sizeof(S) == sizeof(C)) return load(theta + at);
@@ -62,6 +35,14 @@ struct Row {
     if constexpr (sizeof(S) != sizeof(C)) store(theta + at, value);
   }
 };
+
+// Row t of a flat buffer from some column on.
+template <class S, class C>
+CTS_HD Row<S, C> row_at(const Flat& flat, int64_t column, int64_t t) {
+  const int64_t at = column + t * flat.stride;
+  return {static_cast<S*>(flat.theta) + at, static_cast<S*>(flat.momentum) + at,
+          sizeof(S) != sizeof(C) ? static_cast<C*>(flat.master) + at : nullptr};
+}
 
 // What a kernel may take for granted about a tile. The usual kinds: every row has a gradient, momentum and a meta-update, and nothing
 // else is asked for but perhaps weight decay. The compiler then drops the other cases, and the kernel keeps up with memory.
@@ -86,169 +67,148 @@ CTS_HD Rule<Vec<C>> broadcast(const Rule<C>& r) {
           any && r.nesterov, any && r.scaled, any && r.maximize, !any || r.meta_update, any && r.reset, any && r.reset_momentum};
 }
 
-// One row's inner step over n columns; phi is null where no meta-update and no reset are due. sums: where theta' - phi is added.
-// next, next_g: the row that comes after this one, prefetched line by line.
-template <Kind kind, class S, class C>
-CTS_HD void inner_block(const Row<S, C>& row, const S* g, bool started, uint8_t* nonfinite, const C* phi, C* sums, int64_t n,
-                        const Row<S, C>& next, const S* next_g, const Rule<Vec<C>>& rule) {
+// The rows of a tile that a kernel steps together. g[i] is null where row i has no gradient; nonfinite[i] where nobody asks.
+template <int G, class S, class C>
+struct Rows {
+  Row<S, C> row[G];
+  const S* g[G];
+  bool started[G];
+  uint8_t* nonfinite[G];
+};
+
+// One vector of columns of G rows: their inner steps and the sum over them. `all`: they are all rows there are, so that the meta-update,
+// the shift and the reset follow in registers. left: columns from here to the end of the segment; what lies behind is padding.
+template <int G, bool all, Kind kind, bool whole, class S, class C>
+CTS_HD void step_vector(const Rows<G, S, C>& rows, C* phi, C* sums, int64_t column, int64_t left, const Rule<Vec<C>>& rule) {
   using V = Vec<C>;
-  constexpr int64_t N = V::size, line = kLine / int64_t(sizeof(S));
-  constexpr bool has_master = sizeof(S) != sizeof(C);
-  const auto step_vector = [&](int64_t i, auto whole) {
-    V theta = row.load_theta(i);
-    if (kind != Kind::any || g) {
-      V d = unscaled(decltype(whole)::value ? load(g + i) : load_first<C>(g + i, n - i), rule), v{};
-      if (kind == Kind::any && nonfinite && !all_finite(d)) __atomic_store_n(nonfinite, 1, __ATOMIC_RELAXED);
-      if (rule.has_momentum) v = load(row.momentum + i);
-      inner_step(theta, v, d, started, rule);
-      if (rule.has_momentum) store(row.momentum + i, v);
-    }
-    if (rule.reset_momentum) store(row.momentum + i, V(C(0)));
-    if (rule.meta_update) store(sums + i, load(sums + i) + (theta - load(phi + i)));
-    if (phi) row.store_work(i, theta);
-    else row.store_theta(i, theta);
-  };
-  int64_t i = 0;
-  for (; i + line <= n; i += line) {
-    prefetch_far(next_g, i), prefetch_far(next.theta, i), prefetch_far(next.momentum, i);
-    if (has_master) prefetch_far(next.master, i), prefetch_far(next.master, i + line / 2);
-    for (int64_t j = i; j < i + line; j += N) step_vector(j, std::true_type());
-  }
-  for (; i + N <= n; i += N) step_vector(i, std::true_type());
-  if (i < n) step_vector(i, std::false_type());
-}
-
-// One tile of any kind and any number of tasks, in blocks of columns: the inner steps of all rows, with the sum over the tasks in the
-// first cache, then the meta-update and, with theta' still in the second, the shift.
-template <Kind kind, class S, class C>
-__attribute__((noinline)) void tile_in_blocks(const Flat& flat, const Tile& tile, const Tile* next, const Step& step, const Rule<C>& general) {
-  using V = Vec<C>;
-  constexpr int64_t N = V::size, block = kBlock / int64_t(sizeof(C));
-  constexpr bool has_master = sizeof(S) != sizeof(C);
-  const Rule<V> rule = broadcast<kind>(general);
-  const Segment& segment = flat.segments[tile.segment];
-  const bool uses_phi = rule.meta_update || rule.reset;
-  const auto row_at = [&](const Segment& of, int64_t t, int64_t column) {
-    const int64_t at = of.offset + column + t * flat.stride;
-    return Row<S, C>{advanced(static_cast<S*>(flat.theta), at), advanced(static_cast<S*>(flat.momentum), at),
-                     has_master ? advanced(static_cast<C*>(flat.master), at) : nullptr};
-  };
-  const auto gradient = [&](const Segment& of, int64_t t) { return static_cast<const S*>(step.gradients[of.first + t]); };
-  alignas(64) C sums[block];
-
-  for (int64_t column = tile.begin; column < tile.end; column += block) {
-    const int64_t n = column + block < tile.end ? block : tile.end - column;
-    C* const phi = uses_phi ? static_cast<C*>(flat.phi) + segment.offset + column : nullptr;
-    if (rule.meta_update) memset(sums, 0, sizeof(sums));
-    for (int64_t t = 0; t < flat.rows; ++t) {
-      const bool last = t + 1 == flat.rows, leaves = last && column + n == tile.end && next;
-      const Segment& coming = leaves ? flat.segments[next->segment] : segment;
-      const int64_t coming_row = last ? 0 : t + 1, coming_column = leaves ? next->begin : last ? column + block : column;
-      const S* const g = gradient(segment, t);
-      const bool started = kind != Kind::any || !step.started || step.started[segment.first + t];
-      uint8_t* const nonfinite = step.nonfinite ? step.nonfinite + segment.first + t : nullptr;
-      inner_block<kind>(row_at(segment, t, column), g ? g + column : nullptr, started, nonfinite, phi, sums, n,
-                        row_at(coming, coming_row, coming_column), advanced(gradient(coming, coming_row), coming_column), rule);
-    }
-    if (!uses_phi) continue;
-    for (int64_t i = 0; i < n; i += N) {
-      V value = load(phi + i), delta = value;
-      if (rule.meta_update) delta = meta_update(value, load(sums + i), rule), store(phi + i, value);
-      store(sums + i, rule.reset ? value : delta);
-    }
-    for (int64_t t = flat.rows; t-- > 0;) {  // the last rows are the ones still near
-      const Row<S, C> row = row_at(segment, t, column);
-      for (int64_t i = 0; i < n; i += N) {
-        V theta = load(sums + i);
-        if (!rule.reset) {
-          const V delta = theta;
-          theta = row.load_work(i), shift(theta, delta, rule);
-        }
-        row.store_theta(i, theta);
-      }
-    }
-  }
-}
-
-// One vector of columns of a usual tile with T tasks: theta' of all of them stays in registers. g, rows: each task's gradient and
-// buffers at column 0 of the segment. left: columns that are not padding.
-template <int T, bool whole, class C>
-CTS_HD void step_in_registers(const C* const (&g)[T], const Row<C, C> (&rows)[T], C* phi, const Rule<Vec<C>>& rule, int64_t column, int64_t left) {
-  Vec<C> theta[T], value = load(phi + column);
+  V theta[G], center{};
+  if (rule.meta_update || rule.reset) center = load(phi + column);
   CTS_UNROLL
-  for (int t = 0; t < T; ++t) {
-    theta[t] = rows[t].load_theta(column);
-    Vec<C> d = whole ? load(g[t] + column) : load_first<C>(g[t] + column, left), v = load(rows[t].momentum + column);
-    inner_step(theta[t], v, d, true, rule);
-    store(rows[t].momentum + column, v);
-  }
-  meta_step(theta, value, rule);
-  store(phi + column, value);
-  CTS_UNROLL
-  for (int t = 0; t < T; ++t) rows[t].store_theta(column, theta[t]);
-}
-
-// One tile with T tasks in registers; `next` is the tile behind it or null, and its gradients are prefetched at the end of this one.
-template <int T, Kind kind, class C>
-__attribute__((noinline)) void tile_in_registers(const Flat& flat, const Tile& tile, const Tile* next, const Step& step, const Rule<C>& general) {
-  constexpr int64_t N = Vec<C>::size, line = kLine / int64_t(sizeof(C)), ahead = kAhead / int64_t(sizeof(C));
-  const Rule<Vec<C>> rule = broadcast<kind>(general);
-  const Segment& segment = flat.segments[tile.segment];
-  const int64_t whole_end = tile.end - (tile.end == segment.numel ? tile.end % N : 0);
-  C* const phi = static_cast<C*>(flat.phi) + segment.offset;
-  const C* g[T];
-  const C* coming[T];
-  Row<C, C> rows[T];
-  for (int t = 0; t < T; ++t) {
-    const int64_t at = segment.offset + t * flat.stride;
-    g[t] = static_cast<const C*>(step.gradients[segment.first + t]);
-    coming[t] = advanced(g[t], ahead);
-    rows[t] = {static_cast<C*>(flat.theta) + at, static_cast<C*>(flat.momentum) + at, nullptr};
-  }
-  for (int64_t block = tile.begin; block < whole_end; block += line) {
-    if (next && block + ahead >= tile.end) {
-      const int32_t first = flat.segments[next->segment].first;
-      for (int t = 0; t < T; ++t) coming[t] = advanced(static_cast<const C*>(step.gradients[first + t]), next->begin + ahead - tile.end);
-      next = nullptr;
+  for (int i = 0; i < G; ++i) {
+    const Row<S, C>& row = rows.row[i];
+    theta[i] = row.load_theta(column);
+    if (kind != Kind::any || rows.g[i]) {
+      V g = unscaled(whole ? load(rows.g[i] + column) : load_first<C>(rows.g[i] + column, left), rule), v{};
+      if (kind == Kind::any && rows.nonfinite[i] && !all_finite(g)) __atomic_store_n(rows.nonfinite[i], 1, __ATOMIC_RELAXED);
+      if (rule.has_momentum) v = load(row.momentum + column);
+      inner_step(theta[i], v, g, kind != Kind::any || rows.started[i], rule);
+      if (rule.has_momentum) store(row.momentum + column, v);
     }
+    if (rule.reset_momentum) store(row.momentum + column, V(C(0)));
+  }
+  if constexpr (all) {
+    meta_step(theta, center, rule);
+    if (rule.meta_update) store(phi + column, center);
+  } else if (rule.meta_update) {
+    V sum = load(sums + column);
     CTS_UNROLL
-    for (int t = 0; t < T; ++t) prefetch(coming[t], block), prefetch(rows[t].theta, block + ahead), prefetch(rows[t].momentum, block + ahead);
-    prefetch(phi, block + ahead);
-    const int64_t end = block + line < whole_end ? block + line : whole_end;
-    for (int64_t column = block; column < end; column += N) step_in_registers<T, true>(g, rows, phi, rule, column, N);
+    for (int i = 0; i < G; ++i) sum = sum + (theta[i] - center);
+    store(sums + column, sum);
   }
-  if (whole_end < tile.end) step_in_registers<T, false>(g, rows, phi, rule, whole_end, segment.numel - whole_end);
+  CTS_UNROLL
+  for (int i = 0; i < G; ++i) {
+    if (all || !(rule.meta_update || rule.reset)) rows.row[i].store_theta(column, theta[i]);
+    else if (!rule.reset) rows.row[i].store_work(column, theta[i]);
+  }
+}
+
+// The same for all columns of a tile; sums and phi belong to its first.
+template <int G, bool all, Kind kind, class S, class C>
+__attribute__((noinline)) void step_rows(const Flat& flat, const Tile& tile, int32_t first_row, const Step& step, const Rule<Vec<C>>& rule, C* phi,
+                                         C* sums, Ahead<S, C>& ahead) {
+  constexpr int64_t N = Vec<C>::size, line = kLine / int64_t(sizeof(S));
+  const Segment& segment = flat.segments[tile.segment];
+  Rows<G, S, C> rows;
+  for (int i = 0; i < G; ++i) {
+    const int32_t entry = segment.first + first_row + i;
+    const S* g = static_cast<const S*>(step.gradients[entry]);
+    rows.row[i] = row_at<S, C>(flat, segment.offset + tile.begin, first_row + i);
+    rows.g[i] = g ? g + tile.begin : nullptr;
+    rows.started[i] = !step.started || step.started[entry];
+    rows.nonfinite[i] = step.nonfinite ? step.nonfinite + entry : nullptr;
+  }
+  const int64_t n = tile.end - tile.begin;
+  int64_t column = 0;
+  for (; column + line <= n; column += line) {
+    ahead.allow(G * ahead.row_lines);
+    for (int64_t i = column; i < column + line; i += N) step_vector<G, all, kind, true>(rows, phi, sums, i, N, rule);
+  }
+  if (column < n) ahead.allow(G * ahead.row_lines);
+  for (; column + N <= n; column += N) step_vector<G, all, kind, true>(rows, phi, sums, column, N, rule);
+  if (column < n) step_vector<G, all, kind, false>(rows, phi, sums, column, n - column, rule);
+}
+
+// A tile whose rows fit into registers.
+template <Kind kind, class S, class C>
+bool step_together(const Flat& flat, const Tile& tile, const Step& step, const Rule<Vec<C>>& rule, C* phi, Ahead<S, C>& ahead) {
+  switch (flat.rows) {
+    case 1: step_rows<1, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
+    case 2: step_rows<2, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
+    case 3: step_rows<3, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
+    case 4: step_rows<4, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
+    case 5: step_rows<5, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
+    case 6: step_rows<6, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
+    case 7: step_rows<7, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
+    case 8: step_rows<8, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
+    case 16: step_rows<16, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
+    default: return false;
+  }
+}
+
+// A tile of any number of rows: eight or one at a time with the sum over them in the first cache; then, with theta' still in the second,
+// the meta-update, the shift and the reset.
+template <Kind kind, class S, class C>
+void step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const Rule<Vec<C>>& rule, C* phi, Ahead<S, C>& ahead) {
+  using V = Vec<C>;
+  constexpr int64_t N = V::size;
+  alignas(64) C sums[kTileElements + N];
+  const int64_t n = tile.end - tile.begin;
+  if (rule.meta_update) memset(sums, 0, size_t(n + N) * sizeof(C));
+  int32_t t = 0;
+  if constexpr (kind != Kind::any && !ahead.has_master)
+    for (; t + 8 <= flat.rows; t += 8) step_rows<8, false, kind>(flat, tile, t, step, rule, phi, sums, ahead);
+  for (; t < flat.rows; ++t) step_rows<1, false, kind>(flat, tile, t, step, rule, phi, sums, ahead);
+  if (!rule.meta_update && !rule.reset) return;
+
+  for (int64_t i = 0; i < n; i += N) {
+    V value = load(phi + i), delta = value;
+    if (rule.meta_update) delta = meta_update(value, load(sums + i), rule), store(phi + i, value);
+    store(sums + i, rule.reset ? value : delta);
+  }
+  while (t-- > 0) {  // the last rows are the ones still near
+    const Row<S, C> row = row_at<S, C>(flat, flat.segments[tile.segment].offset + tile.begin, t);
+    for (int64_t i = 0; i < n; i += N) {
+      V theta = load(sums + i);
+      if (!rule.reset) {
+        const V delta = theta;
+        theta = row.load_work(i), shift(theta, delta, rule);
+      }
+      row.store_theta(i, theta);
+    }
+  }
 }
 
 template <Kind kind, class S, class C>
-void step_tile(const Flat& flat, const Tile& tile, const Tile* next, const Step& step, const Rule<C>& rule) {
-  if constexpr (kind != Kind::any && sizeof(S) == sizeof(C)) {
-    const bool is_long = flat.segments[tile.segment].numel >= kLong;
-    switch (is_long && flat.rows > 4 ? 0 : flat.rows) {
-      case 2: return tile_in_registers<2, kind>(flat, tile, next, step, rule);
-      case 3: return tile_in_registers<3, kind>(flat, tile, next, step, rule);
-      case 4: return tile_in_registers<4, kind>(flat, tile, next, step, rule);
-      case 5: return tile_in_registers<5, kind>(flat, tile, next, step, rule);
-      case 6: return tile_in_registers<6, kind>(flat, tile, next, step, rule);
-      case 7: return tile_in_registers<7, kind>(flat, tile, next, step, rule);
-      case 8: return tile_in_registers<8, kind>(flat, tile, next, step, rule);
-    }
-  }
-  tile_in_blocks<kind, S>(flat, tile, next, step, rule);
+void step_tile(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& general, Ahead<S, C>& ahead) {
+  const Rule<Vec<C>> rule = broadcast<kind>(general);
+  C* const phi = flat.phi ? static_cast<C*>(flat.phi) + flat.segments[tile.segment].offset + tile.begin : nullptr;
+  if (phi) ahead.allow((tile.end - tile.begin) * int64_t(sizeof(C)) / kLine);
+  if constexpr (kind != Kind::any && !ahead.has_master)
+    if (step_together<kind>(flat, tile, step, rule, phi, ahead)) return;
+  step_in_turn<kind>(flat, tile, step, rule, phi, ahead);
 }
 
 template <class S, class C>
-void step_tiles(const Flat* flats, const Tile* tiles, int64_t first, int64_t last, int64_t num_tiles, const Step& step) {
-  for (int64_t i = first; i < last; ++i) {
-    const Tile& tile = tiles[i];
-    const Flat& flat = flats[tile.flat];
-    const Segment& segment = flat.segments[tile.segment];
+void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step) {
+  Ahead<S, C> ahead(flats, tiles, queue, step);
+  while (const Tile* tile = ahead.follow()) {
+    const Flat& flat = flats[tile->flat];
+    const Segment& segment = flat.segments[tile->segment];
     const Rule<C> rule = make_rule<C>(step.groups[segment.group], step, flat.rows, flat.phi != nullptr);
-    const Tile* next = i + 1 < num_tiles && tiles[i + 1].flat == tile.flat ? &tiles[i + 1] : nullptr;
     switch (kind_of(rule, step, segment, flat.rows)) {
-      case Kind::usual: step_tile<Kind::usual, S>(flat, tile, next, step, rule); break;
-      case Kind::usual_with_weight_decay: step_tile<Kind::usual_with_weight_decay, S>(flat, tile, next, step, rule); break;
-      case Kind::any: step_tile<Kind::any, S>(flat, tile, next, step, rule); break;
+      case Kind::usual: step_tile<Kind::usual>(flat, *tile, step, rule, ahead); break;
+      case Kind::usual_with_weight_decay: step_tile<Kind::usual_with_weight_decay>(flat, *tile, step, rule, ahead); break;
+      case Kind::any: step_tile<Kind::any>(flat, *tile, step, rule, ahead); break;
     }
   }
 }
