@@ -12,6 +12,7 @@ namespace {
 
 constexpr size_t kTileBytes = 48 << 10;   // of all rows of a tile, about
 constexpr size_t kRunBytes = 2 << 10;     // of one row of a tile, at least: a long run for DRAM; tiles are whole multiples of it
+constexpr int kTogether = 16;             // more rows are stepped in turn, and can do with twice the run
 constexpr size_t kThreadBytes = 1 << 16;  // less than that is not worth another thread
 
 size_t size_of(DType dtype) {
@@ -69,7 +70,7 @@ Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment
     flats_[f].segments = segments_[f].data();
     flats_[f].num_segments = int32_t(segments_[f].size());
     const size_t column_bytes = size * 3 * flats_[f].rows;
-    const size_t run = kRunBytes / size;
+    const size_t run = kRunBytes / size * (flats_[f].rows > kTogether ? 2 : 1);
     const int64_t length = std::min(kTileElements, int64_t(std::max<size_t>(1, kTileBytes / column_bytes / run) * run));
     for (size_t s = 0; s < segments_[f].size(); ++s) {
       const int64_t numel = segments_[f][s].numel;
