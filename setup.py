@@ -156,7 +156,7 @@ def extensions() -> list[Extension]:
     chosen, optional = mode(), mode() == "auto"
     modules = []
     if chosen != "none":
-        sources = [str(CSRC / name) for name in ("shifting_step.cpp", "cpu.cpp", "gradients.cpp", "bindings.cpp")]
+        sources = [str(CSRC / name) for name in ("shifting_step.cpp", "cpu.cpp", "passes.cpp", "gradients.cpp", "bindings.cpp")]
         modules.append(Extension("cts_fast._cpu", sources, depends=HEADERS, optional=optional))
     if chosen == "cuda" or (chosen == "auto" and nvcc()):
         sources = [str(CSRC / name) for name in ("shifting_step.cu", "launch.cpp", "cuda_bindings.cpp")]

@@ -43,6 +43,23 @@ void step(const cts::Plan& plan, uintptr_t gradients, uintptr_t started, uintptr
   plan.step(step, threads);
 }
 
+void add_gradients(const cts::Plan& plan, uintptr_t gradients, uintptr_t target, const std::vector<double>& weights, int threads) {
+  py::gil_scoped_release release;
+  plan.add_gradients(pointer<const void* const>(gradients), pointer<void>(target), weights, threads);
+}
+
+std::vector<double> squared_distances(const cts::Plan& plan, uintptr_t rows, int64_t stride, int threads) {
+  py::gil_scoped_release release;
+  return plan.squared_distances(pointer<const void>(rows), stride, threads);
+}
+
+void leap(const cts::Plan& plan, uintptr_t gradients, uintptr_t total, uintptr_t theta, uintptr_t gradient, int64_t stride,
+          const std::vector<double>& weights, const std::vector<double>& changes, double scale, bool keeps, int threads) {
+  py::gil_scoped_release release;
+  const cts::LeapBuffers kept{pointer<void>(total), pointer<void>(theta), pointer<void>(gradient), stride};
+  plan.leap(pointer<const void* const>(gradients), kept, weights, changes, scale, keeps, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -54,11 +71,18 @@ PYBIND11_MODULE(_cpu, m) {
            "dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. flats: (phi, theta, momentum, master, stride, rows), addresses or 0. "
            "segments: for each flat, (offset, numel, group, index of row 0's gradient).")
       .def("step", &step, "gradients"_a, "started"_a, "nonfinite"_a, "hyper"_a, "meta_update"_a, "reset"_a, "reset_momentum"_a,
-           "inverse_scale"_a, "threads"_a, "One step in place. The first three are addresses, the last two of them may be 0.");
+           "inverse_scale"_a, "threads"_a, "One step in place. The first three are addresses, the last two of them may be 0.")
+      .def("add_gradients", &add_gradients, "gradients"_a, "target"_a, "weights"_a, "threads"_a,
+           "target [S] += weights[group] times the sum over the rows of their gradients.")
+      .def("reset", &cts::Plan::reset, "momentum"_a, "threads"_a, "theta <- phi in every row, and momentum <- 0.",
+           py::call_guard<py::gil_scoped_release>())
+      .def("squared_distances", &squared_distances, "rows"_a, "stride"_a, "threads"_a, "|theta_t - rows_t|^2 of every row t.")
+      .def("leap", &leap, "gradients"_a, "total"_a, "theta"_a, "gradient"_a, "stride"_a, "weights"_a, "changes"_a, "scale"_a, "keeps"_a,
+           "threads"_a, "Leap's sum takes in the segment that ends here (weights empty: none); then this point is kept.");
   py::class_<cts::GradientTable>(m, "GradientTable", "The addresses of the gradients of a list of parameters.")
       .def(py::init<py::list, const std::vector<uintptr_t>&, const std::vector<py::tuple>&, py::object>(), "params"_a, "addresses"_a,
            "layouts"_a, "like"_a)
-      .def("collect", &cts::GradientTable::collect, "(gradients, how many, changed, odd, moved)")
+      .def("collect", &cts::GradientTable::collect, "given"_a = py::none(), "(gradients, how many, changed, odd, moved)")
       .def("set", &cts::GradientTable::set, "i"_a, "address"_a, "Enter the address of a gradient that was made dense.")
       .def_property_readonly("address", [](const cts::GradientTable& t) { return reinterpret_cast<uintptr_t>(t.data()); },
                              "Where the table is: one pointer for each parameter, null where there is no gradient.");

@@ -64,8 +64,12 @@ void run_team(void (*body)(void*), void* data, int threads) {
 }
 
 Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment>> segments, const std::string& isa)
-    : flats_(std::move(flats)), segments_(std::move(segments)), kernel_(kernel_for(isa, dtype)) {
+    : dtype_(dtype), flats_(std::move(flats)), segments_(std::move(segments)), kernel_(kernel_for(isa, dtype)) {
   const size_t size = size_of(dtype);
+  const auto cut = [&](size_t f, size_t s, int64_t length, std::vector<Tile>& into) {
+    const int64_t numel = segments_[f][s].numel;
+    for (int64_t begin = 0; begin < numel; begin += length) into.push_back({int32_t(f), int32_t(s), begin, std::min(begin + length, numel)});
+  };
   for (size_t f = 0; f < flats_.size(); ++f) {
     flats_[f].segments = segments_[f].data();
     flats_[f].num_segments = int32_t(segments_[f].size());
@@ -73,17 +77,19 @@ Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment
     const size_t run = kRunBytes / size * (flats_[f].rows > kTogether ? 2 : 1);
     const int64_t length = std::min(kTileElements, int64_t(std::max<size_t>(1, kTileBytes / column_bytes / run) * run));
     for (size_t s = 0; s < segments_[f].size(); ++s) {
-      const int64_t numel = segments_[f][s].numel;
-      for (int64_t begin = 0; begin < numel; begin += length)
-        tiles_.push_back({int32_t(f), int32_t(s), begin, std::min(begin + length, numel)});
-      bytes_ += column_bytes * numel;
+      cut(f, s, length, tiles_);
+      if (f == 0 && flats_[f].phi) cut(f, s, kTileElements, spans_);
+      bytes_ += column_bytes * segments_[f][s].numel;
     }
   }
 }
 
+int Plan::team_for(int threads, size_t pieces) const {
+  return int(std::min<size_t>({size_t(std::max(threads, 1)), std::max<size_t>(1, bytes_ / kThreadBytes), std::max<size_t>(1, pieces)}));
+}
+
 void Plan::step(const Step& step, int threads) const {
-  if (tiles_.empty()) return;
-  threads = int(std::min<size_t>({size_t(std::max(threads, 1)), std::max<size_t>(1, bytes_ / kThreadBytes), tiles_.size()}));
+  threads = team_for(threads, tiles_.size());
   struct Work {
     const Plan& plan;
     const Step& step;

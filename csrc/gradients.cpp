@@ -123,7 +123,9 @@ bool GradientTable::Layout::of(int32_t ndim, const int64_t* sizes, const int64_t
   return true;
 }
 
-py::tuple GradientTable::collect() {
+py::tuple GradientTable::collect(const py::object& given) {
+  if (!given.is_none() && (!py::isinstance<py::list>(given) || py::len(given) != pointers_.size()))
+    throw std::invalid_argument("one gradient or None for each parameter, in a list");
   const auto describe = static_cast<const ExchangeApi*>(exchange_)->describe;
   py::list odd, moved;
   const size_t count = pointers_.size();
@@ -133,7 +135,8 @@ py::tuple GradientTable::collect() {
   for (size_t step = 0; step < count + kCheck; ++step) {
     if (step < count) {
       if (impl_) prefetch_for(step);
-      PyObject* gradient = PyObject_GetAttr(PyList_GET_ITEM(params_.ptr(), Py_ssize_t(step)), name_.ptr());
+      PyObject* gradient = given.is_none() ? PyObject_GetAttr(PyList_GET_ITEM(params_.ptr(), Py_ssize_t(step)), name_.ptr())
+                                           : Py_NewRef(PyList_GET_ITEM(given.ptr(), Py_ssize_t(step)));
       if (!gradient) throw py::error_already_set();
       PyList_SET_ITEM(gradients.ptr(), Py_ssize_t(step), gradient);  // the list owns it now
       if (impl_ && Py_TYPE(gradient) == reinterpret_cast<PyTypeObject*>(tensor_type_.ptr())) {

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cts_fast.flat import Flat
+from cts_fast.gradients import Gradients
 from cts_fast.ops import Control, Hyper
+from cts_fast.passes import Passes
 
 try:
     from cts_fast import _cpu
@@ -39,8 +42,8 @@ def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, grou
     return None if dtype in DTYPES else f"it has no kernel for {dtype}"
 
 
-class Launcher:
-    """All buffers of one dtype, cut into tiles once; a call is one native call."""
+class Launcher(Passes):
+    """All buffers of one dtype, cut into tiles once; a call is one native call, and so is each pass."""
 
     def __init__(self, flats: Sequence[Flat]) -> None:
         self.flats = flats
@@ -59,4 +62,22 @@ class Launcher:
         self.plan.step(
             gradients.address, started, nonfinite, hyper, control.meta_update, control.reset, control.reset_momentum,
             control.inverse_scale, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def add_gradients_(self, target: Tensor, gradients: Gradients, weights: Sequence[float]) -> None:
+        self.plan.add_gradients(gradients.address, target.data_ptr(), weights, torch.get_num_threads())
+
+    def reset_(self, clear_momentum: bool) -> None:
+        self.plan.reset(clear_momentum, torch.get_num_threads())
+        if clear_momentum:
+            self.flats[0].forget_started_()
+
+    def squared_distances(self, rows: Tensor) -> Tensor:
+        return torch.tensor(self.plan.squared_distances(rows.data_ptr(), rows.stride(0), torch.get_num_threads()), dtype=torch.float64)
+
+    def leap_(self, total, theta, gradient, gradients, weights, changes, scale, keeps) -> None:
+        segment = ([], []) if weights is None else (weights.tolist(), changes.tolist())
+        self.plan.leap(
+            gradients.address, total.data_ptr(), theta.data_ptr(), gradient.data_ptr(), theta.stride(0), *segment, scale, keeps,
+            torch.get_num_threads(),
         )  # fmt: skip

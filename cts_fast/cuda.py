@@ -11,6 +11,7 @@ from cts_fast.device_table import DeviceTable, host_addresses, rate_address
 from cts_fast.flat import Flat
 from cts_fast.gradients import Gradients
 from cts_fast.ops import Control, Counting, Hyper
+from cts_fast.passes import Passes
 
 try:
     from cts_fast import _cuda
@@ -67,7 +68,7 @@ def make_tiles(flats: Sequence[Flat], columns: int) -> Tensor:
     return torch.cat(tiles)
 
 
-class Launcher:
+class Launcher(Passes):
     """Launches the kernel for all buffers of one device and dtype; a call is one native call."""
 
     on_device = True  # it can take a captured step's decisions on the device

@@ -85,12 +85,22 @@ class Flat:
                 flat = torch.from_dlpack(flat)
         return flat.as_strided(segment.shape, segment.stride)
 
+    @property
+    def work_theta(self) -> Tensor:
+        """theta [R, S] in the precision that the step computes in."""
+        return self.theta if self.master is None else self.master
+
+    def parts(self, rows: Tensor) -> list[Tensor]:
+        """The parts of rows [R, S] in the parameters' shapes, segment by segment and row by row: views."""
+        return [
+            row.as_strided(segment.shape, segment.stride, row.storage_offset() + segment.offset) for segment in self.segments for row in rows
+        ]
+
     def state(self, n: int, row: int) -> dict[str, Tensor]:
         """Live views of everything that belongs to the parameter of segment n, row `row`."""
         segment = self.segments[n]
-        work = self.theta if self.master is None else self.master
         views = {
-            "theta": self.view(work[row], segment),
+            "theta": self.view(self.work_theta[row], segment),
             "momentum_buffer": self.view(self.momentum[row], segment),
             "momentum_started": self.started[n, row],
         }
@@ -127,6 +137,10 @@ class Flat:
     def clear_momentum_(self) -> None:
         """Momentum 0, and the next gradient is a first one again."""
         self.momentum.zero_()
+        self.forget_started_()
+
+    def forget_started_(self) -> None:
+        """The next gradient of every momentum buffer is its first."""
         self.started.zero_()
         self.all_started = False
 

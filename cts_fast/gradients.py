@@ -64,13 +64,13 @@ class Collector:
             self.table = torch.zeros(len(self.params), dtype=torch.int64, device="cpu")
             self.collect, self.set, self.address = self._collect, self.table.__setitem__, self.table.data_ptr()
 
-    def __call__(self) -> Gradients:
-        """All gradients, dense in their parameters' memory order.
+    def __call__(self, given: list[Tensor | None] | None = None) -> Gradients:
+        """All gradients, dense in their parameters' memory order: the parameters' own, or those of a list in their place.
 
         Parameters whose storage was exchanged (`p.data = …`, deepcopy, share_memory_) are taken back into the flat buffers first.
         Raises ValueError naming task and parameter, before anything moved, for sparse gradients and other dtypes or devices.
         """
-        tensors, count, changed, odd, moved = self.collect()
+        tensors, count, changed, odd, moved = self.collect(given)
         for i in odd:
             tensors[i] = _dense(tensors[i], *self.places[i])
             self.set(i, tensors[i].data_ptr())
@@ -82,9 +82,9 @@ class Collector:
             flat.adopt_(n, row)
         return Gradients(tensors, count, self.address, changed or bool(odd))
 
-    def _collect(self) -> tuple[list[Tensor | None], int, bool, list[int], list[int]]:
+    def _collect(self, given: list[Tensor | None] | None = None) -> tuple[list[Tensor | None], int, bool, list[int], list[int]]:
         """What GradientTable.collect does."""
-        tensors = [param.grad for param in self.params]
+        tensors = [param.grad for param in self.params] if given is None else list(given)
         present = [i for i, gradient in enumerate(tensors) if gradient is not None]
         odd = [i for i in present if not _plain(tensors[i], *self.places[i])]
         moved = [i for i, place in enumerate(self.places) if _moved(*place)]

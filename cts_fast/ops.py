@@ -13,7 +13,7 @@ from torch import Tensor
 from cts_fast.flat import Flat
 from cts_fast.gradients import Gradients
 
-BACKENDS = {  # name → module with `unavailable(device, dtype, capturable, groups)` and `Launcher(flats)`
+BACKENDS = {  # name → module with `unavailable(device, dtype, capturable, groups)` and `Launcher(flats)`, a `passes.Passes`
     "cuda": "cts_fast.cuda",
     "triton": "cts_fast.kernels.shifting_step",
     "cpu": "cts_fast.cpu",
@@ -136,16 +136,18 @@ def shifting_step_(
 
 def _keep_started_(flats: Sequence[Flat], gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
     """Note which momentum has taken its first gradient now, and which a reset has cleared."""
-    if all(flat.all_started for flat in flats) and not (control.reset and control.reset_momentum):
-        return
-    first, any_momentum = 0, any(h.momentum for h in hyper)
+    every = gradients.count == len(gradients) and all(h.momentum for h in hyper)
+    first = 0
     for flat in flats:
-        if any_momentum and not flat.all_started:
-            present = torch.tensor([gradient is not None for gradient in gradients[first : first + flat.started.numel()]], device="cpu")
+        last = first + flat.started.numel()
+        if control.reset and control.reset_momentum and flat.shared:
+            flat.forget_started_()
+        elif not flat.all_started and every:
+            flat.started.fill_(1)
+            flat.all_started = True
+        elif not flat.all_started and any(h.momentum for h in hyper):
+            present = torch.tensor([gradient is not None for gradient in gradients[first:last]], device="cpu")
             uses_momentum = torch.tensor([hyper[segment.group].momentum != 0 for segment in flat.segments], device="cpu")
             flat.started |= present.view_as(flat.started) & uses_momentum[:, None]
             flat.all_started = bool(flat.started.all())
-        if control.reset and control.reset_momentum and flat.shared:
-            flat.started.zero_()
-            flat.all_started = False
-        first += flat.started.numel()
+        first = last

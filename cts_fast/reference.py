@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cts_fast.flat import Flat
 from cts_fast.ops import Control, Hyper
+from cts_fast.passes import Passes
 
 
 def inner_step_(theta: Tensor, v: Tensor, g: Tensor, started: bool, h: Hyper) -> None:
@@ -63,7 +64,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, grou
     return "it takes its decisions on the host, which a captured step may not" if capturable and device.type != "cpu" else None
 
 
-class Launcher:
+class Launcher(Passes):
     """Runs the equations segment by segment over the flat buffers; low precision computes in float32 and rounds what it stores."""
 
     def __init__(self, flats: Sequence[Flat]) -> None:

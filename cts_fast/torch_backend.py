@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cts_fast.flat import Flat
 from cts_fast.ops import Control, Hyper
+from cts_fast.passes import Passes
 
 BLOCK = 1 << 19  # columns of all tasks together that one pass takes
 
@@ -21,7 +22,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, grou
     return "it takes its decisions on the host, which a captured step may not" if capturable and device.type != "cpu" else None
 
 
-class Launcher:
+class Launcher(Passes):
     """Blocks of columns with one param group each; in a block every equation is one op on [R, B]."""
 
     def __init__(self, flats: Sequence[Flat]) -> None:

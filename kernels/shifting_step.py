@@ -22,6 +22,7 @@ from cts_fast.device_table import DeviceTable, host_addresses, rate_address
 from cts_fast.flat import Flat
 from cts_fast.gradients import Gradients
 from cts_fast.ops import Control, Hyper
+from cts_fast.passes import Passes
 
 TILE = tl.constexpr(5)  # numbers a tile: its column in the buffers, columns left in its tensor, its place in the tensor, group, first gradient
 HYPER = tl.constexpr(11)  # numbers a group: Hyper's eight, the gradients' factor, addresses of a tensor α and β
@@ -272,7 +273,7 @@ def make_tiles(flats: Sequence[Flat], block: int) -> Tensor:
     return torch.cat(tiles)
 
 
-class Launcher:
+class Launcher(Passes):
     """Launches the kernel for all buffers of one device and dtype."""
 
     on_device = True  # it can take a captured step's decisions on the device

@@ -7,7 +7,7 @@ import random
 
 import torch
 
-from cts_fast.baselines.base import Method, views_of, work_theta
+from cts_fast.baselines.base import Method
 from cts_fast.ops import Control, Hyper
 
 
@@ -28,6 +28,9 @@ class NoShifting(Method):
 class RandomShifting(NoShifting):
     r"""θ_t ← θ_t + r for every t, with one random direction r for all tasks and ‖r‖ = ‖Δ‖ over all shared coordinates.
 
+    Each coordinate of the direction is drawn from 128 evenly spaced values around 0; at a reset none is drawn, as φ
+    replaces what it would have moved.
+
     seed: of the directions. Direction i depends on seed and i alone, so a resumed run draws the same ones.
 
     Source: Shin et al., ICML 2021, section 4.2 (ablation).
@@ -44,37 +47,44 @@ class RandomShifting(NoShifting):
     @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
         shared = self._shared()
-        before = [flat.phi.clone() for flat in shared]
-        super()._apply_(gradients, hyper, control._replace(reset=False), nonfinite, losses, heldout)
-        if control.meta_update:
-            self._draw_()
-            moved = _norm([flat.phi - old for flat, old in zip(shared, before, strict=True)])
-            scale = moved / (_norm(self._directions) or 1.0)
-            for flat, direction in zip(shared, self._directions, strict=True):
-                work_theta(flat).add_(direction, alpha=scale)
-                if flat.master is not None:
-                    flat.theta.copy_(flat.master)
-        for flat in shared:
-            if control.reset:
-                flat.reset_(control.reset_momentum)
+        moves = control.meta_update and not control.reset
+        if moves:
+            for flat, old in zip(shared, self._before, strict=True):
+                old.copy_(flat.phi)
+        super()._apply_(gradients, hyper, control, nonfinite, losses, heldout)
+        if not moves:
+            return
+        self._draw_()
+        moved = _norm([old.sub_(flat.phi) for flat, old in zip(shared, self._before, strict=True)])
+        scale = moved / (_norm(self._directions) or 1.0)
+        for flat, direction in zip(shared, self._directions, strict=True):
+            flat.work_theta.add_(direction, alpha=scale)
+            if flat.master is not None:
+                flat.theta.copy_(flat.master)
             torch.autograd.graph.increment_version(flat.written)
 
     def _build(self) -> None:
         super()._build()
-        self._directions = [torch.zeros_like(flat.phi) for flat in self._shared()]
-        self._direction_views = [
-            views_of(flat, values[None]) for flat, values in zip(self._shared(), self._directions, strict=True)
+        shared = self._shared()
+        self._before = [torch.zeros_like(flat.phi) for flat in shared]
+        self._directions = [torch.zeros_like(flat.phi) for flat in shared]
+        # a random byte for each number, in the order of the parameters: normal ones would take longer than the step
+        sizes = [[segment.numel for segment in flat.segments] for flat in shared]
+        self._words = [torch.zeros(-(-sum(n) // 8), dtype=torch.int64, device=f.device) for f, n in zip(shared, sizes, strict=True)]
+        self._noise = [w.view(torch.int8)[: sum(n)].split(n) for w, n in zip(self._words, sizes, strict=True)]
+        self._places = [
+            [direction[segment.offset : segment.offset + segment.numel] for segment in flat.segments]
+            for flat, direction in zip(shared, self._directions, strict=True)
         ]
 
     def _draw_(self) -> None:
-        """Normal noise into the directions, the same whatever the precision and the layout; their padding stays 0."""
-        for i, (flat, views) in enumerate(zip(self._shared(), self._direction_views, strict=True)):
+        """Noise into the directions, the same whatever the precision and the padding, which stays 0."""
+        for i, (words, noise, places) in enumerate(zip(self._words, self._noise, self._places, strict=True)):
             # CPU generators hear 32 bits of a seed: all of it is mixed into those
             key = f"{self.param_groups[0]['seed']} {self.meta_updates} {i}"
-            generator = torch.Generator(flat.device).manual_seed(random.Random(key).getrandbits(32))
-            noise = torch.randn(sum(view.numel() for view in views), device=flat.device, generator=generator)
-            parts = noise.split([view.numel() for view in views])
-            torch._foreach_copy_(views, [part.view(view.shape) for part, view in zip(parts, views, strict=True)])
+            generator = torch.Generator(words.device).manual_seed(random.Random(key).getrandbits(32))
+            words.random_(-(2**63), None, generator=generator).bitwise_or_(0x0101010101010101)  # odd bytes: -127 … 127
+            torch._foreach_copy_(places, noise)
 
 
 class ShiftingAccurate(Method):
@@ -103,5 +113,6 @@ class ShiftingAccurate(Method):
 
 
 def _norm(vectors: list[torch.Tensor]) -> float:
-    """The Euclidean norm of all vectors together."""
-    return math.hypot(*(torch.linalg.vector_norm(vector, dtype=torch.float64).item() for vector in vectors))
+    """The Euclidean norm of all vectors together: short sums as they are, their sum in float64. Lengths: multiples of 16."""
+    short = [torch.linalg.vector_norm(vector.view(-1, 16), dim=1) for vector in vectors]
+    return math.hypot(*(torch.linalg.vector_norm(norms, dtype=torch.float64).item() for norms in short))

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from cts_fast.flat import Flat
+from cts_fast.gradients import Collector
 from cts_fast.ops import Control, Hyper
 from cts_fast.optimizer import ShiftingMetaOptimizer
+from cts_fast.passes import Passes
+
+AT_ONCE = 8  # tasks whose held-out gradients are in memory together
 
 
 class Method(ShiftingMetaOptimizer):
@@ -58,6 +62,7 @@ class Method(ShiftingMetaOptimizer):
             else {}
         )
         super()._build()
+        self._heldout_collectors = [Collector([flat]) for flat in self._shared() if "heldout" in self.needs]
         self._own: list[dict[str, Tensor]] = []  # one entry a shared flat buffer: name → [T, S] or [S]
         self._views: list[dict[str, list[Tensor]]] = []  # the same in the parameters' shapes, in the order of gradients
         for flat in self._shared():
@@ -77,7 +82,11 @@ class Method(ShiftingMetaOptimizer):
                     self.state[param][name] = view
 
     def _shared(self) -> list[Flat]:
-        return [flat for flat in chain.from_iterable(self._flats) if flat.shared]
+        return [flats[0] for flats in self._flats if flats[0].shared]
+
+    def _passes(self) -> list[Passes]:
+        """What steps each shared buffer, for what a method does beside the step."""
+        return [launcher for launcher, flats in zip(self._launchers, self._flats, strict=True) if flats[0].shared]
 
     def _reset_(self) -> None:
         super()._reset_()
@@ -93,17 +102,22 @@ class Method(ShiftingMetaOptimizer):
         """The fused inner step of all tasks and nothing else."""
         super()._apply_(gradients, hyper, control._replace(meta_update=False, reset=False), nonfinite, None, None)
 
-    def _shared_gradients(self, gradients: Sequence[Sequence[Tensor | None]]) -> list[Sequence[Tensor | None]]:
-        """The collected gradients of each shared flat buffer, heads left out."""
-        return [g[: len(flats[0].params)] for g, flats in zip(gradients, self._flats, strict=True) if flats[0].shared]
-
-    def _heldout_gradients(
-        self, heldout: Sequence[Callable[[], Tensor]], targets: Sequence[Sequence[Tensor]], weight: float
+    def _add_heldout_gradients_(
+        self, heldout: Sequence[Callable[[], Tensor]], targets: Sequence[Tensor], weights: Sequence[float]
     ) -> None:
-        """targets ← targets + weight · mean_t ∇ heldout_t(θ_t); targets: for each shared buffer, one tensor a segment."""
-        for row, loss in enumerate(heldout):
-            for (flat, gradients), target in zip(self._task_gradients(loss, row), targets, strict=True):
-                add_present_(target, gradients, alpha=weight / flat.rows)
+        """targets ← targets + w Σ_t ∇ heldout_t(θ_t); targets: [S] for each shared buffer; weights: w of each group.
+
+        At most `AT_ONCE` tasks' gradients are held at a time.
+        """
+        for first in range(0, self.num_tasks, AT_ONCE):
+            found: list[list[Tensor | None]] = [[None] * len(flat.params) for flat in self._shared()]
+            for row in range(first, min(first + AT_ONCE, self.num_tasks)):
+                for of_flat, (flat, gradients) in zip(found, self._task_gradients(heldout[row], row), strict=True):
+                    of_flat[row :: flat.rows] = gradients
+            for passes, collect, target, gradients in zip(
+                self._passes(), self._heldout_collectors, targets, found, strict=True
+            ):
+                passes.add_gradients_(target, collect(gradients), weights)
 
     def _task_gradients(self, heldout: Callable[[], Tensor], row: int) -> list[tuple[Flat, list[Tensor | None]]]:
         """∇ of one task's held-out loss by its shared parameters; None where it does not depend on one."""
@@ -113,15 +127,18 @@ class Method(ShiftingMetaOptimizer):
         return [(flat, [next(gradients) for _ in flat.segments]) for flat in shared]
 
     def _finish_(self, hyper: list[Hyper], control: Control, meta_gradient: Sequence[Tensor] | None) -> None:
-        """phi ← phi − β meta_gradient where a meta-update is due, and the reset. meta_gradient: [S] a buffer."""
+        """phi ← phi − β meta_gradient where a meta-update is due, and the reset.
+
+        meta_gradient: [S] for each shared buffer; None: phi has moved already.
+        """
         if not (control.meta_update or control.reset):
             return
-        for i, flat in enumerate(self._shared()):
-            if control.meta_update:
+        for i, (flat, passes) in enumerate(zip(self._shared(), self._passes(), strict=True)):
+            if control.meta_update and meta_gradient is not None:
                 for columns, h in blocks(flat, hyper):
                     flat.phi[columns].sub_(meta_gradient[i][columns], alpha=h.meta_lr)
             if control.reset:
-                flat.reset_(control.reset_momentum)
+                passes.reset_(control.reset_momentum)
             torch.autograd.graph.increment_version(flat.written)
         if control.reset:
             self._clear_()
@@ -151,21 +168,6 @@ def blocks(flat: Flat, hyper: Sequence[Hyper]) -> Iterator[tuple[slice, Hyper]]:
             end = flat.columns if n == len(segments) else segments[n].offset
             yield slice(segments[first].offset, end), hyper[segments[first].group]
             first = n
-
-
-def work_theta(flat: Flat) -> Tensor:
-    """theta [T, S] in the precision that the step computes in."""
-    return flat.theta if flat.master is None else flat.master
-
-
-def copy_present_(targets: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    """targets ← gradients, tensor by tensor; where a gradient is missing, 0."""
-    missing = [a for a, b in zip(targets, gradients, strict=True) if b is None]
-    if missing:
-        torch._foreach_zero_(missing)
-    present = [(a, b) for a, b in zip(targets, gradients, strict=True) if b is not None]
-    if present:
-        torch._foreach_copy_(*map(list, zip(*present, strict=True)))
 
 
 def add_present_(targets: Sequence[Tensor], gradients: Sequence[Tensor | None], alpha: float = 1.0) -> None:

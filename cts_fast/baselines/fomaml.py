@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cts_fast.baselines.base import Method, views_of
+from cts_fast.baselines.base import Method
 from cts_fast.ops import Control, Hyper
 
 
@@ -24,12 +24,10 @@ class FOMAML(Method):
     @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
         self._inner_step_(gradients, hyper, control, nonfinite)
-        meta_gradient = None
         if control.meta_update:
-            meta_gradient = [torch.zeros_like(flat.phi) for flat in self._shared()]
-            targets = [views_of(flat, values[None]) for flat, values in zip(self._shared(), meta_gradient, strict=True)]
-            self._heldout_gradients(heldout, targets, 1.0)
-        self._finish_(descending(hyper), control, meta_gradient)
+            rates = [-h.meta_lr / self.num_tasks for h in descending(hyper)]
+            self._add_heldout_gradients_(heldout, [flat.phi for flat in self._shared()], rates)
+        self._finish_(hyper, control, None)
 
 
 class FOMAMLPlusPlus(Method):
@@ -50,10 +48,10 @@ class FOMAMLPlusPlus(Method):
     @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
         self._inner_step_(gradients, hyper, control, nonfinite)
-        self._heldout_gradients(
-            heldout, [views["meta_gradient"] for views in self._views], 1 / self.param_groups[0]["horizon"]
-        )
-        self._finish_(descending(hyper), control, [own["meta_gradient"] for own in self._own])
+        weight = 1 / (self.param_groups[0]["horizon"] * self.num_tasks)
+        meta_gradient = [own["meta_gradient"] for own in self._own]
+        self._add_heldout_gradients_(heldout, meta_gradient, [weight] * len(hyper))
+        self._finish_(descending(hyper), control, meta_gradient)
 
 
 def descending(hyper: list[Hyper]) -> list[Hyper]:

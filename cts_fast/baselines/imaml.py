@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cts_fast.baselines.base import Method, add_present_, evaluate, views_of, work_theta
+from cts_fast.baselines.base import Method, add_present_, evaluate, views_of
 from cts_fast.gradients import Gradients
 from cts_fast.ops import Control, Hyper
 
@@ -78,7 +78,7 @@ class IMAML(Method):
             terms: list[Tensor] = []
             if flats[0].shared:
                 flat, rows, terms = next(shared)
-                torch.sub(work_theta(flat), flat.phi, out=rows)
+                torch.sub(flat.work_theta, flat.phi, out=rows)
                 rows.mul_(self.param_groups[0]["lam"] / inverse_scale)
                 add_present_(terms, collected[: len(terms)])
             tensors = [None if g is None else term for g, term in zip(collected, terms, strict=False)] + collected[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cts_fast.baselines.base import Method, copy_present_, work_theta
+from cts_fast.baselines.base import Method
 from cts_fast.ops import Control, Hyper
 
 
@@ -52,41 +52,28 @@ class Leap(Method):
 
     @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
-        loss = torch.stack(
-            [
-                torch.as_tensor(x, dtype=torch.float64, device=self._previous_loss.device).detach().reshape(())
-                for x in losses
-            ]
-        )
+        device = self._previous_loss.device
+        loss = torch.stack([torch.as_tensor(x, device=device).reshape(()) for x in losses]).double()
+        weights, change = None, loss - self._previous_loss
         if self.inner_step:
-            self._add_segment_(loss - self._previous_loss)
-        if not control.reset:
-            self._keep_point_(loss, gradients, control.inverse_scale)
+            weights = self._weights(change)
+        self._previous_loss.copy_(loss)
+        shared = iter(self._own)
+        for passes, collected in zip(self._launchers, gradients, strict=True):
+            if passes.flats[0].shared:
+                own = next(shared)
+                passes.leap_(
+                    own["meta_gradient"], own["previous_theta"], own["previous_gradient"], collected, weights, change,
+                    control.inverse_scale, not control.reset,
+                )  # fmt: skip
         self._inner_step_(gradients, hyper, control, nonfinite)
         self._finish_(hyper, control, [own["meta_gradient"] for own in self._own])
 
-    def _keep_point_(self, loss: Tensor, gradients, inverse_scale: float) -> None:
-        """The loss [T], θ and ∇L of this point of the paths, for the segment that ends at the next."""
-        self._previous_loss.copy_(loss)
-        for flat, own, views, found in zip(
-            self._shared(), self._own, self._views, self._shared_gradients(gradients), strict=True
-        ):
-            own["previous_theta"].copy_(work_theta(flat))
-            copy_present_(views["previous_gradient"], found)
-            if inverse_scale != 1:
-                own["previous_gradient"].mul_(inverse_scale)
-
-    def _add_segment_(self, loss_change: Tensor) -> None:
-        """Add the segment from the kept point to this one; loss_change: L(θ_{k+1}) − L(θ_k), [T]."""
+    def _weights(self, loss_change: Tensor) -> Tensor:
+        """p ‖γ_{k+1} − γ_k‖^(p−2) / T of the segment from the kept point to this one; loss_change: [T], as the result."""
         p = 1 if self.param_groups[0]["measure"] == "length" else 2
         squared = loss_change.square()
-        for flat, own in zip(self._shared(), self._own, strict=True):
-            moved_back = own["previous_theta"].sub_(work_theta(flat))
-            squared = squared + torch.linalg.vector_norm(moved_back, dim=1).to(squared).square()
-        weight = torch.where(squared > 0, p * squared ** (p / 2 - 1), 0) / len(
-            squared
-        )  # a path that stands still has no direction
-        for own in self._own:
-            total = own["meta_gradient"]
-            total.addmv_(own["previous_theta"].T, weight.to(total))
-            total.addmv_(own["previous_gradient"].T, (weight * loss_change).to(total), alpha=-1)
+        for passes, own in zip(self._passes(), self._own, strict=True):
+            squared = squared + passes.squared_distances(own["previous_theta"]).to(squared)
+        # a path that stands still has no direction
+        return torch.where(squared > 0, p * squared ** (p / 2 - 1), 0) / len(squared)
