@@ -25,7 +25,7 @@ ISAS = {"plain": []}  # instruction set → flags; one object of the kernel for 
 if X86:
     ISAS |= {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-mavx512f", "-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized"]}
 VARIANTS = {  # sources that are compiled several times, in parallel: name → flags
-    "shifting_step.cpp": {isa: [*flags, f"-DCTS_ISA={isa}"] for isa, flags in ISAS.items()},
+    **dict.fromkeys(("shifting_step.cpp", "passes.cpp"), {isa: [*flags, f"-DCTS_ISA={isa}"] for isa, flags in ISAS.items()}),
     "shifting_step.cu": {dtype: [f"-DCTS_DTYPE={dtype}"] for dtype in ("float32", "float64", "bfloat16", "float16")},
 }
 CUDA_ARCHITECTURES = (80, 90, 100, 120)

@@ -37,16 +37,14 @@ class Ahead {
   }
 
  private:
-  struct Range { int64_t first, last; };
   static constexpr size_t kRanges = 16;  // that may be taken and not yet followed
 
   // The next range that this thread has taken, or takes now.
   bool next_range(Range& range, size_t& ranges) {
     if (ranges == taken_) {
       if (taken_ - followed_ranges_ == kRanges) return false;
-      const int64_t first = queue_.next.fetch_add(queue_.chunk, std::memory_order_relaxed);
-      if (first >= queue_.count) return false;
-      taken_ranges_[taken_++ % kRanges] = {first, first + queue_.chunk < queue_.count ? first + queue_.chunk : queue_.count};
+      if (!queue_.take(taken_ranges_[taken_ % kRanges])) return false;
+      ++taken_;
     }
     range = taken_ranges_[ranges++ % kRanges];
     return true;

@@ -57,7 +57,8 @@ void leap(const cts::Plan& plan, uintptr_t gradients, uintptr_t total, uintptr_t
           const std::vector<double>& weights, const std::vector<double>& changes, double scale, bool keeps, int threads) {
   py::gil_scoped_release release;
   const cts::LeapBuffers kept{pointer<void>(total), pointer<void>(theta), pointer<void>(gradient), stride};
-  plan.leap(pointer<const void* const>(gradients), kept, weights, changes, scale, keeps, threads);
+  const cts::LeapSegment segment{weights.empty() ? nullptr : weights.data(), changes.data(), scale, keeps};
+  plan.leap(pointer<const void* const>(gradients), kept, segment, threads);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <stdexcept>
 #include <thread>
+#include <tuple>
 
 namespace cts {
 namespace {
@@ -19,20 +20,23 @@ size_t size_of(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
-Kernel kernel_for(const std::string& isa, DType dtype) {
+// The code of one instruction set. Raises std::invalid_argument if it cannot run here.
+std::pair<Kernel, Passes> code_for(const std::string& isa, DType dtype) {
   const auto names = instruction_sets();
   if (std::find(names.begin(), names.end(), isa) == names.end())
     throw std::invalid_argument("instruction set '" + isa + "' is not available on this machine");
 #ifdef CTS_X86
-  if (isa == "avx512") return avx512::kernel(dtype);
-  if (isa == "avx2") return avx2::kernel(dtype);
+  if (isa == "avx512") return {avx512::kernel(dtype), avx512::passes(dtype)};
+  if (isa == "avx2") return {avx2::kernel(dtype), avx2::passes(dtype)};
 #endif
-  return plain::kernel(dtype);
+  return {plain::kernel(dtype), plain::passes(dtype)};
 }
 
 // libgomp's entry for `#pragma omp parallel`; LLVM's and Intel's runtimes export it too.
 using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 std::atomic<Parallel> shared_parallel{nullptr};
+std::atomic<int (*)()> shared_thread_number{nullptr};
+thread_local int own_thread_number = 0;
 
 }  // namespace
 
@@ -50,25 +54,61 @@ std::vector<std::string> instruction_sets() {
 bool share_openmp(const std::string& library) {
   void* handle = dlopen(library.c_str(), RTLD_LAZY | RTLD_NOLOAD);
   if (!handle) return false;
-  shared_parallel = reinterpret_cast<Parallel>(dlsym(handle, "GOMP_parallel"));
-  return shared_parallel != nullptr;
+  shared_thread_number = reinterpret_cast<int (*)()>(dlsym(handle, "omp_get_thread_num"));
+  if (shared_thread_number.load()) shared_parallel = reinterpret_cast<Parallel>(dlsym(handle, "GOMP_parallel"));
+  return shared_parallel.load() != nullptr;
 }
 
 void run_team(void (*body)(void*), void* data, int threads) {
   if (threads <= 1) return body(data);
   if (Parallel parallel = shared_parallel) return parallel(body, data, unsigned(threads), 0);
   std::vector<std::thread> team;
-  for (int i = 1; i < threads; ++i) team.emplace_back(body, data);
+  for (int i = 1; i < threads; ++i) team.emplace_back([=] { own_thread_number = i, body(data); });
   body(data);
   for (auto& thread : team) thread.join();
 }
 
+int thread_number() {
+  return shared_parallel.load() ? shared_thread_number.load()() : own_thread_number;
+}
+
+void Tiles::add(const Tile& tile, int64_t rows) {
+  list.push_back(tile);
+  numbers.push_back((numbers.empty() ? 0 : numbers.back()) + (tile.end - tile.begin) * rows);
+}
+
+Queue::Queue(const Tiles& tiles, int threads) : count_(std::min(std::max(threads, 1), kShares)) {
+  const int64_t all = tiles.numbers.empty() ? 0 : tiles.numbers.back();
+  int64_t first = 0;
+  for (int i = 0; i < count_; ++i) {
+    const auto end = std::upper_bound(tiles.numbers.begin(), tiles.numbers.end(), all / count_ * (i + 1));
+    const int64_t last = i + 1 == count_ ? int64_t(tiles.list.size()) : end - tiles.numbers.begin();
+    shares_[i].next = first, shares_[i].last = last, shares_[i].chunk = std::max<int64_t>(1, (last - first) / 8);
+    first = last;
+  }
+}
+
+bool Queue::take(Range& range) {
+  const int own = thread_number();
+  for (int i = 0; i < count_; ++i) {
+    Share& share = shares_[(own + i) % count_];
+    if (share.next.load(std::memory_order_relaxed) >= share.last) continue;
+    const int64_t first = share.next.fetch_add(share.chunk, std::memory_order_relaxed);
+    if (first >= share.last) continue;
+    range = {first, std::min(first + share.chunk, share.last)};
+    return true;
+  }
+  return false;
+}
+
 Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment>> segments, const std::string& isa)
-    : dtype_(dtype), flats_(std::move(flats)), segments_(std::move(segments)), kernel_(kernel_for(isa, dtype)) {
+    : flats_(std::move(flats)), segments_(std::move(segments)) {
+  std::tie(kernel_, passes_) = code_for(isa, dtype);
   const size_t size = size_of(dtype);
-  const auto cut = [&](size_t f, size_t s, int64_t length, std::vector<Tile>& into) {
+  const auto cut = [&](size_t f, size_t s, int64_t length, Tiles& into) {
     const int64_t numel = segments_[f][s].numel;
-    for (int64_t begin = 0; begin < numel; begin += length) into.push_back({int32_t(f), int32_t(s), begin, std::min(begin + length, numel)});
+    for (int64_t begin = 0; begin < numel; begin += length)
+      into.add({int32_t(f), int32_t(s), begin, std::min(begin + length, numel)}, flats_[f].rows);
   };
   for (size_t f = 0; f < flats_.size(); ++f) {
     flats_[f].segments = segments_[f].data();
@@ -89,18 +129,55 @@ int Plan::team_for(int threads, size_t pieces) const {
 }
 
 void Plan::step(const Step& step, int threads) const {
-  threads = team_for(threads, tiles_.size());
+  threads = team_for(threads, tiles_.list.size());
   struct Work {
     const Plan& plan;
     const Step& step;
     Queue queue;
-  } work{*this, step, {int64_t(tiles_.size()), std::max<int64_t>(1, int64_t(tiles_.size()) / (8 * threads))}};
+  } work{*this, step, Queue(tiles_, threads)};
   run_team(
       [](void* data) {
         Work& work = *static_cast<Work*>(data);
-        work.plan.kernel_(work.plan.flats_.data(), work.plan.tiles_.data(), work.queue, work.step);
+        work.plan.kernel_(work.plan.flats_.data(), work.plan.tiles_.list.data(), work.queue, work.step);
       },
       &work, threads);
+}
+
+template <class Body>
+void Plan::over_spans(int threads, Body body) const {
+  threads = team_for(threads, spans_.list.size());
+  struct Work {
+    const Plan& plan;
+    const Body& body;
+    Queue queue;
+  } work{*this, body, Queue(spans_, threads)};
+  run_team(
+      [](void* data) {
+        Work& work = *static_cast<Work*>(data);
+        for (Range range; work.queue.take(range);)
+          for (int64_t i = range.first; i < range.last; ++i) work.body(i, work.plan.spans_.list[size_t(i)]);
+      },
+      &work, threads);
+}
+
+void Plan::add_gradients(const void* const* gradients, void* target, const std::vector<double>& weights, int threads) const {
+  over_spans(threads, [&](int64_t, const Tile& span) { passes_.add_gradients(flats_[0], span, gradients, target, weights.data()); });
+}
+
+void Plan::reset(bool momentum, int threads) const {
+  over_spans(threads, [&](int64_t, const Tile& span) { passes_.reset(flats_[0], span, momentum); });
+}
+
+std::vector<double> Plan::squared_distances(const void* rows, int64_t stride, int threads) const {
+  const size_t tasks = size_t(flats_[0].rows);
+  std::vector<double> parts(spans_.list.size() * tasks), result(tasks);
+  over_spans(threads, [&](int64_t i, const Tile& span) { passes_.squared_distances(flats_[0], span, rows, stride, &parts[size_t(i) * tasks]); });
+  for (size_t i = 0; i < parts.size(); ++i) result[i % tasks] += parts[i];  // in one order, whoever computed them
+  return result;
+}
+
+void Plan::leap(const void* const* gradients, const LeapBuffers& kept, const LeapSegment& segment, int threads) const {
+  over_spans(threads, [&](int64_t, const Tile& span) { passes_.leap(flats_[0], span, gradients, kept, segment); });
 }
 
 }  // namespace cts

@@ -20,28 +20,70 @@ struct Tile {
 
 constexpr int64_t kTileElements = 4096;  // of one row of a tile, at most
 
-// Tiles that wait for a thread, taken `chunk` at a time.
-struct Queue {
-  int64_t count, chunk;
-  std::atomic<int64_t> next{0};
+// Tiles in the order in which memory is visited, and how many numbers they hold up to and with each.
+struct Tiles {
+  std::vector<Tile> list;
+  std::vector<int64_t> numbers;
+
+  void add(const Tile& tile, int64_t rows);
+};
+
+struct Range {
+  int64_t first, last;
+};
+
+// Tiles that wait for a team. Each thread has a share of them, the same in every pass over the same columns, so that it finds in its caches
+// what it left there; who is done helps the others.
+class Queue {
+ public:
+  Queue(const Tiles& tiles, int threads);
+
+  // The next tiles for the calling thread; false: none are left.
+  bool take(Range& range);
+
+ private:
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t last = 0, chunk = 1;
+  };
+  static constexpr int kShares = 64;
+
+  int count_;
+  Share shares_[kShares];
 };
 
 // Steps tiles until the queue is empty; every thread of a team runs it.
 using Kernel = void (*)(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step);
 
-// One for each instruction set that csrc/shifting_step.cpp is compiled for.
-namespace plain { Kernel kernel(DType); }
-namespace avx2 { Kernel kernel(DType); }
-namespace avx512 { Kernel kernel(DType); }
-
-// Instruction sets that this module holds and this machine has, the widest first: of "avx512", "avx2", "plain".
-std::vector<std::string> instruction_sets();
-
-// total: [S]; theta, gradient: [rows, S] at the last point of each path.
+// What methods keep: total [S]; theta, gradient: [rows, S] at the last point of each path.
 struct LeapBuffers {
   void *total, *theta, *gradient;
   int64_t stride;
 };
+
+// The segment that ends at this point: its weight and change of loss for every row, null if none does; then whether the point is kept, and
+// what gradients are multiplied by.
+struct LeapSegment {
+  const double *weights, *changes;
+  double scale;
+  bool keeps;
+};
+
+// What methods do with one span of a flat that has a phi; Plan has the same for all of it, and says what.
+struct Passes {
+  void (*add_gradients)(const Flat& flat, const Tile& span, const void* const* gradients, void* target, const double* weights);
+  void (*reset)(const Flat& flat, const Tile& span, bool momentum);
+  void (*squared_distances)(const Flat& flat, const Tile& span, const void* rows, int64_t stride, double* result);
+  void (*leap)(const Flat& flat, const Tile& span, const void* const* gradients, const LeapBuffers& kept, const LeapSegment& segment);
+};
+
+// One of each for every instruction set that csrc/shifting_step.cpp and csrc/passes.cpp are compiled for.
+namespace plain { Kernel kernel(DType); Passes passes(DType); }
+namespace avx2 { Kernel kernel(DType); Passes passes(DType); }
+namespace avx512 { Kernel kernel(DType); Passes passes(DType); }
+
+// Instruction sets that this module holds and this machine has, the widest first: of "avx512", "avx2", "plain".
+std::vector<std::string> instruction_sets();
 
 // Buffers of one dtype and how they are cut into tiles. Buffers must outlive it.
 class Plan {
@@ -64,19 +106,10 @@ class Plan {
   // |theta_t - rows_t|^2 of every row t.
   std::vector<double> squared_distances(const void* rows, int64_t stride, int threads) const;
 
-  // Leap's sum takes in the segment from the kept point to this one, of weights[t], over which the loss changed by changes[t] (empty: no
-  // segment ends here); then, if asked, this point is kept: theta, and gradients times scale.
-  void leap(const void* const* gradients, const LeapBuffers& kept, const std::vector<double>& weights, const std::vector<double>& changes,
-            double scale, bool keeps, int threads) const;
+  // total += sum over the rows of weights[t] * (kept theta_t - theta_t - changes[t] * kept gradient_t); then, if asked, this point is kept.
+  void leap(const void* const* gradients, const LeapBuffers& kept, const LeapSegment& segment, int threads) const;
 
  private:
-  const Flat& shared() const { return flats_.front(); }
-
-  template <class C>
-  const C* work_theta() const {
-    return static_cast<const C*>(shared().master ? shared().master : shared().theta);
-  }
-
   // At most `threads`, and no more than there is work for.
   int team_for(int threads, size_t pieces) const;
 
@@ -84,16 +117,17 @@ class Plan {
   template <class Body>
   void over_spans(int threads, Body body) const;
 
-  DType dtype_;
   std::vector<Flat> flats_;
   std::vector<std::vector<Segment>> segments_;
-  std::vector<Tile> tiles_, spans_;  // of all flats, for the step; long ones of the first
+  Tiles tiles_, spans_;  // of all flats, for the step; long ones of the first
   size_t bytes_ = 0;
   Kernel kernel_;
+  Passes passes_;
 };
 
-// Runs body(data) once on each of up to `threads` threads and waits for all of them.
+// Runs body(data) once on each of up to `threads` threads and waits for all of them; they call themselves 0, 1, … in thread_number().
 void run_team(void (*body)(void*), void* data, int threads);
+int thread_number();
 
 // Lets run_team use the OpenMP runtime that `library` (a loaded shared library) is linked with, so that its waiting threads do the
 // work and do not contend for the cores. Returns false if there is none; teams are then started anew for every step.

@@ -72,12 +72,9 @@ class Launcher(Passes):
         if clear_momentum:
             self.flats[0].forget_started_()
 
-    def squared_distances(self, rows: Tensor) -> Tensor:
-        return torch.tensor(self.plan.squared_distances(rows.data_ptr(), rows.stride(0), torch.get_num_threads()), dtype=torch.float64)
+    def squared_distances(self, rows: Tensor) -> list[float]:
+        return self.plan.squared_distances(rows.data_ptr(), rows.stride(0), torch.get_num_threads())
 
     def leap_(self, total, theta, gradient, gradients, weights, changes, scale, keeps) -> None:
-        segment = ([], []) if weights is None else (weights.tolist(), changes.tolist())
-        self.plan.leap(
-            gradients.address, total.data_ptr(), theta.data_ptr(), gradient.data_ptr(), theta.stride(0), *segment, scale, keeps,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        kept = (total.data_ptr(), theta.data_ptr(), gradient.data_ptr(), theta.stride(0))
+        self.plan.leap(gradients.address, *kept, weights, changes, scale, keeps, torch.get_num_threads())

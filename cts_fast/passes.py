@@ -38,23 +38,22 @@ class Passes:
         """θ_t ← φ for every t (and v_t ← 0)."""
         self.flats[0].reset_(clear_momentum)
 
-    def squared_distances(self, rows: Tensor) -> Tensor:
-        """‖θ_t − rows_t‖² for every t, [T] in float64; rows: [T, S]."""
-        return torch.linalg.vector_norm(self.flats[0].work_theta - rows, dim=1).double().square()
+    def squared_distances(self, rows: Tensor) -> list[float]:
+        """‖θ_t − rows_t‖² for every t; rows: [T, S]."""
+        return torch.linalg.vector_norm(self.flats[0].work_theta - rows, dim=1).double().square().tolist()
 
     def leap_(
-        self, total: Tensor, theta: Tensor, gradient: Tensor, gradients: Gradients, weights: Tensor | None, changes: Tensor | None,
-        scale: float, keeps: bool,
+        self, total: Tensor, theta: Tensor, gradient: Tensor, gradients: Gradients, weights: Sequence[float],
+        changes: Sequence[float], scale: float, keeps: bool,
     ) -> None:  # fmt: skip
         """total ← total + Σ_t w_t ((θ_t^kept − θ_t) − c_t g_t^kept); then, if `keeps`, θ^kept ← θ and g^kept ← scale · gradients.
 
-        total: [S]; theta, gradient: [T, S], what is kept; weights, changes: w and c, [T] in float64, or None: no segment ends here.
+        total: [S]; theta, gradient: [T, S], what is kept; weights, changes: the T of each, or none of both: no segment ends here.
         """
         flat = self.flats[0]
-        if weights is not None:
-            theta.sub_(flat.work_theta)
-            total.addmv_(theta.T, weights.to(total))
-            total.addmv_(gradient.T, (weights * changes).to(total), alpha=-1)
+        if weights:
+            w, slopes = total.new_tensor(weights), total.new_tensor([-w * c for w, c in zip(weights, changes, strict=True)])
+            total.addmv_(theta.sub_(flat.work_theta).T, w).addmv_(gradient.T, slopes)
         if keeps:
             theta.copy_(flat.work_theta)
             gradient.zero_()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from cts_fast.baselines.base import Method
 from cts_fast.ops import Control, Hyper
@@ -44,7 +43,7 @@ class Leap(Method):
         )  # one a task: they keep its last loss
         kept = [self.state[param]["previous_loss"] for param in params if "previous_loss" in self.state.get(param, {})]
         super()._build()
-        self._previous_loss = torch.zeros(len(params), dtype=torch.float64, device=params[0].device)
+        self._previous_loss = torch.zeros(len(params), dtype=torch.float64, device="cpu")
         for i, param in enumerate(params):
             if kept:
                 self._previous_loss[i] = kept[i]
@@ -52,28 +51,28 @@ class Leap(Method):
 
     @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
-        device = self._previous_loss.device
-        loss = torch.stack([torch.as_tensor(x, device=device).reshape(()) for x in losses]).double()
-        weights, change = None, loss - self._previous_loss
-        if self.inner_step:
-            weights = self._weights(change)
-        self._previous_loss.copy_(loss)
+        loss = [float(x) for x in losses]
+        changes = [now - before for now, before in zip(loss, self._previous_loss.tolist(), strict=True)]
+        self._previous_loss.copy_(torch.tensor(loss, dtype=torch.float64))
+        weights, changes = (self._weights(changes), changes) if self.inner_step else ([], [])
         shared = iter(self._own)
         for passes, collected in zip(self._launchers, gradients, strict=True):
             if passes.flats[0].shared:
                 own = next(shared)
                 passes.leap_(
-                    own["meta_gradient"], own["previous_theta"], own["previous_gradient"], collected, weights, change,
+                    own["meta_gradient"], own["previous_theta"], own["previous_gradient"], collected, weights, changes,
                     control.inverse_scale, not control.reset,
                 )  # fmt: skip
         self._inner_step_(gradients, hyper, control, nonfinite)
         self._finish_(hyper, control, [own["meta_gradient"] for own in self._own])
 
-    def _weights(self, loss_change: Tensor) -> Tensor:
-        """p ‖γ_{k+1} − γ_k‖^(p−2) / T of the segment from the kept point to this one; loss_change: [T], as the result."""
+    def _weights(self, loss_changes: list[float]) -> list[float]:
+        """p ‖γ_{k+1} − γ_k‖^(p−2) / T of each task's segment from the kept point to this one."""
         p = 1 if self.param_groups[0]["measure"] == "length" else 2
-        squared = loss_change.square()
-        for passes, own in zip(self._passes(), self._own, strict=True):
-            squared = squared + passes.squared_distances(own["previous_theta"]).to(squared)
+        parts = [
+            passes.squared_distances(own["previous_theta"])
+            for passes, own in zip(self._passes(), self._own, strict=True)
+        ]
+        squared = [change**2 + sum(moved) for change, *moved in zip(loss_changes, *parts, strict=True)]
         # a path that stands still has no direction
-        return torch.where(squared > 0, p * squared ** (p / 2 - 1), 0) / len(squared)
+        return [p * s ** (p / 2 - 1) / len(squared) if s > 0 else 0.0 for s in squared]
