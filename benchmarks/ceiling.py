@@ -84,6 +84,17 @@ def best_shape(repeats: int) -> tuple[tuple[int, int, int], dict[str, float]]:
     return best, {f"{rows} rows, tiles of {tile}, prefetch {ahead}": rate for (rows, tile, ahead), rate in rates.items()}
 
 
+def reads_gb_per_s(repeats: int) -> float:
+    """What reads alone get of a buffer far larger than any cache: less than 3-read-2-write does where writes have lanes of their own."""
+    walk = CacheFlush(5 * 4 * LARGE)
+    times = []
+    for _ in range(repeats + 1):
+        start = perf_counter()
+        walk()
+        times.append(perf_counter() - start)
+    return walk.buffer.nbytes / statistics.median(times[1:]) / 1e9
+
+
 def gflops_per_thread(repeats: int = 5, n: int = 2_000_000) -> float:
     """The most that one thread computes, in 10^9 multiplications and additions a second, all in registers."""
     times = []
@@ -98,7 +109,7 @@ class CacheFlush:
     """Reads a buffer several times the last-level cache, so that the next run finds none of its data there."""
 
     def __init__(self, bytes: int) -> None:
-        self.buffer = torch.ones(bytes // 4)  # written: untouched pages are all the same one
+        self.buffer = torch.ones(bytes // 256 * 64)  # written: untouched pages are all the same one
 
     def __reduce__(self) -> tuple:
         return CacheFlush, (self.buffer.nbytes,)  # another process makes its own

@@ -48,7 +48,7 @@ def measure(quick: bool, setups: list[Setup], say: Callable[[str], object], save
         "command": "python -m benchmarks.report" + " --quick" * quick + f" --setups {','.join(map(str, setups))}" * (setups not in (QUICK, FULL)),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.describe(),
-        "ceiling": {"shape": shape, "gb_per_s": rates, "gflops_per_thread": ceiling.gflops_per_thread()},
+        "ceiling": {"shape": shape, "gb_per_s": rates, "reads_gb_per_s": ceiling.reads_gb_per_s(3 if quick else 10), "gflops_per_thread": ceiling.gflops_per_thread()},
         "steps": [],
         "methods": [],
         "whole_steps": {},

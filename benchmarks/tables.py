@@ -58,9 +58,9 @@ def _ms(row: Mapping) -> str:
 def _ceiling(ceiling: Mapping) -> str:
     best = max(ceiling["gb_per_s"].values())
     rows = [(name, f"{rate:.1f}", "best" if rate == best else "") for name, rate in ceiling["gb_per_s"].items()]
-    return "## The machine's ceiling\n\nIn-place 3-read-2-write of 450 MB, threads as torch has them.\n\n" + _table(
-        ("form", "GB/s", ""), rows
-    )
+    table = _table(("form", "GB/s", ""), rows)
+    reads = f"\n\nReads alone, of 450 MB: {ceiling['reads_gb_per_s']:.1f} GB/s." if "reads_gb_per_s" in ceiling else ""
+    return f"## The machine's ceiling\n\nIn-place 3-read-2-write of 450 MB, threads as torch has them.\n\n{table}{reads}"
 
 
 def _goals(result: Mapping) -> list[str]:
@@ -149,10 +149,13 @@ def _whole(whole: Mapping) -> list[str]:
 
 def _methods(methods: Mapping) -> str:
     rows = [
-        (name, _ms(row), f"{row['inner_ms']:.3g}", f"{row['added_bytes'] / 1e6:.0f}", f"{row['ratio']:.2f} / {methods['allowance']}")
+        (
+            name, _ms(row), f"{row['inner_ms']:.3g}", f"{row['heldout_ms']:.3g}" if row["heldout_ms"] else "–",
+            f"{row['added_bytes'] / 1e6:.0f}", f"{row['ratio']:.2f} / {methods['allowance']}",
+        )
         for name, row in methods["rows"].items()
-    ]
+    ]  # fmt: skip
     return (
-        f"## Methods, {methods['setup']}\n\nThe last column: a step over the fused inner step plus the bytes that the method's definition adds, "
-        "priced at the ceiling (`benchmarks/method_cost.py` counts them).\n\n"
-    ) + _table(("step", "ms", "inner step, ms", "added MB", "ratio / goal"), rows)
+        f"## Methods, {methods['setup']}\n\nThe last column: a step over the fused inner step, autograd's time for the held-out gradients that the "
+        "method takes, and the bytes that its definition adds, priced at the ceiling (`benchmarks/method_cost.py` counts them).\n\n"
+    ) + _table(("step", "ms", "inner step, ms", "held-out gradients, ms", "added MB", "ratio / goal"), rows)

@@ -48,9 +48,14 @@ void add_gradients(const cts::Plan& plan, uintptr_t gradients, uintptr_t target,
   plan.add_gradients(pointer<const void* const>(gradients), pointer<void>(target), weights, threads);
 }
 
-std::vector<double> squared_distances(const cts::Plan& plan, uintptr_t rows, int64_t stride, int threads) {
+std::vector<double> squared_distances(const cts::Plan& plan, bool of_phi, uintptr_t rows, int64_t stride, int threads) {
   py::gil_scoped_release release;
-  return plan.squared_distances(pointer<const void>(rows), stride, threads);
+  return plan.squared_distances(of_phi, pointer<const void>(rows), stride, threads);
+}
+
+void add_signs(const cts::Plan& plan, uintptr_t signs, double scale, int threads) {
+  py::gil_scoped_release release;
+  plan.add_signs(pointer<const int8_t>(signs), scale, threads);
 }
 
 void leap(const cts::Plan& plan, uintptr_t gradients, uintptr_t total, uintptr_t theta, uintptr_t gradient, int64_t stride,
@@ -77,7 +82,9 @@ PYBIND11_MODULE(_cpu, m) {
            "target [S] += weights[group] times the sum over the rows of their gradients.")
       .def("reset", &cts::Plan::reset, "momentum"_a, "threads"_a, "theta <- phi in every row, and momentum <- 0.",
            py::call_guard<py::gil_scoped_release>())
-      .def("squared_distances", &squared_distances, "rows"_a, "stride"_a, "threads"_a, "|theta_t - rows_t|^2 of every row t.")
+      .def("squared_distances", &squared_distances, "of_phi"_a, "rows"_a, "stride"_a, "threads"_a,
+           "|theta_t - rows_t|^2 of every row t; or, of phi, the one |phi - rows|^2.")
+      .def("add_signs", &add_signs, "signs"_a, "scale"_a, "threads"_a, "theta_t += scale * signs in every row.")
       .def("leap", &leap, "gradients"_a, "total"_a, "theta"_a, "gradient"_a, "stride"_a, "weights"_a, "changes"_a, "scale"_a, "keeps"_a,
            "threads"_a, "Leap's sum takes in the segment that ends here (weights empty: none); then this point is kept.");
   py::class_<cts::GradientTable>(m, "GradientTable", "The addresses of the gradients of a list of parameters.")

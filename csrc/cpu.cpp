@@ -168,12 +168,20 @@ void Plan::reset(bool momentum, int threads) const {
   over_spans(threads, [&](int64_t, const Tile& span) { passes_.reset(flats_[0], span, momentum); });
 }
 
-std::vector<double> Plan::squared_distances(const void* rows, int64_t stride, int threads) const {
-  const size_t tasks = size_t(flats_[0].rows);
+std::vector<double> Plan::squared_distances(bool of_phi, const void* rows, int64_t stride, int threads) const {
+  Flat flat = flats_[0];
+  if (of_phi) flat.theta = flat.phi, flat.master = nullptr, flat.rows = 1;
+  const size_t tasks = size_t(flat.rows);
   std::vector<double> parts(spans_.list.size() * tasks), result(tasks);
-  over_spans(threads, [&](int64_t i, const Tile& span) { passes_.squared_distances(flats_[0], span, rows, stride, &parts[size_t(i) * tasks]); });
+  over_spans(threads, [&](int64_t i, const Tile& span) { passes_.squared_distances(flat, span, rows, stride, &parts[size_t(i) * tasks]); });
   for (size_t i = 0; i < parts.size(); ++i) result[i % tasks] += parts[i];  // in one order, whoever computed them
   return result;
+}
+
+void Plan::add_signs(const int8_t* signs, double scale, int threads) const {
+  std::vector<const int8_t*> of_segment;
+  for (const Segment& segment : segments_[0]) of_segment.push_back(signs), signs += segment.numel;
+  over_spans(threads, [&](int64_t, const Tile& span) { passes_.add_signs(flats_[0], span, of_segment[size_t(span.segment)], scale); });
 }
 
 void Plan::leap(const void* const* gradients, const LeapBuffers& kept, const LeapSegment& segment, int threads) const {

@@ -75,6 +75,7 @@ struct Passes {
   void (*reset)(const Flat& flat, const Tile& span, bool momentum);
   void (*squared_distances)(const Flat& flat, const Tile& span, const void* rows, int64_t stride, double* result);
   void (*leap)(const Flat& flat, const Tile& span, const void* const* gradients, const LeapBuffers& kept, const LeapSegment& segment);
+  void (*add_signs)(const Flat& flat, const Tile& span, const int8_t* signs, double scale);  // signs: of the span's segment
 };
 
 // One of each for every instruction set that csrc/shifting_step.cpp and csrc/passes.cpp are compiled for.
@@ -103,8 +104,11 @@ class Plan {
   // theta <- phi in every row, and momentum <- 0.
   void reset(bool momentum, int threads) const;
 
-  // |theta_t - rows_t|^2 of every row t.
-  std::vector<double> squared_distances(const void* rows, int64_t stride, int threads) const;
+  // |theta_t - rows_t|^2 of every row t; or, of phi, the one |phi - rows|^2.
+  std::vector<double> squared_distances(bool of_phi, const void* rows, int64_t stride, int threads) const;
+
+  // theta_t += scale * signs in every row; signs lie one after another in the order of the segments, without padding.
+  void add_signs(const int8_t* signs, double scale, int threads) const;
 
   // total += sum over the rows of weights[t] * (kept theta_t - theta_t - changes[t] * kept gradient_t); then, if asked, this point is kept.
   void leap(const void* const* gradients, const LeapBuffers& kept, const LeapSegment& segment, int threads) const;

@@ -144,8 +144,24 @@ void leap(const Flat& flat, const Tile& span, const void* const* gradients, cons
 }
 
 template <class S, class C>
+void add_signs(const Flat& flat, const Tile& span, const int8_t* signs, double scale) {
+  const int64_t first = flat.segments[span.segment].offset + span.begin, n = span.end - span.begin;
+  alignas(64) C shift[kTileElements + Vec<C>::size];
+  for (int64_t i = 0; i < n; ++i) shift[i] = C(scale) * C(signs[span.begin + i]);
+  memset(shift + n, 0, Vec<C>::size * sizeof(C));  // padding stays where it is
+  for (int32_t t = 0; t < flat.rows; ++t) {
+    C* theta = work_theta<C>(flat, first + t * flat.stride);
+    for_vectors<C>(n, [&](int64_t i) {
+      const Vec<C> moved = load(theta + i) + load(shift + i);
+      store(theta + i, moved);
+      if constexpr (!std::is_same_v<S, C>) store(static_cast<S*>(flat.theta) + first + t * flat.stride + i, moved);
+    }, theta + (t + 1 < flat.rows ? flat.stride : 0));
+  }
+}
+
+template <class S, class C>
 constexpr Passes passes_of() {
-  return {add_gradients<S, C>, reset<S, C>, squared_distances<C>, leap<S, C>};
+  return {add_gradients<S, C>, reset<S, C>, squared_distances<C>, leap<S, C>, add_signs<S, C>};
 }
 
 }  // namespace

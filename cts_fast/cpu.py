@@ -73,7 +73,13 @@ class Launcher(Passes):
             self.flats[0].forget_started_()
 
     def squared_distances(self, rows: Tensor) -> list[float]:
-        return self.plan.squared_distances(rows.data_ptr(), rows.stride(0), torch.get_num_threads())
+        return self.plan.squared_distances(False, rows.data_ptr(), rows.stride(0), torch.get_num_threads())
+
+    def squared_move(self, before: Tensor) -> float:
+        return self.plan.squared_distances(True, before.data_ptr(), 0, torch.get_num_threads())[0]
+
+    def add_signs_(self, signs: Tensor, scale: float) -> None:
+        self.plan.add_signs(signs.data_ptr(), scale, torch.get_num_threads())
 
     def leap_(self, total, theta, gradient, gradients, weights, changes, scale, keeps) -> None:
         kept = (total.data_ptr(), theta.data_ptr(), gradient.data_ptr(), theta.stride(0))

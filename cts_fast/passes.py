@@ -42,6 +42,22 @@ class Passes:
         """‖θ_t − rows_t‖² for every t; rows: [T, S]."""
         return torch.linalg.vector_norm(self.flats[0].work_theta - rows, dim=1).double().square().tolist()
 
+    def squared_move(self, before: Tensor) -> float:
+        """‖φ − before‖²; before: [S], whose values may be lost."""
+        short = torch.linalg.vector_norm(before.sub_(self.flats[0].phi).view(-1, 16), dim=1)  # S is a multiple of 16
+        return short.double().square().sum().item()
+
+    def add_signs_(self, signs: Tensor, scale: float) -> None:
+        """θ_t ← θ_t + scale · signs for every t; signs: int8 [P], the shared parameters one after the other."""
+        flat = self.flats[0]
+        shift = torch.zeros_like(flat.phi)
+        sizes = [segment.numel for segment in flat.segments]
+        places = [shift[segment.offset : segment.offset + segment.numel] for segment in flat.segments]
+        torch._foreach_copy_(places, signs.split(sizes))
+        flat.work_theta.add_(shift, alpha=scale)
+        if flat.master is not None:
+            flat.theta.copy_(flat.master)
+
     def leap_(
         self, total: Tensor, theta: Tensor, gradient: Tensor, gradients: Gradients, weights: Sequence[float],
         changes: Sequence[float], scale: float, keeps: bool,

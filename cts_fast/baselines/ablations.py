@@ -28,8 +28,8 @@ class NoShifting(Method):
 class RandomShifting(NoShifting):
     r"""θ_t ← θ_t + r for every t, with one random direction r for all tasks and ‖r‖ = ‖Δ‖ over all shared coordinates.
 
-    Each coordinate of the direction is drawn from 128 evenly spaced values around 0; at a reset none is drawn, as φ
-    replaces what it would have moved.
+    Each coordinate of r is ± ‖Δ‖ / √P, either sign with the same chance; at a reset none is drawn, as φ replaces what
+    it would have moved.
 
     seed: of the directions. Direction i depends on seed and i alone, so a resumed run draws the same ones.
 
@@ -54,37 +54,32 @@ class RandomShifting(NoShifting):
         super()._apply_(gradients, hyper, control, nonfinite, losses, heldout)
         if not moves:
             return
+        moved = sum(passes.squared_move(old) for passes, old in zip(self._passes(), self._before, strict=True))
+        scale = math.sqrt(moved / (sum(signs.numel() for signs in self._signs) or 1))
         self._draw_()
-        moved = _norm([old.sub_(flat.phi) for flat, old in zip(shared, self._before, strict=True)])
-        scale = moved / (_norm(self._directions) or 1.0)
-        for flat, direction in zip(shared, self._directions, strict=True):
-            flat.work_theta.add_(direction, alpha=scale)
-            if flat.master is not None:
-                flat.theta.copy_(flat.master)
+        for flat, passes, signs in zip(shared, self._passes(), self._signs, strict=True):
+            passes.add_signs_(signs, scale)
             torch.autograd.graph.increment_version(flat.written)
 
     def _build(self) -> None:
         super()._build()
         shared = self._shared()
         self._before = [torch.zeros_like(flat.phi) for flat in shared]
-        self._directions = [torch.zeros_like(flat.phi) for flat in shared]
+        sizes = [sum(segment.numel for segment in flat.segments) for flat in shared]
         # a random byte for each number, in the order of the parameters: normal ones would take longer than the step
-        sizes = [[segment.numel for segment in flat.segments] for flat in shared]
-        self._words = [torch.zeros(-(-sum(n) // 8), dtype=torch.int64, device=f.device) for f, n in zip(shared, sizes, strict=True)]
-        self._noise = [w.view(torch.int8)[: sum(n)].split(n) for w, n in zip(self._words, sizes, strict=True)]
-        self._places = [
-            [direction[segment.offset : segment.offset + segment.numel] for segment in flat.segments]
-            for flat, direction in zip(shared, self._directions, strict=True)
+        self._words = [
+            torch.zeros(-(-n // 8), dtype=torch.int64, device=flat.device) for flat, n in zip(shared, sizes, strict=True)
         ]
+        self._signs = [words.view(torch.int8)[:n] for words, n in zip(self._words, sizes, strict=True)]
 
     def _draw_(self) -> None:
-        """Noise into the directions, the same whatever the precision and the padding, which stays 0."""
-        for i, (words, noise, places) in enumerate(zip(self._words, self._noise, self._places, strict=True)):
+        """-1 or 1 into every sign, the same whatever the precision and the layout of the parameters."""
+        for i, (words, signs) in enumerate(zip(self._words, self._signs, strict=True)):
             # CPU generators hear 32 bits of a seed: all of it is mixed into those
             key = f"{self.param_groups[0]['seed']} {self.meta_updates} {i}"
             generator = torch.Generator(words.device).manual_seed(random.Random(key).getrandbits(32))
-            words.random_(-(2**63), None, generator=generator).bitwise_or_(0x0101010101010101)  # odd bytes: -127 … 127
-            torch._foreach_copy_(places, noise)
+            words.random_(-(2**63), None, generator=generator).bitwise_and_(0x0202020202020202)
+            signs.sub_(1)
 
 
 class ShiftingAccurate(Method):
@@ -110,9 +105,3 @@ class ShiftingAccurate(Method):
             round_ + last,
             meta_updates + ends,
         )
-
-
-def _norm(vectors: list[torch.Tensor]) -> float:
-    """The Euclidean norm of all vectors together: short sums as they are, their sum in float64. Lengths: multiples of 16."""
-    short = [torch.linalg.vector_norm(vector.view(-1, 16), dim=1) for vector in vectors]
-    return math.hypot(*(torch.linalg.vector_norm(norms, dtype=torch.float64).item() for norms in short))

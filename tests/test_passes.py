@@ -1,0 +1,97 @@
+"""What methods do beside the step: the native passes against torch's, for every instruction set and number of threads."""
+
+import pytest
+import torch
+from step_cases import Case, build, set_gradients
+
+from cts_fast.passes import Passes
+
+_cpu = pytest.importorskip("cts_fast._cpu", reason="the native module is not built")
+
+SHAPES = ((129,), (3, 5, 3, 3), (), (0, 4), (1,), (2, 4100))
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+OPTIONS = dict(lr=0.1, momentum=0.9, meta_lr=0.3)
+PASSES = {
+    "add_gradients_": lambda passes, x: passes.add_gradients_(x["total"], x["gradients"], [0.3, 7.0]),
+    "reset_": lambda passes, x: passes.reset_(True),
+    "reset_, momentum kept": lambda passes, x: passes.reset_(False),
+    "squared_distances": lambda passes, x: passes.squared_distances(x["theta"]),
+    "squared_move": lambda passes, x: passes.squared_move(x["total"]),
+    "add_signs_": lambda passes, x: passes.add_signs_(x["signs"], 0.01),
+    "leap_, the first point": lambda passes, x: passes.leap_(x["total"], x["theta"], x["gradient"], x["gradients"], [], [], 0.5, True),
+    "leap_": lambda passes, x: passes.leap_(
+        x["total"], x["theta"], x["gradient"], x["gradients"], [0.5 + t for t in range(x["tasks"])], [0.1 * t - 0.2 for t in range(x["tasks"])], 0.5, True,
+    ),
+    "leap_, the last point": lambda passes, x: passes.leap_(
+        x["total"], x["theta"], x["gradient"], x["gradients"], [1.0] * x["tasks"], [0.3] * x["tasks"], 1.0, False
+    ),
+}  # fmt: skip
+every_pass = pytest.mark.parametrize("name", PASSES)
+
+
+def taken(name, dtype=torch.float64, tasks=3, native=True, threads=2):
+    """All buffers after a pass, in float64, and what it returned; some gradients are missing, one lies in another order."""
+    case = Case(tasks, SHAPES, heads=(((3,),),) * tasks, dtype=dtype, missing=frozenset({(1, 0, 0), (1, tasks - 1, 5)}), options=OPTIONS)
+    opt, params = build(case, "cpu")
+    for step in (0, 1):
+        set_gradients(case, params, step)
+        if step == 0:
+            opt.step()
+    params[-1][1].grad = params[-1][1].grad.transpose(0, 1).contiguous().transpose(0, 1)
+    (launcher,), (collect,) = opt._launchers, opt._collectors
+    flat = launcher.flats[0]
+    draw = torch.Generator().manual_seed(1)
+    x = {"gradients": collect(), "tasks": tasks, "total": torch.zeros_like(flat.phi)}
+    x |= {name: torch.zeros(flat.rows, flat.columns, dtype=flat.work_dtype) for name in ("theta", "gradient")}
+    for buffer in (x["total"][None], x["theta"], x["gradient"]):
+        for part in flat.parts(buffer):
+            part.copy_(torch.randn(part.shape, generator=draw))
+    numbers = sum(segment.numel for segment in flat.segments)
+    x["signs"] = torch.randint(0, 2, (numbers,), generator=draw, dtype=torch.int8) * 2 - 1
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        returned = PASSES[name](launcher if native else torch_passes(flat), x)
+    finally:
+        torch.set_num_threads(before)
+    buffers = [flat.phi, flat.theta, flat.momentum, flat.work_theta, flat.started]
+    buffers += [] if name == "squared_move" else [x["total"]]  # whose values may be lost
+    buffers += [x["theta"], x["gradient"]] if name != "leap_, the last point" else []  # not read again
+    return [b.double().clone() for b in buffers] + [torch.tensor(returned or 0.0, dtype=torch.float64)]
+
+
+def torch_passes(flat):
+    passes = Passes()
+    passes.flats = [flat]
+    return passes
+
+
+@every_pass
+@pytest.mark.parametrize("tasks", [1, 3, 8])
+@pytest.mark.parametrize("isa", _cpu.instruction_sets())
+def test_native_passes_do_what_torch_does(monkeypatch, name, tasks, isa):
+    monkeypatch.setenv("CTS_FAST_ISA", isa)
+    torch.testing.assert_close(taken(name, tasks=tasks), taken(name, tasks=tasks, native=False), rtol=1e-12, atol=1e-12)
+
+
+@every_pass
+@pytest.mark.parametrize("dtype", DTYPES[:1] + DTYPES[2:], ids=str)
+@pytest.mark.parametrize("isa", _cpu.instruction_sets())
+def test_native_passes_do_what_torch_does_in_low_precision(monkeypatch, name, dtype, isa):
+    monkeypatch.setenv("CTS_FAST_ISA", isa)
+    torch.testing.assert_close(taken(name, dtype), taken(name, dtype, native=False), rtol=2e-5, atol=2e-5)
+
+
+@every_pass
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(name, dtype):
+    one = taken(name, dtype, threads=1)
+    for threads in (2, 5):
+        for a, b in zip(one, taken(name, dtype, threads=threads), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_explicit_backends_take_torch_passes():
+    for backend in ("torch", "reference"):
+        opt, _ = build(Case(options=OPTIONS), backend)
+        assert type(opt._launchers[0]).leap_ is Passes.leap_
