@@ -65,6 +65,16 @@ def test_every_instruction_set_takes_any_number_of_tasks(isa, use_isa, tasks, dt
     assert_as_exact_as_reference(Case(tasks, SHAPES, heads, dtype, 4, missing=missing, options=OPTIONS), "cpu")
 
 
+@every_isa
+@pytest.mark.parametrize("tasks", [1, 2, 5, 8, 9, 16, 24, 33])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_of_many_tiles_meet_at_every_border(isa, use_isa, tasks, dtype):
+    use_isa(isa)
+    shapes = ((3, 2049), (1,), (512,), (9, 513), (4096,))
+    missing = frozenset({(1, 0, 0), (1, tasks - 1, 3)})
+    assert_as_exact_as_reference(Case(tasks, shapes, dtype=dtype, steps=3, missing=missing, options=OPTIONS), "cpu")
+
+
 @pytest.mark.parametrize("tasks", [1, 8, 33])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_number_of_threads_gives_the_same_bits(tasks, dtype):

@@ -64,17 +64,15 @@ class Method(ShiftingMetaOptimizer):
         super()._build()
         self._heldout_collectors = [Collector([flat]) for flat in self._shared() if "heldout" in self.needs]
         self._own: list[dict[str, Tensor]] = []  # one entry a shared flat buffer: name → [T, S] or [S]
-        self._views: list[dict[str, list[Tensor]]] = []  # the same in the parameters' shapes, in the order of gradients
         for flat in self._shared():
             own = {
                 name: torch.zeros_like(flat.theta if per_task else flat.phi, dtype=flat.work_dtype)
                 for name, per_task in self.buffers.items()
             }
             self._own.append(own)
-            self._views.append(
-                {name: views_of(flat, buffer if self.buffers[name] else buffer[None]) for name, buffer in own.items()}
-            )
-            for name, views in self._views[-1].items():
+            for name, buffer in own.items():
+                rows = buffer if self.buffers[name] else buffer[None]
+                views = [flat.view(row, segment) for segment in flat.segments for row in rows]
                 owners = flat.params if self.buffers[name] else [segment.params[0] for segment in flat.segments]
                 for param, view in zip(owners, views, strict=True):
                     if name in kept.get(param, {}):
@@ -153,11 +151,6 @@ def evaluate(heldout: Callable[[], Tensor], row: int) -> Tensor:
             f"task {row}: its heldout returned {loss!r}; it must return one loss with its graph (do not detach it)"
         )
     return loss
-
-
-def views_of(flat: Flat, rows: Tensor) -> list[Tensor]:
-    """The parts of rows [R, S] in the parameters' shapes, segment by segment and row by row."""
-    return [flat.view(row, segment) for segment in flat.segments for row in rows]
 
 
 def blocks(flat: Flat, hyper: Sequence[Hyper]) -> Iterator[tuple[slice, Hyper]]:

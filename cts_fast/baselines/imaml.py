@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cts_fast.baselines.base import Method, add_present_, evaluate, views_of
+from cts_fast.baselines.base import Method, add_present_, evaluate
 from cts_fast.gradients import Gradients
 from cts_fast.ops import Control, Hyper
 
@@ -52,7 +52,7 @@ class IMAML(Method):
     def _build(self) -> None:
         super()._build()
         self._proximal = [torch.zeros_like(flat.theta) for flat in self._shared()]
-        self._proximal_views = [views_of(flat, rows) for flat, rows in zip(self._shared(), self._proximal, strict=True)]
+        self._proximal_parts = [flat.parts(rows) for flat, rows in zip(self._shared(), self._proximal, strict=True)]
 
     @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
@@ -63,9 +63,9 @@ class IMAML(Method):
         if control.meta_update:
             meta_gradient = [torch.zeros_like(flat.phi) for flat in self._shared()]
             targets = [
-                view
+                part
                 for flat, values in zip(self._shared(), meta_gradient, strict=True)
-                for view in views_of(flat, values[None])
+                for part in flat.parts(values[None])
             ]
             for row, loss in enumerate(heldout):
                 add_present_(targets, self._implicit_gradient(loss, row, hyper), alpha=1 / self.num_tasks)
@@ -73,7 +73,7 @@ class IMAML(Method):
 
     def _with_proximal_term(self, gradients: Sequence[Gradients], inverse_scale: float) -> list[Gradients]:
         """g_t + λ (θ_t − φ), where the step will multiply all of it by inverse_scale; heads as they are."""
-        result, shared = [], iter(zip(self._shared(), self._proximal, self._proximal_views, strict=True))
+        result, shared = [], iter(zip(self._shared(), self._proximal, self._proximal_parts, strict=True))
         for collected, flats in zip(gradients, self._flats, strict=True):
             terms: list[Tensor] = []
             if flats[0].shared:
