@@ -1,4 +1,4 @@
-"""Cost of a step of each first-order method against the fused inner step plus the bytes that its definition adds."""
+"""Cost of a step of each first-order method against the fused inner step, held-out gradients and the bytes that its definition adds."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def _whole(whole: Mapping) -> list[str]:
 def _methods(methods: Mapping) -> str:
     rows = [
         (
-            name, _ms(row), f"{row['inner_ms']:.3g}", f"{row['heldout_ms']:.3g}" if row["heldout_ms"] else "–",
+            name, _ms(row), f"{row['inner_ms']:.3g}", f"{row['heldout_ms']:.3g}" if row.get("heldout_ms") else "–",
             f"{row['added_bytes'] / 1e6:.0f}", f"{row['ratio']:.2f} / {methods['allowance']}",
         )
         for name, row in methods["rows"].items()

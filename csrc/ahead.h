@@ -11,14 +11,14 @@ inline namespace CTS_ISA {
 
 constexpr int64_t kLine = 64;          // bytes of a cache line
 constexpr int64_t kBurst = 8;          // lines of one stream that are asked for at a time
-constexpr int64_t kAhead = 144 << 10;  // bytes on their way or waiting: more than a tile of 16 tasks, half of a small second cache
+constexpr int64_t kAhead = 144 << 10;  // bytes on their way or waiting: half of a small second cache, and more than a tile whose rows are stepped
+                                       // together
 
-// S: elements of theta, momentum and gradients; C: of phi and the master.
+// S: elements of theta, momentum and gradients; C: of phi and the master. Lines are counted in columns: as many as fill a line with S.
 template <class S, class C>
 class Ahead {
  public:
   static constexpr bool has_master = sizeof(S) != sizeof(C);
-  static constexpr int64_t row_lines = has_master ? 3 + sizeof(C) / sizeof(S) : 3;  // of one row, for a line of theta
 
   Ahead(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step) : flats_(flats), tiles_(tiles), queue_(queue), step_(step) {
     allow(kAhead / kLine);
@@ -26,78 +26,95 @@ class Ahead {
 
   // The next tile for the kernel; null after the last.
   const Tile* follow() {
-    if (!(followed_.first < followed_.last) && !next_range(followed_, followed_ranges_)) return nullptr;
+    if (followed_.first == followed_.last) {
+      if (followed_ranges_ == taken_ && !take(true)) return nullptr;
+      followed_ = ranges_[followed_ranges_++ % kRanges];
+    }
     return &tiles_[followed_.first++];
   }
+
+  // Lines of one stream over a tile.
+  static CTS_HD int64_t lines(const Tile& tile) { return (tile.end - tile.begin + kColumns - 1) / kColumns; }
+
+  // What a row is made of: gradient, theta, momentum and master.
+  static CTS_HD int64_t streams(const S* g, bool has_momentum) { return (g != nullptr) + 1 + has_momentum + has_master; }
 
   // The kernel is done with so many lines.
   CTS_HD void allow(int64_t lines) {
     budget_ += lines;
-    while (budget_ > 0) burst();
+    if (budget_ > 0) spend();
   }
 
  private:
+  static constexpr int64_t kColumns = kLine / int64_t(sizeof(S));
   static constexpr size_t kRanges = 16;  // that may be taken and not yet followed
 
-  // The next range that this thread has taken, or takes now.
-  bool next_range(Range& range, size_t& ranges) {
-    if (ranges == taken_) {
-      if (taken_ - followed_ranges_ == kRanges) return false;
-      if (!queue_.take(taken_ranges_[taken_ % kRanges])) return false;
-      ++taken_;
+  void spend() {
+    while (budget_ > 0 && (left_ > 0 || next_stream())) {
+      const int64_t lines = left_ < kBurst ? left_ : kBurst;
+      for (int64_t i = 0; i < lines * bytes_; i += kLine) __builtin_prefetch(at_ + i, 0, 2);
+      at_ += lines * bytes_, left_ -= lines, budget_ -= lines;
     }
-    range = taken_ranges_[ranges++ % kRanges];
+    if (budget_ > kAhead / kLine) budget_ = kAhead / kLine;  // nothing was left to visit for a while
+  }
+
+  // One more range: of this thread's own share, or, for a kernel that has nothing else to do, of anybody's.
+  bool take(bool steals) {
+    if (taken_ - followed_ranges_ == kRanges || !queue_.take(ranges_[taken_ % kRanges], steals)) return false;
+    ++taken_;
     return true;
   }
 
-  // A few lines of the current stream.
-  void burst() {
-    if (left_ <= 0 && !next_stream()) {
-      budget_ = 0;
-      return;
+  // The tile to visit next; null while the kernel has to come first, and at the end.
+  const Tile* next_tile() {
+    if (visited_.first == visited_.last) {
+      if (visited_ranges_ + 1 < followed_ranges_) visited_ranges_ = followed_ranges_ - 1;  // the kernel has come past
+      if (visited_ranges_ == taken_ && (own_is_empty_ || !take(false))) {
+        own_is_empty_ |= taken_ - followed_ranges_ < kRanges;
+        return nullptr;
+      }
+      visited_ = ranges_[visited_ranges_++ % kRanges];
     }
-    const int64_t lines = left_ < kBurst * kLine ? (left_ + kLine - 1) / kLine : kBurst;
-    if (at_)
-      for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(at_ + i * kLine, 0, 2);
-    at_ += at_ ? lines * kLine : 0, left_ -= lines * kLine, budget_ -= lines;
+    return &tiles_[visited_.first++];
+  }
+
+  // phi, then gradient, theta, momentum and master of one row after the other; then the next tile's. Those that are not there are left out.
+  bool next_stream() {
+    constexpr int64_t of_row = has_master ? 4 : 3;
+    do {
+      if (!tile_ || ++stream_ > of_row * flats_[tile_->flat].rows) {
+        tile_ = next_tile();
+        if (!tile_) return false;
+        stream_ = 0;
+      }
+      const Flat& flat = flats_[tile_->flat];
+      const Segment& segment = flat.segments[tile_->segment];
+      const int64_t row = (stream_ - 1) / of_row, at = segment.offset + tile_->begin + row * flat.stride;
+      if (stream_ == 0) visit<C>(flat.phi, segment.offset + tile_->begin);
+      else if ((stream_ - 1) % of_row == 0) visit<S>(step_.gradients[segment.first + row], tile_->begin);
+      else if ((stream_ - 1) % of_row == 1) visit<S>(flat.theta, at);
+      else if ((stream_ - 1) % of_row == 2) visit<S>(step_.groups[segment.group].momentum != 0 ? flat.momentum : nullptr, at);
+      else visit<C>(flat.master, at);
+    } while (!at_);
+    left_ = lines(*tile_);
+    return true;
   }
 
   template <class E>
-  void visit(const void* base, int64_t first, int64_t columns) {
+  void visit(const void* base, int64_t first) {
     at_ = base ? reinterpret_cast<const char*>(static_cast<const E*>(base) + first) : nullptr;
-    left_ = columns * int64_t(sizeof(E));
-  }
-
-  // phi, then gradient, theta, momentum and master of one row after the other; then the next tile's.
-  bool next_stream() {
-    constexpr int64_t of_row = has_master ? 4 : 3;
-    if (++stream_ >= streams_) {
-      if (!(visited_.first < visited_.last) && !next_range(visited_, visited_ranges_)) {
-        --stream_;
-        return false;
-      }
-      tile_ = &tiles_[visited_.first++];
-      stream_ = 0, streams_ = 1 + of_row * flats_[tile_->flat].rows;
-    }
-    const Flat& flat = flats_[tile_->flat];
-    const Segment& segment = flat.segments[tile_->segment];
-    const int64_t columns = tile_->end - tile_->begin, row = (stream_ - 1) / of_row, at = segment.offset + tile_->begin + row * flat.stride;
-    if (stream_ == 0) visit<C>(flat.phi, segment.offset + tile_->begin, columns);
-    else if ((stream_ - 1) % of_row == 0) visit<S>(step_.gradients[segment.first + row], tile_->begin, columns);
-    else if ((stream_ - 1) % of_row == 1) visit<S>(flat.theta, at, columns);
-    else if ((stream_ - 1) % of_row == 2) visit<S>(step_.groups[segment.group].momentum != 0 ? flat.momentum : nullptr, at, columns);
-    else visit<C>(flat.master, at, columns);
-    return true;
+    bytes_ = kColumns * int64_t(sizeof(E));
   }
 
   const Flat* flats_;
   const Tile* tiles_;
   Queue& queue_;
   const Step& step_;
-  Range taken_ranges_[kRanges], visited_{0, 0}, followed_{0, 0};
+  Range ranges_[kRanges], visited_{0, 0}, followed_{0, 0};
   size_t taken_ = 0, visited_ranges_ = 0, followed_ranges_ = 0;
+  bool own_is_empty_ = false;
   const Tile* tile_ = nullptr;
-  int64_t stream_ = 0, streams_ = 0, left_ = 0, budget_ = 0;
+  int64_t stream_ = 0, left_ = 0, bytes_ = 0, budget_ = 0;
   const char* at_ = nullptr;
 };
 

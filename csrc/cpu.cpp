@@ -88,9 +88,9 @@ Queue::Queue(const Tiles& tiles, int threads) : count_(std::min(std::max(threads
   }
 }
 
-bool Queue::take(Range& range) {
+bool Queue::take(Range& range, bool steals) {
   const int own = thread_number();
-  for (int i = 0; i < count_; ++i) {
+  for (int i = 0; i < (steals ? count_ : 1); ++i) {
     Share& share = shares_[(own + i) % count_];
     if (share.next.load(std::memory_order_relaxed) >= share.last) continue;
     const int64_t first = share.next.fetch_add(share.chunk, std::memory_order_relaxed);
@@ -113,7 +113,7 @@ Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment
   for (size_t f = 0; f < flats_.size(); ++f) {
     flats_[f].segments = segments_[f].data();
     flats_[f].num_segments = int32_t(segments_[f].size());
-    const size_t column_bytes = size * 3 * flats_[f].rows;
+    const size_t column_bytes = (3 * size + (flats_[f].master ? sizeof(float) : 0)) * size_t(flats_[f].rows);
     const size_t run = kRunBytes / size * (flats_[f].rows > kTogether ? 2 : 1);
     const int64_t length = std::min(kTileElements, int64_t(std::max<size_t>(1, kTileBytes / column_bytes / run) * run));
     for (size_t s = 0; s < segments_[f].size(); ++s) {

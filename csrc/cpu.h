@@ -38,8 +38,8 @@ class Queue {
  public:
   Queue(const Tiles& tiles, int threads);
 
-  // The next tiles for the calling thread; false: none are left.
-  bool take(Range& range);
+  // The next tiles of the calling thread's share, else, if it steals, of another's; false: none are left.
+  bool take(Range& range, bool steals = true);
 
  private:
   struct alignas(64) Share {

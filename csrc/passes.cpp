@@ -25,6 +25,7 @@ CTS_HD Vec<C> load_gradient(const S* g, int64_t i, int64_t n) {
 template <class C>
 CTS_HD void store_past_caches(C* to, Vec<C> value) {
 #if defined(__SSE2__)
+  static_assert(sizeof(value) % sizeof(__m128i) == 0);
   for (size_t part = 0; part < sizeof(value) / sizeof(__m128i); ++part) {
     __m128i bits;
     memcpy(&bits, reinterpret_cast<const char*>(&value.x) + part * sizeof(bits), sizeof(bits));
@@ -62,7 +63,8 @@ template <class S, class C>
 void add_gradients(const Flat& flat, const Tile& span, const void* const* gradients, void* target, const double* weights) {
   const Segment& segment = flat.segments[span.segment];
   const int64_t n = span.end - span.begin;
-  alignas(64) C sums[kTileElements + Vec<C>::size] = {};
+  alignas(64) C sums[kTileElements + Vec<C>::size];
+  memset(sums, 0, size_t(n + Vec<C>::size) * sizeof(C));
   for (int32_t t = 0; t < flat.rows; ++t) {
     const S* g = static_cast<const S*>(gradients[segment.first + t]);
     if (!g) continue;

@@ -127,13 +127,15 @@ __attribute__((noinline)) void step_rows(const Flat& flat, const Tile& tile, int
     rows.started[i] = !step.started || step.started[entry];
     rows.nonfinite[i] = step.nonfinite ? step.nonfinite + entry : nullptr;
   }
+  int64_t streams = 0;
+  for (int i = 0; i < G; ++i) streams += ahead.streams(rows.g[i], rule.has_momentum);
   const int64_t n = tile.end - tile.begin;
   int64_t column = 0;
   for (; column + line <= n; column += line) {
-    ahead.allow(G * ahead.row_lines);
+    ahead.allow(streams);
     for (int64_t i = column; i < column + line; i += N) step_vector<G, all, kind, true>(rows, phi, sums, i, N, rule);
   }
-  if (column < n) ahead.allow(G * ahead.row_lines);
+  if (column < n) ahead.allow(streams);
   for (; column + N <= n; column += N) step_vector<G, all, kind, true>(rows, phi, sums, column, N, rule);
   if (column < n) step_vector<G, all, kind, false>(rows, phi, sums, column, n - column, rule);
 }
@@ -155,8 +157,8 @@ bool step_together(const Flat& flat, const Tile& tile, const Step& step, const R
   }
 }
 
-// A tile of any number of rows: eight or one at a time with the sum over them in the first cache; then, with theta' still in the second,
-// the meta-update, the shift and the reset.
+// A tile of any number of rows: eight or one at a time with the sum over them in the first cache; then the meta-update, the shift and the
+// reset, with theta' in the second cache still, unless rows are very many.
 template <Kind kind, class S, class C>
 void step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const Rule<Vec<C>>& rule, C* phi, Ahead<S, C>& ahead) {
   using V = Vec<C>;
@@ -165,7 +167,7 @@ void step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const Ru
   const int64_t n = tile.end - tile.begin;
   if (rule.meta_update) memset(sums, 0, size_t(n + N) * sizeof(C));
   int32_t t = 0;
-  if constexpr (kind != Kind::any && !ahead.has_master)
+  if constexpr (kind != Kind::any && !Ahead<S, C>::has_master)
     for (; t + 8 <= flat.rows; t += 8) step_rows<8, false, kind>(flat, tile, t, step, rule, phi, sums, ahead);
   for (; t < flat.rows; ++t) step_rows<1, false, kind>(flat, tile, t, step, rule, phi, sums, ahead);
   if (!rule.meta_update && !rule.reset) return;
@@ -192,8 +194,8 @@ template <Kind kind, class S, class C>
 void step_tile(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& general, Ahead<S, C>& ahead) {
   const Rule<Vec<C>> rule = broadcast<kind>(general);
   C* const phi = flat.phi ? static_cast<C*>(flat.phi) + flat.segments[tile.segment].offset + tile.begin : nullptr;
-  if (phi) ahead.allow((tile.end - tile.begin) * int64_t(sizeof(C)) / kLine);
-  if constexpr (kind != Kind::any && !ahead.has_master)
+  if (phi) ahead.allow(ahead.lines(tile));
+  if constexpr (kind != Kind::any && !Ahead<S, C>::has_master)
     if (step_together<kind>(flat, tile, step, rule, phi, ahead)) return;
   step_in_turn<kind>(flat, tile, step, rule, phi, ahead);
 }

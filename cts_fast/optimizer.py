@@ -446,9 +446,9 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         self._counters.write((inner_step, round_ + 1, *others))
 
     def _reset_(self) -> None:
-        for flat in chain.from_iterable(self._flats):
+        for launcher, (flat, *_) in zip(self._launchers, self._flats, strict=True):
             if flat.shared:
-                flat.reset_(self.param_groups[0]["reset_momentum"])
+                launcher.reset_(self.param_groups[0]["reset_momentum"])
                 torch.autograd.graph.increment_version(flat.written)
         self._counters.write((0, *self._counters.read()[1:]))
 

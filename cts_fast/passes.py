@@ -48,7 +48,7 @@ class Passes:
         return short.double().square().sum().item()
 
     def add_signs_(self, signs: Tensor, scale: float) -> None:
-        """θ_t ← θ_t + scale · signs for every t; signs: int8 [P], the shared parameters one after the other."""
+        """θ_t ← θ_t + scale · signs for every t; signs: int8 [P], the shared parameters one after the other in memory order."""
         flat = self.flats[0]
         shift = torch.zeros_like(flat.phi)
         sizes = [segment.numel for segment in flat.segments]

@@ -26,7 +26,7 @@ class Launcher(Passes):
     """Blocks of columns with one param group each; in a block every equation is one op on [R, B]."""
 
     def __init__(self, flats: Sequence[Flat]) -> None:
-        self.blocks = []
+        self.flats, self.blocks = flats, []
         first = 0
         for flat in flats:
             pieces: list[tuple[int, int, int]] = []  # (segment, from, to) within the segment

@@ -8,7 +8,7 @@ import pytest
 import torch
 from method_cases import Quadratics, given, phi_of
 
-from cts_fast import ShiftingMetaOptimizer
+from cts_fast import ShiftingMetaOptimizer, ops
 from cts_fast.baselines import METHODS
 
 OPTIONS = dict(lr=0.05, momentum=0.5, meta_lr=0.2, horizon=6)
@@ -28,6 +28,32 @@ def test_meta_training_on_convex_tasks_lowers_the_mean_loss_at_phi(name):
     for _ in range(20 * 6):
         tasks.step(opt)
     assert tasks.mean_loss_at(phi_of(opt)) < 0.7 * before
+
+
+@every_method
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_every_backend_takes_every_method_as_the_reference_does(name, backend):
+    if reason := ops.unavailable(backend, torch.device("cpu"), torch.float64):
+        pytest.skip(reason)
+    tasks, exact = Quadratics(tasks=9), Quadratics(tasks=9)
+    opt, oracle = make(name, tasks, backend=backend), make(name, exact, backend="reference")
+    for _ in range(15):
+        tasks.step(opt)
+        exact.step(oracle)
+    torch.testing.assert_close(phi_of(opt), phi_of(oracle), rtol=1e-10, atol=1e-12)
+    for t in range(9):
+        torch.testing.assert_close(tasks.theta(t), exact.theta(t), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fomaml", "fomaml++"])
+def test_phi_stays_where_a_heldout_loss_is_wrong(name):
+    tasks = Quadratics(tasks=9)
+    opt = make(name, tasks, horizon=1)
+    before = phi_of(opt).clone()
+    tasks.heldout = lambda t, ask=tasks.heldout: ask(t) if t < 8 else ask(t).detach()
+    with pytest.raises(ValueError, match="task 8: its heldout returned"):
+        tasks.step(opt)
+    assert torch.equal(phi_of(opt), before)
 
 
 @every_method

@@ -89,9 +89,3 @@ def test_any_number_of_threads_gives_the_same_bits(name, dtype):
     for threads in (2, 5):
         for a, b in zip(one, taken(name, dtype, threads=threads), strict=True):
             assert torch.equal(a, b)
-
-
-def test_explicit_backends_take_torch_passes():
-    for backend in ("torch", "reference"):
-        opt, _ = build(Case(options=OPTIONS), backend)
-        assert type(opt._launchers[0]).leap_ is Passes.leap_

@@ -66,14 +66,14 @@ class RandomShifting(NoShifting):
         shared = self._shared()
         self._before = [torch.zeros_like(flat.phi) for flat in shared]
         sizes = [sum(segment.numel for segment in flat.segments) for flat in shared]
-        # a random byte for each number, in the order of the parameters: normal ones would take longer than the step
+        # a random byte for each number, in the order of the parameters and of memory: normal ones would take longer than the step
         self._words = [
             torch.zeros(-(-n // 8), dtype=torch.int64, device=flat.device) for flat, n in zip(shared, sizes, strict=True)
         ]
         self._signs = [words.view(torch.int8)[:n] for words, n in zip(self._words, sizes, strict=True)]
 
     def _draw_(self) -> None:
-        """-1 or 1 into every sign, the same whatever the precision and the layout of the parameters."""
+        """-1 or 1 into every sign, the same whatever the precision."""
         for i, (words, signs) in enumerate(zip(self._words, self._signs, strict=True)):
             # CPU generators hear 32 bits of a seed: all of it is mixed into those
             key = f"{self.param_groups[0]['seed']} {self.meta_updates} {i}"

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from cts_fast.flat import Flat
-from cts_fast.gradients import Collector
+from cts_fast.gradients import Collector, Gradients
 from cts_fast.ops import Control, Hyper
 from cts_fast.optimizer import ShiftingMetaOptimizer
 from cts_fast.passes import Passes
-
-AT_ONCE = 8  # tasks whose held-out gradients are in memory together
 
 
 class Method(ShiftingMetaOptimizer):
@@ -62,7 +60,7 @@ class Method(ShiftingMetaOptimizer):
             else {}
         )
         super()._build()
-        self._heldout_collectors = [Collector([flat]) for flat in self._shared() if "heldout" in self.needs]
+        self._heldout_collectors: list[Collector] = []
         self._own: list[dict[str, Tensor]] = []  # one entry a shared flat buffer: name → [T, S] or [S]
         for flat in self._shared():
             own = {
@@ -100,22 +98,19 @@ class Method(ShiftingMetaOptimizer):
         """The fused inner step of all tasks and nothing else."""
         super()._apply_(gradients, hyper, control._replace(meta_update=False, reset=False), nonfinite, None, None)
 
-    def _add_heldout_gradients_(
-        self, heldout: Sequence[Callable[[], Tensor]], targets: Sequence[Tensor], weights: Sequence[float]
-    ) -> None:
-        """targets ← targets + w Σ_t ∇ heldout_t(θ_t); targets: [S] for each shared buffer; weights: w of each group.
+    def _shared_gradients(self, gradients: Sequence[Gradients]) -> list[Gradients]:
+        """The collected gradients of each shared buffer's device and dtype, those of heads behind them."""
+        return [g for g, flats in zip(gradients, self._flats, strict=True) if flats[0].shared]
 
-        At most `AT_ONCE` tasks' gradients are held at a time.
-        """
-        for first in range(0, self.num_tasks, AT_ONCE):
-            found: list[list[Tensor | None]] = [[None] * len(flat.params) for flat in self._shared()]
-            for row in range(first, min(first + AT_ONCE, self.num_tasks)):
-                for of_flat, (flat, gradients) in zip(found, self._task_gradients(heldout[row], row), strict=True):
-                    of_flat[row :: flat.rows] = gradients
-            for passes, collect, target, gradients in zip(
-                self._passes(), self._heldout_collectors, targets, found, strict=True
-            ):
-                passes.add_gradients_(target, collect(gradients), weights)
+    def _heldout_gradients(self, heldout: Sequence[Callable[[], Tensor]]) -> list[Gradients]:
+        """∇ heldout_t(θ_t) of all tasks for each shared buffer: as many numbers as the training gradients are."""
+        found: list[list[Tensor | None]] = [[None] * len(flat.params) for flat in self._shared()]
+        for row, loss in enumerate(heldout):
+            for of_flat, (flat, gradients) in zip(found, self._task_gradients(loss, row), strict=True):
+                of_flat[row :: flat.rows] = gradients
+        if not self._heldout_collectors:
+            self._heldout_collectors = [Collector([flat]) for flat in self._shared()]
+        return [collect(gradients) for collect, gradients in zip(self._heldout_collectors, found, strict=True)]
 
     def _task_gradients(self, heldout: Callable[[], Tensor], row: int) -> list[tuple[Flat, list[Tensor | None]]]:
         """∇ of one task's held-out loss by its shared parameters; None where it does not depend on one."""

@@ -12,7 +12,7 @@ class FOMAML(Method):
     r"""φ ← φ − β mean_t ∇L_t^held(θ_t) after K inner steps, then θ_t ← φ: MAML's meta-gradient with dθ_K/dφ taken as I.
 
     `step` needs heldout: T functions that return the loss, with its graph, of held-out data at the current θ_t. They
-    are called at K. With `maximize` the held-out value is maximized too.
+    are called at K, and their gradients are held together. With `maximize` the held-out value is maximized too.
 
     Source: Finn et al., "Model-Agnostic Meta-Learning", ICML 2017, section 5.2; Nichol et al., 2018.
     """
@@ -26,7 +26,8 @@ class FOMAML(Method):
         self._inner_step_(gradients, hyper, control, nonfinite)
         if control.meta_update:
             rates = [-h.meta_lr / self.num_tasks for h in descending(hyper)]
-            self._add_heldout_gradients_(heldout, [flat.phi for flat in self._shared()], rates)
+            for passes, found in zip(self._passes(), self._heldout_gradients(heldout), strict=True):
+                passes.add_gradients_(passes.flats[0].phi, found, rates)
         self._finish_(hyper, control, None)
 
 
@@ -50,7 +51,8 @@ class FOMAMLPlusPlus(Method):
         self._inner_step_(gradients, hyper, control, nonfinite)
         weight = 1 / (self.param_groups[0]["horizon"] * self.num_tasks)
         meta_gradient = [own["meta_gradient"] for own in self._own]
-        self._add_heldout_gradients_(heldout, meta_gradient, [weight] * len(hyper))
+        for passes, total, found in zip(self._passes(), meta_gradient, self._heldout_gradients(heldout), strict=True):
+            passes.add_gradients_(total, found, [weight] * len(hyper))
         self._finish_(descending(hyper), control, meta_gradient)
 
 

@@ -51,18 +51,15 @@ class Leap(Method):
 
     @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
-        loss = [float(x) for x in losses]
+        loss = torch.stack([torch.as_tensor(x).reshape(()) for x in losses]).tolist()
         changes = [now - before for now, before in zip(loss, self._previous_loss.tolist(), strict=True)]
         self._previous_loss.copy_(torch.tensor(loss, dtype=torch.float64))
         weights, changes = (self._weights(changes), changes) if self.inner_step else ([], [])
-        shared = iter(self._own)
-        for passes, collected in zip(self._launchers, gradients, strict=True):
-            if passes.flats[0].shared:
-                own = next(shared)
-                passes.leap_(
-                    own["meta_gradient"], own["previous_theta"], own["previous_gradient"], collected, weights, changes,
-                    control.inverse_scale, not control.reset,
-                )  # fmt: skip
+        for passes, own, found in zip(self._passes(), self._own, self._shared_gradients(gradients), strict=True):
+            passes.leap_(
+                own["meta_gradient"], own["previous_theta"], own["previous_gradient"], found, weights, changes,
+                control.inverse_scale, not control.reset,
+            )  # fmt: skip
         self._inner_step_(gradients, hyper, control, nonfinite)
         self._finish_(hyper, control, [own["meta_gradient"] for own in self._own])
 
