@@ -9,6 +9,12 @@
 #include <tuple>
 
 namespace cts {
+
+// One of each for every instruction set that csrc/shifting_step.cpp and csrc/passes.cpp are compiled for.
+namespace plain { Kernel kernel(DType); Passes passes(DType); }
+namespace avx2 { Kernel kernel(DType); Passes passes(DType); }
+namespace avx512 { Kernel kernel(DType); Passes passes(DType); }
+
 namespace {
 
 constexpr size_t kTileBytes = 48 << 10;   // of all rows of a tile, about
@@ -45,7 +51,7 @@ std::vector<std::string> instruction_sets() {
 #ifdef CTS_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f")) names.push_back("avx512");
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) names.push_back("avx2");
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back("avx2");  // f16c is older than avx2
 #endif
   names.push_back("plain");
   return names;

@@ -78,11 +78,6 @@ struct Passes {
   void (*add_signs)(const Flat& flat, const Tile& span, const int8_t* signs, double scale);  // signs: of the span's segment
 };
 
-// One of each for every instruction set that csrc/shifting_step.cpp and csrc/passes.cpp are compiled for.
-namespace plain { Kernel kernel(DType); Passes passes(DType); }
-namespace avx2 { Kernel kernel(DType); Passes passes(DType); }
-namespace avx512 { Kernel kernel(DType); Passes passes(DType); }
-
 // Instruction sets that this module holds and this machine has, the widest first: of "avx512", "avx2", "plain".
 std::vector<std::string> instruction_sets();
 
