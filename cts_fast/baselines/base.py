@@ -156,10 +156,3 @@ def blocks(flat: Flat, hyper: Sequence[Hyper]) -> Iterator[tuple[slice, Hyper]]:
             end = flat.columns if n == len(segments) else segments[n].offset
             yield slice(segments[first].offset, end), hyper[segments[first].group]
             first = n
-
-
-def add_present_(targets: Sequence[Tensor], gradients: Sequence[Tensor | None], alpha: float = 1.0) -> None:
-    """targets ← targets + alpha · gradients, tensor by tensor; a missing gradient adds nothing."""
-    present = [(a, b) for a, b in zip(targets, gradients, strict=True) if b is not None]
-    if present:
-        torch._foreach_add_(*map(list, zip(*present, strict=True)), alpha=alpha)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cts_fast.baselines.base import Method, add_present_, evaluate
+from cts_fast.baselines.base import Method, evaluate
 from cts_fast.gradients import Gradients
 from cts_fast.ops import Control, Hyper
 
@@ -68,7 +68,7 @@ class IMAML(Method):
                 for part in flat.parts(values[None])
             ]
             for row, loss in enumerate(heldout):
-                add_present_(targets, self._implicit_gradient(loss, row, hyper), alpha=1 / self.num_tasks)
+                _add_present_(targets, self._implicit_gradient(loss, row, hyper), alpha=1 / self.num_tasks)
         self._finish_(hyper, control, meta_gradient)
 
     def _with_proximal_term(self, gradients: Sequence[Gradients], inverse_scale: float) -> list[Gradients]:
@@ -80,7 +80,7 @@ class IMAML(Method):
                 flat, rows, terms = next(shared)
                 torch.sub(flat.work_theta, flat.phi, out=rows)
                 rows.mul_(self.param_groups[0]["lam"] / inverse_scale)
-                add_present_(terms, collected[: len(terms)])
+                _add_present_(terms, collected[: len(terms)])
             tensors = [None if g is None else term for g, term in zip(collected, terms, strict=False)] + collected[
                 len(terms) :
             ]
@@ -153,3 +153,10 @@ def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 def _filled(gradients: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor]:
     """The gradients, zeros where there is none."""
     return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(gradients, params, strict=True)]
+
+
+def _add_present_(targets: Sequence[Tensor], gradients: Sequence[Tensor | None], alpha: float = 1.0) -> None:
+    """targets ← targets + alpha · gradients, tensor by tensor; a missing gradient adds nothing."""
+    present = [(a, b) for a, b in zip(targets, gradients, strict=True) if b is not None]
+    if present:
+        torch._foreach_add_(*map(list, zip(*present, strict=True)), alpha=alpha)
