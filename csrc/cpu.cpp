@@ -44,6 +44,12 @@ std::atomic<Parallel> shared_parallel{nullptr};
 std::atomic<int (*)()> shared_thread_number{nullptr};
 thread_local int own_thread_number = 0;
 
+// body() once on each thread of a team.
+template <class Body>
+void run_on_all(int threads, Body body) {
+  run_team([](void* data) { (*static_cast<Body*>(data))(); }, &body, threads);
+}
+
 }  // namespace
 
 std::vector<std::string> instruction_sets() {
@@ -136,34 +142,18 @@ int Plan::team_for(int threads, size_t pieces) const {
 
 void Plan::step(const Step& step, int threads) const {
   threads = team_for(threads, tiles_.list.size());
-  struct Work {
-    const Plan& plan;
-    const Step& step;
-    Queue queue;
-  } work{*this, step, Queue(tiles_, threads)};
-  run_team(
-      [](void* data) {
-        Work& work = *static_cast<Work*>(data);
-        work.plan.kernel_(work.plan.flats_.data(), work.plan.tiles_.list.data(), work.queue, work.step);
-      },
-      &work, threads);
+  Queue queue(tiles_, threads);
+  run_on_all(threads, [&] { kernel_(flats_.data(), tiles_.list.data(), queue, step); });
 }
 
 template <class Body>
 void Plan::over_spans(int threads, Body body) const {
   threads = team_for(threads, spans_.list.size());
-  struct Work {
-    const Plan& plan;
-    const Body& body;
-    Queue queue;
-  } work{*this, body, Queue(spans_, threads)};
-  run_team(
-      [](void* data) {
-        Work& work = *static_cast<Work*>(data);
-        for (Range range; work.queue.take(range);)
-          for (int64_t i = range.first; i < range.last; ++i) work.body(i, work.plan.spans_.list[size_t(i)]);
-      },
-      &work, threads);
+  Queue queue(spans_, threads);
+  run_on_all(threads, [&] {
+    for (Range range; queue.take(range);)
+      for (int64_t i = range.first; i < range.last; ++i) body(i, spans_.list[size_t(i)]);
+  });
 }
 
 void Plan::add_gradients(const void* const* gradients, void* target, const std::vector<double>& weights, int threads) const {

@@ -70,6 +70,6 @@ class Leap(Method):
             passes.squared_distances(own["previous_theta"])
             for passes, own in zip(self._passes(), self._own, strict=True)
         ]
-        squared = [change**2 + sum(moved) for change, *moved in zip(loss_changes, *parts, strict=True)]
+        squared = [change * change + sum(moved) for change, *moved in zip(loss_changes, *parts, strict=True)]
         # a path that stands still has no direction
         return [p * s ** (p / 2 - 1) / len(squared) if s > 0 else 0.0 for s in squared]
