@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "cpu.h"
 #include "gradients.h"
 
@@ -17,6 +19,7 @@ T* pointer(uintptr_t address) {
 
 using FlatTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int32_t>;
 using SegmentTuple = std::tuple<int64_t, int64_t, int32_t, int32_t>;
+using LeapTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, std::vector<double>, std::vector<double>, double, bool>;
 using GroupTuple = std::tuple<double, double, double, double, bool, bool, double, double>;
 
 cts::Plan make_plan(int dtype, const std::vector<FlatTuple>& flats, const std::vector<std::vector<SegmentTuple>>& segments,
@@ -33,19 +36,31 @@ cts::Plan make_plan(int dtype, const std::vector<FlatTuple>& flats, const std::v
 }
 
 void step(const cts::Plan& plan, uintptr_t gradients, uintptr_t started, uintptr_t nonfinite, const std::vector<GroupTuple>& hyper,
-          bool meta_update, bool reset, bool reset_momentum, double inverse_scale, int threads) {
+          bool meta_update, bool reset, bool reset_momentum, double inverse_scale, const std::optional<LeapTuple>& leap, int threads) {
   std::vector<cts::Group> groups;
   for (auto [lr, momentum, dampening, weight_decay, nesterov, maximize, meta_lr, shift] : hyper)
     groups.push_back({lr, momentum, dampening, weight_decay, meta_lr, shift, nesterov, maximize});
   const cts::Step step{pointer<const void* const>(gradients), pointer<const uint8_t>(started), pointer<uint8_t>(nonfinite),
                        groups.data(), inverse_scale, meta_update, reset, reset_momentum};
+  cts::Leap native;
+  if (leap) {
+    const auto& [total, theta, gradient, stride, weights, changes, scale, keeps] = *leap;
+    native = {pointer<void>(total), pointer<void>(theta), pointer<void>(gradient), stride,
+              weights.empty() ? nullptr : weights.data(), changes.data(), scale, keeps};
+  }
   py::gil_scoped_release release;
-  plan.step(step, threads);
+  plan.step(step, leap ? &native : nullptr, threads);
 }
 
-void add_gradients(const cts::Plan& plan, uintptr_t gradients, uintptr_t target, const std::vector<double>& weights, int threads) {
+void add_gradients(const cts::Plan& plan, uintptr_t gradients, uintptr_t target, double weight, int threads) {
   py::gil_scoped_release release;
-  plan.add_gradients(pointer<const void* const>(gradients), pointer<void>(target), weights, threads);
+  plan.add_gradients(pointer<const void* const>(gradients), pointer<void>(target), weight, threads);
+}
+
+void end_round(const cts::Plan& plan, uintptr_t gradients, uintptr_t total, double weight, const std::vector<double>& rates, bool momentum,
+               int threads) {
+  py::gil_scoped_release release;
+  plan.end_round({pointer<const void* const>(gradients), pointer<void>(total), weight, rates.data(), momentum}, threads);
 }
 
 std::vector<double> squared_distances(const cts::Plan& plan, bool of_phi, uintptr_t rows, int64_t stride, int threads) {
@@ -55,15 +70,7 @@ std::vector<double> squared_distances(const cts::Plan& plan, bool of_phi, uintpt
 
 void add_signs(const cts::Plan& plan, uintptr_t signs, double scale, int threads) {
   py::gil_scoped_release release;
-  plan.add_signs(pointer<const int8_t>(signs), scale, threads);
-}
-
-void leap(const cts::Plan& plan, uintptr_t gradients, uintptr_t total, uintptr_t theta, uintptr_t gradient, int64_t stride,
-          const std::vector<double>& weights, const std::vector<double>& changes, double scale, bool keeps, int threads) {
-  py::gil_scoped_release release;
-  const cts::LeapBuffers kept{pointer<void>(total), pointer<void>(theta), pointer<void>(gradient), stride};
-  const cts::LeapSegment segment{weights.empty() ? nullptr : weights.data(), changes.data(), scale, keeps};
-  plan.leap(pointer<const void* const>(gradients), kept, segment, threads);
+  plan.add_signs(pointer<const uint64_t>(signs), scale, threads);
 }
 
 }  // namespace
@@ -77,16 +84,17 @@ PYBIND11_MODULE(_cpu, m) {
            "dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. flats: (phi, theta, momentum, master, stride, rows), addresses or 0. "
            "segments: for each flat, (offset, numel, group, index of row 0's gradient).")
       .def("step", &step, "gradients"_a, "started"_a, "nonfinite"_a, "hyper"_a, "meta_update"_a, "reset"_a, "reset_momentum"_a,
-           "inverse_scale"_a, "threads"_a, "One step in place. The first three are addresses, the last two of them may be 0.")
-      .def("add_gradients", &add_gradients, "gradients"_a, "target"_a, "weights"_a, "threads"_a,
-           "target [S] += weights[group] times the sum over the rows of their gradients.")
-      .def("reset", &cts::Plan::reset, "momentum"_a, "threads"_a, "theta <- phi in every row, and momentum <- 0.",
-           py::call_guard<py::gil_scoped_release>())
+           "inverse_scale"_a, "leap"_a, "threads"_a,
+           "One step in place. The first three are addresses, the last two of them may be 0. leap: None, or for Leap's part before the step "
+           "(total, theta, gradient, stride of the last two, weights, changes, scale, keeps): its sum takes in the segment that ends here "
+           "(weights empty: none); then this point is kept.")
+      .def("add_gradients", &add_gradients, "gradients"_a, "target"_a, "weight"_a, "threads"_a,
+           "target [S] += weight times the sum over the rows of their gradients.")
+      .def("end_round", &end_round, "gradients"_a, "total"_a, "weight"_a, "rates"_a, "momentum"_a, "threads"_a,
+           "phi -= rates[group] * (total + weight * sum of gradients), total <- 0, theta <- phi, and if asked momentum <- 0. Addresses may be 0.")
       .def("squared_distances", &squared_distances, "of_phi"_a, "rows"_a, "stride"_a, "threads"_a,
            "|theta_t - rows_t|^2 of every row t; or, of phi, the one |phi - rows|^2.")
-      .def("add_signs", &add_signs, "signs"_a, "scale"_a, "threads"_a, "theta_t += scale * signs in every row.")
-      .def("leap", &leap, "gradients"_a, "total"_a, "theta"_a, "gradient"_a, "stride"_a, "weights"_a, "changes"_a, "scale"_a, "keeps"_a,
-           "threads"_a, "Leap's sum takes in the segment that ends here (weights empty: none); then this point is kept.");
+      .def("add_signs", &add_signs, "signs"_a, "scale"_a, "threads"_a, "theta_t += scale * (1 where the bit is set, else -1) in every row.");
   py::class_<cts::GradientTable>(m, "GradientTable", "The addresses of the gradients of a list of parameters.")
       .def(py::init<py::list, const std::vector<uintptr_t>&, const std::vector<py::tuple>&, py::object>(), "params"_a, "addresses"_a,
            "layouts"_a, "like"_a)

@@ -140,10 +140,10 @@ int Plan::team_for(int threads, size_t pieces) const {
   return int(std::min<size_t>({size_t(std::max(threads, 1)), std::max<size_t>(1, bytes_ / kThreadBytes), std::max<size_t>(1, pieces)}));
 }
 
-void Plan::step(const Step& step, int threads) const {
+void Plan::step(const Step& step, const Leap* leap, int threads) const {
   threads = team_for(threads, tiles_.list.size());
   Queue queue(tiles_, threads);
-  run_on_all(threads, [&] { kernel_(flats_.data(), tiles_.list.data(), queue, step); });
+  run_on_all(threads, [&] { kernel_(flats_.data(), tiles_.list.data(), queue, step, passes_, leap); });
 }
 
 template <class Body>
@@ -152,16 +152,19 @@ void Plan::over_spans(int threads, Body body) const {
   Queue queue(spans_, threads);
   run_on_all(threads, [&] {
     for (Range range; queue.take(range);)
-      for (int64_t i = range.first; i < range.last; ++i) body(i, spans_.list[size_t(i)]);
+      for (int64_t i = range.first; i < range.last; ++i) {
+        const Tile* const span = &spans_.list[size_t(i)];
+        body(i, *span, i + 1 < range.last ? span + 1 : nullptr);
+      }
   });
 }
 
-void Plan::add_gradients(const void* const* gradients, void* target, const std::vector<double>& weights, int threads) const {
-  over_spans(threads, [&](int64_t, const Tile& span) { passes_.add_gradients(flats_[0], span, gradients, target, weights.data()); });
+void Plan::add_gradients(const void* const* gradients, void* target, double weight, int threads) const {
+  over_spans(threads, [&](int64_t, const Tile& span, const Tile*) { passes_.add_gradients(flats_[0], span, gradients, target, weight); });
 }
 
-void Plan::reset(bool momentum, int threads) const {
-  over_spans(threads, [&](int64_t, const Tile& span) { passes_.reset(flats_[0], span, momentum); });
+void Plan::end_round(const RoundEnd& end, int threads) const {
+  over_spans(threads, [&](int64_t, const Tile& span, const Tile* next) { passes_.end_round(flats_[0], span, next, end); });
 }
 
 std::vector<double> Plan::squared_distances(bool of_phi, const void* rows, int64_t stride, int threads) const {
@@ -169,19 +172,15 @@ std::vector<double> Plan::squared_distances(bool of_phi, const void* rows, int64
   if (of_phi) flat.theta = flat.phi, flat.master = nullptr, flat.rows = 1;
   const size_t tasks = size_t(flat.rows);
   std::vector<double> parts(spans_.list.size() * tasks), result(tasks);
-  over_spans(threads, [&](int64_t i, const Tile& span) { passes_.squared_distances(flat, span, rows, stride, &parts[size_t(i) * tasks]); });
+  over_spans(threads, [&](int64_t i, const Tile& span, const Tile*) { passes_.squared_distances(flat, span, rows, stride, &parts[size_t(i) * tasks]); });
   for (size_t i = 0; i < parts.size(); ++i) result[i % tasks] += parts[i];  // in one order, whoever computed them
   return result;
 }
 
-void Plan::add_signs(const int8_t* signs, double scale, int threads) const {
-  std::vector<const int8_t*> of_segment;
-  for (const Segment& segment : segments_[0]) of_segment.push_back(signs), signs += segment.numel;
-  over_spans(threads, [&](int64_t, const Tile& span) { passes_.add_signs(flats_[0], span, of_segment[size_t(span.segment)], scale); });
-}
-
-void Plan::leap(const void* const* gradients, const LeapBuffers& kept, const LeapSegment& segment, int threads) const {
-  over_spans(threads, [&](int64_t, const Tile& span) { passes_.leap(flats_[0], span, gradients, kept, segment); });
+void Plan::add_signs(const uint64_t* signs, double scale, int threads) const {
+  std::vector<const uint64_t*> of_segment;
+  for (const Segment& segment : segments_[0]) of_segment.push_back(signs), signs += (segment.numel + 63) / 64;
+  over_spans(threads, [&](int64_t, const Tile& span, const Tile*) { passes_.add_signs(flats_[0], span, of_segment[size_t(span.segment)], scale); });
 }
 
 }  // namespace cts

@@ -52,31 +52,37 @@ class Queue {
   Share shares_[kShares];
 };
 
-// Steps tiles until the queue is empty; every thread of a team runs it.
-using Kernel = void (*)(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step);
-
-// What methods keep: total [S]; theta, gradient: [rows, S] at the last point of each path.
-struct LeapBuffers {
+// Leap's part of a step. total [S]; theta, gradient: [rows, S], `stride` apart: the last point of each path. The segment that ends at this
+// point has a weight and a change of loss for every row; null if none does. Then the point is kept, if asked, and its gradients times scale.
+struct Leap {
   void *total, *theta, *gradient;
   int64_t stride;
-};
-
-// The segment that ends at this point: its weight and change of loss for every row, null if none does; then whether the point is kept, and
-// what gradients are multiplied by.
-struct LeapSegment {
   const double *weights, *changes;
   double scale;
   bool keeps;
 };
 
-// What methods do with one span of a flat that has a phi; Plan has the same for all of it, and says what.
-struct Passes {
-  void (*add_gradients)(const Flat& flat, const Tile& span, const void* const* gradients, void* target, const double* weights);
-  void (*reset)(const Flat& flat, const Tile& span, bool momentum);
-  void (*squared_distances)(const Flat& flat, const Tile& span, const void* rows, int64_t stride, double* result);
-  void (*leap)(const Flat& flat, const Tile& span, const void* const* gradients, const LeapBuffers& kept, const LeapSegment& segment);
-  void (*add_signs)(const Flat& flat, const Tile& span, const int8_t* signs, double scale);  // signs: of the span's segment
+// The end of a round: phi -= rates[group] * (total + weight * sum over the rows of gradients) and total <- 0, as far as they are given; then
+// theta <- phi in every row and, if asked, momentum <- 0.
+struct RoundEnd {
+  const void* const* gradients;
+  void* total;
+  double weight;
+  const double* rates;
+  bool momentum;
 };
+
+// What methods do with a part of a flat that has a phi; Plan has the same for all of it.
+struct Passes {
+  void (*add_gradients)(const Flat& flat, const Tile& span, const void* const* gradients, void* target, double weight);
+  void (*end_round)(const Flat& flat, const Tile& span, const Tile* next, const RoundEnd& end);  // next: fetched meanwhile, or null
+  void (*squared_distances)(const Flat& flat, const Tile& span, const void* rows, int64_t stride, double* result);
+  void (*leap)(const Flat& flat, const Tile& tile, const void* const* gradients, const Leap& leap);
+  void (*add_signs)(const Flat& flat, const Tile& span, const uint64_t* signs, double scale);  // signs: of the span's segment
+};
+
+// Steps tiles until the queue is empty, those of a flat that has a phi after Leap's part if there is one; every thread of a team runs it.
+using Kernel = void (*)(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const Passes& passes, const Leap* leap);
 
 // Instruction sets that this module holds and this machine has, the widest first: of "avx512", "avx2", "plain".
 std::vector<std::string> instruction_sets();
@@ -87,32 +93,28 @@ class Plan {
   // segments[f] belongs to flats[f]; flats[f].segments is set here. isa: one of instruction_sets().
   Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment>> segments, const std::string& isa);
 
-  // One step in place. At most `threads` threads; the result does not depend on how many.
-  void step(const Step& step, int threads) const;
+  // One step in place, with Leap's part before it if there is one. At most `threads` threads; the result does not depend on how many.
+  void step(const Step& step, const Leap* leap, int threads) const;
 
   // The rest is about the first flat, which has a phi. Buffers of the methods are laid out as phi, [S], or as theta, [rows, S] with rows
   // `stride` apart, and are of phi's type.
 
-  // target += weights[group] * sum over the rows of their gradients; a null gradient adds nothing.
-  void add_gradients(const void* const* gradients, void* target, const std::vector<double>& weights, int threads) const;
+  // target += weight * sum over the rows of their gradients; a null gradient adds nothing.
+  void add_gradients(const void* const* gradients, void* target, double weight, int threads) const;
 
-  // theta <- phi in every row, and momentum <- 0.
-  void reset(bool momentum, int threads) const;
+  void end_round(const RoundEnd& end, int threads) const;
 
   // |theta_t - rows_t|^2 of every row t; or, of phi, the one |phi - rows|^2.
   std::vector<double> squared_distances(bool of_phi, const void* rows, int64_t stride, int threads) const;
 
-  // theta_t += scale * signs in every row; signs lie one after another in the order of the segments, without padding.
-  void add_signs(const int8_t* signs, double scale, int threads) const;
-
-  // total += sum over the rows of weights[t] * (kept theta_t - theta_t - changes[t] * kept gradient_t); then, if asked, this point is kept.
-  void leap(const void* const* gradients, const LeapBuffers& kept, const LeapSegment& segment, int threads) const;
+  // theta_t += scale * signs in every row. A bit for each number, +1 where it is set, else -1; every segment starts with a word of its own.
+  void add_signs(const uint64_t* signs, double scale, int threads) const;
 
  private:
   // At most `threads`, and no more than there is work for.
   int team_for(int threads, size_t pieces) const;
 
-  // body(i, span i) for all spans of the first flat, once each.
+  // body(i, span i, the span after it for the same thread or null) for all spans of the first flat, once each.
   template <class Body>
   void over_spans(int threads, Body body) const;
 

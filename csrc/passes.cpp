@@ -59,11 +59,11 @@ double sum_of(Vec<C> v) {
   return sum;
 }
 
+// sums <- the sum over the rows of their gradients.
 template <class S, class C>
-void add_gradients(const Flat& flat, const Tile& span, const void* const* gradients, void* target, const double* weights) {
+void sum_gradients(const Flat& flat, const Tile& span, const void* const* gradients, C* sums) {
   const Segment& segment = flat.segments[span.segment];
   const int64_t n = span.end - span.begin;
-  alignas(64) C sums[kTileElements + Vec<C>::size];
   memset(sums, 0, size_t(n + Vec<C>::size) * sizeof(C));
   for (int32_t t = 0; t < flat.rows; ++t) {
     const S* g = static_cast<const S*>(gradients[segment.first + t]);
@@ -71,25 +71,53 @@ void add_gradients(const Flat& flat, const Tile& span, const void* const* gradie
     const S* next = t + 1 < flat.rows ? static_cast<const S*>(gradients[segment.first + t + 1]) : nullptr;
     for_vectors<C>(n, [&](int64_t i) { store(sums + i, load(sums + i) + load_gradient<C>(g + span.begin, i, n)); }, (next ? next : g) + span.begin);
   }
-  C* const out = static_cast<C*>(target) + segment.offset + span.begin;
-  const Vec<C> weight{C(weights[segment.group])};
-  for (int64_t i = 0; i < n; i += Vec<C>::size) store(out + i, load(out + i) + weight * load(sums + i));
 }
 
 template <class S, class C>
-void reset(const Flat& flat, const Tile& span, bool momentum) {
-  const int64_t first = flat.segments[span.segment].offset + span.begin, n = span.end - span.begin;
-  const C* phi = static_cast<const C*>(flat.phi) + first;
+void add_gradients(const Flat& flat, const Tile& span, const void* const* gradients, void* target, double weight) {
+  const int64_t n = span.end - span.begin;
+  alignas(64) C sums[kTileElements + Vec<C>::size];
+  sum_gradients<S>(flat, span, gradients, sums);
+  C* const out = static_cast<C*>(target) + flat.segments[span.segment].offset + span.begin;
+  for (int64_t i = 0; i < n; i += Vec<C>::size) store(out + i, load(out + i) + Vec<C>(C(weight)) * load(sums + i));
+}
+
+template <class S, class C>
+void end_round(const Flat& flat, const Tile& span, const Tile* next, const RoundEnd& end) {
+  using V = Vec<C>;
+  const Segment& segment = flat.segments[span.segment];
+  const int64_t first = segment.offset + span.begin, n = span.end - span.begin;
+  C* const phi = static_cast<C*>(flat.phi) + first;
+  if (end.gradients || end.total) {
+    alignas(64) C sums[kTileElements + V::size];
+    C* const total = end.total ? static_cast<C*>(end.total) + first : nullptr;
+    const V weight{C(end.weight)}, rate{C(end.rates[segment.group])}, zero{C(0)};
+    if (end.gradients) sum_gradients<S>(flat, span, end.gradients, sums);
+    for (int64_t i = 0; i < n; i += V::size) {
+      V sum = total ? load(total + i) : zero;
+      if (end.gradients) sum = sum + weight * load(sums + i);
+      if (total) store(total + i, zero);
+      store(phi + i, load(phi + i) - rate * sum);
+    }
+  }
+  // reads and writes have ways of their own to memory: while theta and momentum leave, the next gradients come
+  constexpr int32_t kRowsAhead = (256 << 10) / int32_t(kTileElements * sizeof(S));
   for (int32_t t = 0; t < flat.rows; ++t) {
     const int64_t at = first + t * flat.stride;
     S *theta = static_cast<S*>(flat.theta) + at, *v = static_cast<S*>(flat.momentum) + at;
+    const S* coming = next && end.gradients && t < kRowsAhead ? static_cast<const S*>(end.gradients[flat.segments[next->segment].first + t]) : nullptr;
+    coming = coming ? coming + next->begin : theta;
     if constexpr (std::is_same_v<S, C>) {
-      for (int64_t i = 0; i < n; i += Vec<C>::size) store_past_caches(theta + i, load(phi + i));
-      for (int64_t i = 0; momentum && i < n; i += Vec<C>::size) store_past_caches(v + i, Vec<C>(C(0)));
+      for_vectors<C>(n, [&](int64_t i) {
+        store_past_caches(theta + i, load(phi + i));
+        if (end.momentum) store_past_caches(v + i, V(C(0)));
+      }, coming);
     } else {
       C* master = static_cast<C*>(flat.master) + at;
-      for (int64_t i = 0; i < n; i += Vec<C>::size) store(master + i, load(phi + i)), store(theta + i, load(phi + i));
-      for (int64_t i = 0; momentum && i < n; i += Vec<C>::size) store(v + i, Vec<C>(C(0)));
+      for_vectors<C>(n, [&](int64_t i) {
+        store(master + i, load(phi + i)), store(theta + i, load(phi + i));
+        if (end.momentum) store(v + i, V(C(0)));
+      }, coming);
     }
   }
   finish_stores();
@@ -121,35 +149,37 @@ void squared_distances(const Flat& flat, const Tile& span, const void* rows, int
 }
 
 template <class S, class C>
-void leap(const Flat& flat, const Tile& span, const void* const* gradients, const LeapBuffers& kept, const LeapSegment& segment_end) {
+void leap(const Flat& flat, const Tile& tile, const void* const* gradients, const Leap& l) {
   using V = Vec<C>;
-  const Segment& segment = flat.segments[span.segment];
-  const int64_t first = segment.offset + span.begin, n = span.end - span.begin;
-  const bool ends = segment_end.weights, keeps = segment_end.keeps;
-  const V scale{C(segment_end.scale)};
-  C* const total = static_cast<C*>(kept.total) + first;
+  const Segment& segment = flat.segments[tile.segment];
+  const int64_t first = segment.offset + tile.begin, n = tile.end - tile.begin;
+  const V scale{C(l.scale)};
+  C* const total = static_cast<C*>(l.total) + first;
   for (int32_t t = 0; t < flat.rows; ++t) {
-    const bool last = t + 1 == flat.rows;
-    const int64_t next_theta = last ? 0 : flat.stride, next_kept = last ? 0 : kept.stride;
+    const int64_t next = t + 1 == flat.rows ? 0 : l.stride;
     const C* theta = work_theta<C>(flat, first + t * flat.stride);
-    C *old_theta = static_cast<C*>(kept.theta) + first + t * kept.stride, *old_g = static_cast<C*>(kept.gradient) + first + t * kept.stride;
-    const S *g = static_cast<const S*>(gradients[segment.first + t]), *next_g = last ? nullptr : static_cast<const S*>(gradients[segment.first + t + 1]);
-    const V weight{C(ends ? segment_end.weights[t] : 0)}, slope{C(ends ? -segment_end.weights[t] * segment_end.changes[t] : 0)};
+    C *old_theta = static_cast<C*>(l.theta) + first + t * l.stride, *old_g = static_cast<C*>(l.gradient) + first + t * l.stride;
+    const S* g = static_cast<const S*>(gradients[segment.first + t]);
+    const V weight{C(l.weights ? l.weights[t] : 0)}, slope{C(l.weights ? -l.weights[t] * l.changes[t] : 0)};
     for_vectors<C>(n, [&](int64_t i) {
       const V now = load(theta + i);
-      if (ends) store(total + i, load(total + i) + (weight * (load(old_theta + i) - now) + slope * load(old_g + i)));
-      if (!keeps) return;
+      if (l.weights) store(total + i, load(total + i) + (weight * (load(old_theta + i) - now) + slope * load(old_g + i)));
+      if (!l.keeps) return;
       store(old_theta + i, now);
-      store(old_g + i, g ? scale * load_gradient<C>(g + span.begin, i, n) : V(C(0)));
-    }, theta + next_theta, old_theta + next_kept, old_g + next_kept, next_g ? next_g + span.begin : reinterpret_cast<const S*>(theta));
+      store(old_g + i, g ? scale * load_gradient<C>(g + tile.begin, i, n) : V(C(0)));
+    }, old_theta + next, old_g + next);
   }
 }
 
 template <class S, class C>
-void add_signs(const Flat& flat, const Tile& span, const int8_t* signs, double scale) {
+void add_signs(const Flat& flat, const Tile& span, const uint64_t* signs, double scale) {
   const int64_t first = flat.segments[span.segment].offset + span.begin, n = span.end - span.begin;
+  static_assert(kTileElements % 64 == 0);  // a span starts with a word
   alignas(64) C shift[kTileElements + Vec<C>::size];
-  for (int64_t i = 0; i < n; ++i) shift[i] = C(scale) * C(signs[span.begin + i]);
+  for (int64_t begin = 0; begin < n; begin += 64) {
+    const uint64_t word = signs[(span.begin + begin) / 64];
+    for (int64_t i = 0; i < 64; ++i) shift[begin + i] = word >> i & 1 ? C(scale) : C(-scale);
+  }
   memset(shift + n, 0, Vec<C>::size * sizeof(C));  // padding stays where it is
   for (int32_t t = 0; t < flat.rows; ++t) {
     C* theta = work_theta<C>(flat, first + t * flat.stride);
@@ -163,7 +193,7 @@ void add_signs(const Flat& flat, const Tile& span, const int8_t* signs, double s
 
 template <class S, class C>
 constexpr Passes passes_of() {
-  return {add_gradients<S, C>, reset<S, C>, squared_distances<C>, leap<S, C>, add_signs<S, C>};
+  return {add_gradients<S, C>, end_round<S, C>, squared_distances<C>, leap<S, C>, add_signs<S, C>};
 }
 
 }  // namespace

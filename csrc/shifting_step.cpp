@@ -201,12 +201,13 @@ void step_tile(const Flat& flat, const Tile& tile, const Step& step, const Rule<
 }
 
 template <class S, class C>
-void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step) {
+void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const Passes& passes, const Leap* leap) {
   Ahead<S, C> ahead(flats, tiles, queue, step);
   while (const Tile* tile = ahead.follow()) {
     const Flat& flat = flats[tile->flat];
     const Segment& segment = flat.segments[tile->segment];
     const Rule<C> rule = make_rule<C>(step.groups[segment.group], step, flat.rows, flat.phi != nullptr);
+    if (leap && flat.phi) passes.leap(flat, *tile, step.gradients, *leap);
     switch (kind_of(rule, step, segment, flat.rows)) {
       case Kind::usual: step_tile<Kind::usual>(flat, *tile, step, rule, ahead); break;
       case Kind::usual_with_weight_decay: step_tile<Kind::usual_with_weight_decay>(flat, *tile, step, rule, ahead); break;

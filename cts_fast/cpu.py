@@ -15,7 +15,7 @@ from torch import Tensor
 from cts_fast.flat import Flat
 from cts_fast.gradients import Gradients
 from cts_fast.ops import Control, Hyper
-from cts_fast.passes import Passes
+from cts_fast.passes import LeapPoint, Passes
 
 try:
     from cts_fast import _cpu
@@ -57,20 +57,31 @@ class Launcher(Passes):
         self.plan = _cpu.Plan(DTYPES[flats[0].dtype], buffers, segments, instruction_set())
 
     def __call__(self, gradients, hyper: Sequence[Hyper], control: Control) -> None:
+        self._step(gradients, hyper, control, None)
+
+    def leap_step_(self, point: LeapPoint, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
+        kept = (point.total.data_ptr(), point.theta.data_ptr(), point.gradient.data_ptr(), point.theta.stride(0))
+        self._step(gradients, hyper, control, (*kept, point.weights, point.changes, point.scale, point.keeps))
+
+    def _step(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, leap: tuple | None) -> None:
         started = 0 if all(flat.all_started for flat in self.flats) else self.started.data_ptr()
         nonfinite = 0 if control.nonfinite is None else control.nonfinite.data_ptr()
         self.plan.step(
             gradients.address, started, nonfinite, hyper, control.meta_update, control.reset, control.reset_momentum,
-            control.inverse_scale, torch.get_num_threads(),
+            control.inverse_scale, leap, torch.get_num_threads(),
         )  # fmt: skip
 
-    def add_gradients_(self, target: Tensor, gradients: Gradients, weights: Sequence[float]) -> None:
-        self.plan.add_gradients(gradients.address, target.data_ptr(), weights, torch.get_num_threads())
+    def add_gradients_(self, target: Tensor, gradients: Gradients, weight: float) -> None:
+        self.plan.add_gradients(gradients.address, target.data_ptr(), weight, torch.get_num_threads())
 
-    def reset_(self, clear_momentum: bool) -> None:
-        self.plan.reset(clear_momentum, torch.get_num_threads())
+    def end_round_(self, total, gradients, weight: float, rates: Sequence[float], clear_momentum: bool) -> None:
+        given = (0 if gradients is None else gradients.address, 0 if total is None else total.data_ptr())
+        self.plan.end_round(*given, weight, rates, clear_momentum, torch.get_num_threads())
         if clear_momentum:
             self.flats[0].forget_started_()
+
+    def reset_(self, clear_momentum: bool) -> None:
+        self.end_round_(None, None, 0.0, (), clear_momentum)
 
     def squared_distances(self, rows: Tensor) -> list[float]:
         return self.plan.squared_distances(False, rows.data_ptr(), rows.stride(0), torch.get_num_threads())
@@ -80,7 +91,3 @@ class Launcher(Passes):
 
     def add_signs_(self, signs: Tensor, scale: float) -> None:
         self.plan.add_signs(signs.data_ptr(), scale, torch.get_num_threads())
-
-    def leap_(self, total, theta, gradient, gradients, weights, changes, scale, keeps) -> None:
-        kept = (total.data_ptr(), theta.data_ptr(), gradient.data_ptr(), theta.stride(0))
-        self.plan.leap(gradients.address, *kept, weights, changes, scale, keeps, torch.get_num_threads())

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cts_fast.flat import Flat
 from cts_fast.gradients import Gradients
+from cts_fast.ops import Control, Hyper
+
+
+class LeapPoint(NamedTuple):
+    """What Leap does at a point, before the step that leaves it.
+
+    total ← total + Σ_t w_t ((θ_t^kept − θ_t) − c_t g_t^kept); then, if `keeps`, θ^kept ← θ and g^kept ← scale · gradients.
+    """
+
+    total: Tensor  # [S]
+    theta: Tensor  # [T, S]: θ^kept
+    gradient: Tensor  # [T, S]: g^kept
+    weights: Sequence[float]  # w of each task; none: no segment ends here
+    changes: Sequence[float]  # c of each task
+    scale: float
+    keeps: bool
 
 
 class Passes:
@@ -20,23 +37,32 @@ class Passes:
 
     flats: Sequence[Flat]
 
-    def add_gradients_(self, target: Tensor, gradients: Gradients, weights: Sequence[float]) -> None:
-        """target ← target + w Σ_t g_t; target: [S]; weights: w of each param group."""
+    def add_gradients_(self, target: Tensor, gradients: Gradients, weight: float) -> None:
+        """target ← target + weight Σ_t g_t; target: [S]."""
         flat = self.flats[0]
         parts = flat.parts(target[None])
         for row in range(flat.rows):
-            for group, weight in enumerate(weights):
-                pairs = [
-                    (part, g)
-                    for part, g, segment in zip(parts, gradients[row : len(flat.params) : flat.rows], flat.segments, strict=True)
-                    if g is not None and segment.group == group
-                ]
-                if pairs:
-                    torch._foreach_add_(*map(list, zip(*pairs, strict=True)), alpha=weight)
+            add_present_(parts, gradients[row : len(flat.params) : flat.rows], alpha=weight)
 
     def reset_(self, clear_momentum: bool) -> None:
         """θ_t ← φ for every t (and v_t ← 0)."""
         self.flats[0].reset_(clear_momentum)
+
+    def end_round_(
+        self, total: Tensor | None, gradients: Gradients | None, weight: float, rates: Sequence[float], clear_momentum: bool
+    ) -> None:  # fmt: skip
+        """φ ← φ − r (total + weight Σ_t g_t); total ← 0; θ_t ← φ for every t (and v_t ← 0).
+
+        total: [S], or None for 0; gradients: None for none; rates: r of each param group.
+        """
+        flat = self.flats[0]
+        total = torch.zeros_like(flat.phi) if total is None else total
+        if gradients is not None:
+            self.add_gradients_(total, gradients, weight)
+        for part, phi, segment in zip(flat.parts(total[None]), flat.initialization, flat.segments, strict=True):
+            phi.sub_(part, alpha=rates[segment.group])
+        total.zero_()
+        self.reset_(clear_momentum)
 
     def squared_distances(self, rows: Tensor) -> list[float]:
         """‖θ_t − rows_t‖² for every t; rows: [T, S]."""
@@ -48,31 +74,41 @@ class Passes:
         return short.double().square().sum().item()
 
     def add_signs_(self, signs: Tensor, scale: float) -> None:
-        """θ_t ← θ_t + scale · signs for every t; signs: int8 [P], the shared parameters one after the other in memory order."""
+        """θ_t ← θ_t ± scale for every t, + where a bit of signs is set.
+
+        signs: int64, a bit for each number in memory order, the lowest first; each segment starts with a word of its own.
+        """
         flat = self.flats[0]
         shift = torch.zeros_like(flat.phi)
-        sizes = [segment.numel for segment in flat.segments]
-        places = [shift[segment.offset : segment.offset + segment.numel] for segment in flat.segments]
-        torch._foreach_copy_(places, signs.split(sizes))
+        words = signs.split([sign_words(segment.numel) for segment in flat.segments])
+        for segment, own in zip(flat.segments, words, strict=True):
+            bits = own[:, None].bitwise_right_shift(torch.arange(64, device=signs.device)).bitwise_and_(1).view(-1)
+            shift[segment.offset : segment.offset + segment.numel] = bits[: segment.numel].to(shift.dtype).mul_(2).sub_(1)
         flat.work_theta.add_(shift, alpha=scale)
         if flat.master is not None:
             flat.theta.copy_(flat.master)
 
-    def leap_(
-        self, total: Tensor, theta: Tensor, gradient: Tensor, gradients: Gradients, weights: Sequence[float],
-        changes: Sequence[float], scale: float, keeps: bool,
-    ) -> None:  # fmt: skip
-        """total ← total + Σ_t w_t ((θ_t^kept − θ_t) − c_t g_t^kept); then, if `keeps`, θ^kept ← θ and g^kept ← scale · gradients.
-
-        total: [S]; theta, gradient: [T, S], what is kept; weights, changes: the T of each, or none of both: no segment ends here.
-        """
+    def leap_step_(self, point: LeapPoint, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
+        """What Leap does at a point, and the step."""
         flat = self.flats[0]
-        if weights:
-            w, slopes = total.new_tensor(weights), total.new_tensor([-w * c for w, c in zip(weights, changes, strict=True)])
-            total.addmv_(theta.sub_(flat.work_theta).T, w).addmv_(gradient.T, slopes)
-        if keeps:
-            theta.copy_(flat.work_theta)
-            gradient.zero_()
-            pairs = [(part, g) for part, g in zip(flat.parts(gradient), gradients[: len(flat.params)], strict=True) if g is not None]
-            if pairs:
-                torch._foreach_add_(*map(list, zip(*pairs, strict=True)), alpha=scale)
+        if point.weights:
+            w = point.total.new_tensor(point.weights)
+            slopes = point.total.new_tensor([-w * c for w, c in zip(point.weights, point.changes, strict=True)])
+            point.total.addmv_(point.theta.sub_(flat.work_theta).T, w).addmv_(point.gradient.T, slopes)
+        if point.keeps:
+            point.theta.copy_(flat.work_theta)
+            point.gradient.zero_()
+            add_present_(flat.parts(point.gradient), gradients[: len(flat.params)], alpha=point.scale)
+        self(gradients, hyper, control)
+
+
+def sign_words(numel: int) -> int:
+    """Words of 64 signs that a tensor of so many numbers takes."""
+    return -(-numel // 64)
+
+
+def add_present_(targets: Sequence[Tensor], gradients: Sequence[Tensor | None], alpha: float = 1.0) -> None:
+    """targets ← targets + alpha · gradients, tensor by tensor; a missing gradient adds nothing."""
+    present = [(a, b) for a, b in zip(targets, gradients, strict=True) if b is not None]
+    if present:
+        torch._foreach_add_(*map(list, zip(*present, strict=True)), alpha=alpha)

@@ -4,28 +4,36 @@ import pytest
 import torch
 from step_cases import Case, build, set_gradients
 
-from cts_fast.passes import Passes
+from cts_fast.ops import Control, Hyper
+from cts_fast.passes import LeapPoint, Passes, sign_words
 
 _cpu = pytest.importorskip("cts_fast._cpu", reason="the native module is not built")
 
 SHAPES = ((129,), (3, 5, 3, 3), (), (0, 4), (1,), (2, 4100))
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OPTIONS = dict(lr=0.1, momentum=0.9, meta_lr=0.3)
+HYPER = Hyper(0.1, 0.9, 0.0, 0.0, False, False, 0.3, 1.0)
 PASSES = {
-    "add_gradients_": lambda passes, x: passes.add_gradients_(x["total"], x["gradients"], [0.3, 7.0]),
+    "add_gradients_": lambda passes, x: passes.add_gradients_(x["total"], x["gradients"], 0.3),
+    "end_round_": lambda passes, x: passes.end_round_(x["total"], x["gradients"], 0.3, [0.7, 9.0], True),
+    "end_round_ with gradients alone": lambda passes, x: passes.end_round_(None, x["gradients"], 0.3, [0.7, 9.0], False),
+    "end_round_ with a sum alone": lambda passes, x: passes.end_round_(x["total"], None, 0.0, [0.7, 9.0], True),
     "reset_": lambda passes, x: passes.reset_(True),
     "reset_, momentum kept": lambda passes, x: passes.reset_(False),
     "squared_distances": lambda passes, x: passes.squared_distances(x["theta"]),
     "squared_move": lambda passes, x: passes.squared_move(x["total"]),
     "add_signs_": lambda passes, x: passes.add_signs_(x["signs"], 0.01),
-    "leap_, the first point": lambda passes, x: passes.leap_(x["total"], x["theta"], x["gradient"], x["gradients"], [], [], 0.5, True),
-    "leap_": lambda passes, x: passes.leap_(
-        x["total"], x["theta"], x["gradient"], x["gradients"], [0.5 + t for t in range(x["tasks"])], [0.1 * t - 0.2 for t in range(x["tasks"])], 0.5, True,
-    ),
-    "leap_, the last point": lambda passes, x: passes.leap_(
-        x["total"], x["theta"], x["gradient"], x["gradients"], [1.0] * x["tasks"], [0.3] * x["tasks"], 1.0, False
-    ),
+    "leap_step_, the first point": lambda passes, x: leap(passes, x, [], [], 0.5, True),
+    "leap_step_": lambda passes, x: leap(passes, x, [0.5 + t for t in range(x["tasks"])], [0.1 * t - 0.2 for t in range(x["tasks"])], 0.5, True),
+    "leap_step_, the last point": lambda passes, x: leap(passes, x, [1.0] * x["tasks"], [0.3] * x["tasks"], 1.0, False),
 }  # fmt: skip
+
+
+def leap(passes, x, *segment):
+    point = LeapPoint(x["total"], x["theta"], x["gradient"], *segment)
+    passes.leap_step_(point, x["gradients"], [HYPER, HYPER], Control(False, False, True))
+
+
 every_pass = pytest.mark.parametrize("name", PASSES)
 
 
@@ -46,24 +54,29 @@ def taken(name, dtype=torch.float64, tasks=3, native=True, threads=2):
     for buffer in (x["total"][None], x["theta"], x["gradient"]):
         for part in flat.parts(buffer):
             part.copy_(torch.randn(part.shape, generator=draw))
-    numbers = sum(segment.numel for segment in flat.segments)
-    x["signs"] = torch.randint(0, 2, (numbers,), generator=draw, dtype=torch.int8) * 2 - 1
+    words = sum(sign_words(segment.numel) for segment in flat.segments)
+    x["signs"] = torch.empty(words, dtype=torch.int64).random_(-(2**63), None, generator=draw)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        returned = PASSES[name](launcher if native else torch_passes(flat), x)
+        returned = PASSES[name](launcher if native else TorchPasses(launcher), x)
     finally:
         torch.set_num_threads(before)
-    buffers = [flat.phi, flat.theta, flat.momentum, flat.work_theta, flat.started]
+    assert torch.equal(flat.theta, flat.work_theta.to(flat.dtype))
+    buffers = [flat.phi, flat.work_theta, flat.momentum, flat.started]
     buffers += [] if name == "squared_move" else [x["total"]]  # whose values may be lost
-    buffers += [x["theta"], x["gradient"]] if name != "leap_, the last point" else []  # not read again
+    buffers += [x["theta"], x["gradient"]] if name != "leap_step_, the last point" else []  # not read again
     return [b.double().clone() for b in buffers] + [torch.tensor(returned or 0.0, dtype=torch.float64)]
 
 
-def torch_passes(flat):
-    passes = Passes()
-    passes.flats = [flat]
-    return passes
+class TorchPasses(Passes):
+    """Torch's passes beside the native step of the same buffers."""
+
+    def __init__(self, launcher):
+        self.launcher, self.flats = launcher, launcher.flats
+
+    def __call__(self, *args):
+        self.launcher(*args)
 
 
 @every_pass

@@ -9,6 +9,7 @@ import torch
 
 from cts_fast.baselines.base import Method
 from cts_fast.ops import Control, Hyper
+from cts_fast.passes import sign_words
 
 
 class NoShifting(Method):
@@ -55,7 +56,7 @@ class RandomShifting(NoShifting):
         if not moves:
             return
         moved = sum(passes.squared_move(old) for passes, old in zip(self._passes(), self._before, strict=True))
-        scale = math.sqrt(moved / (sum(signs.numel() for signs in self._signs) or 1))
+        scale = math.sqrt(moved / (self._numbers or 1))
         self._draw_()
         for flat, passes, signs in zip(shared, self._passes(), self._signs, strict=True):
             passes.add_signs_(signs, scale)
@@ -65,21 +66,20 @@ class RandomShifting(NoShifting):
         super()._build()
         shared = self._shared()
         self._before = [torch.zeros_like(flat.phi) for flat in shared]
-        sizes = [sum(segment.numel for segment in flat.segments) for flat in shared]
-        # a random byte for each number, in the order of the parameters and of memory: normal ones would take longer than the step
-        self._words = [
-            torch.zeros(-(-n // 8), dtype=torch.int64, device=flat.device) for flat, n in zip(shared, sizes, strict=True)
+        self._numbers = sum(segment.numel for flat in shared for segment in flat.segments)
+        # a random bit for each number, as `Passes.add_signs_` reads them: normal numbers would take longer than the step
+        self._signs = [
+            torch.zeros(sum(sign_words(s.numel) for s in flat.segments), dtype=torch.int64, device=flat.device)
+            for flat in shared
         ]
-        self._signs = [words.view(torch.int8)[:n] for words, n in zip(self._words, sizes, strict=True)]
 
     def _draw_(self) -> None:
-        """-1 or 1 into every sign, the same whatever the precision."""
-        for i, (words, signs) in enumerate(zip(self._words, self._signs, strict=True)):
+        """New signs, the same whatever the precision."""
+        for i, signs in enumerate(self._signs):
             # CPU generators hear 32 bits of a seed: all of it is mixed into those
             key = f"{self.param_groups[0]['seed']} {self.meta_updates} {i}"
-            generator = torch.Generator(words.device).manual_seed(random.Random(key).getrandbits(32))
-            words.random_(-(2**63), None, generator=generator).bitwise_and_(0x0202020202020202)
-            signs.sub_(1)
+            generator = torch.Generator(signs.device).manual_seed(random.Random(key).getrandbits(32))
+            signs.random_(-(2**63), None, generator=generator)
 
 
 class ShiftingAccurate(Method):

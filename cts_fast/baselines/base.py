@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
@@ -20,7 +20,7 @@ class Method(ShiftingMetaOptimizer):
 
     A subclass names in `own_options` its further options, and in `buffers` the float buffers it keeps beside theta and
     phi: name → whether there is one row a task (laid out as theta) or one in all (as phi). Both are part of the state
-    dict; a reset clears buffers.
+    dict; `reset_tasks` and `load_initialization` clear them.
     """
 
     own_options: dict[str, object] = {}
@@ -98,10 +98,6 @@ class Method(ShiftingMetaOptimizer):
         """The fused inner step of all tasks and nothing else."""
         super()._apply_(gradients, hyper, control._replace(meta_update=False, reset=False), nonfinite, None, None)
 
-    def _shared_gradients(self, gradients: Sequence[Gradients]) -> list[Gradients]:
-        """The collected gradients of each shared buffer's device and dtype, those of heads behind them."""
-        return [g for g, flats in zip(gradients, self._flats, strict=True) if flats[0].shared]
-
     def _heldout_gradients(self, heldout: Sequence[Callable[[], Tensor]]) -> list[Gradients]:
         """∇ heldout_t(θ_t) of all tasks for each shared buffer: as many numbers as the training gradients are."""
         found: list[list[Tensor | None]] = [[None] * len(flat.params) for flat in self._shared()]
@@ -119,22 +115,18 @@ class Method(ShiftingMetaOptimizer):
         gradients = iter(torch.autograd.grad(evaluate(heldout, row), params, allow_unused=True))
         return [(flat, [next(gradients) for _ in flat.segments]) for flat in shared]
 
-    def _finish_(self, hyper: list[Hyper], control: Control, meta_gradient: Sequence[Tensor] | None) -> None:
-        """phi ← phi − β meta_gradient where a meta-update is due, and the reset.
+    def _end_round_(
+        self, hyper: list[Hyper], control: Control, total: Sequence[Tensor | None], heldout: Sequence[Gradients | None] | None = None,
+        weight: float = 0.0,
+    ) -> None:  # fmt: skip
+        """φ ← φ − β (total + weight Σ_t g_t^held), total ← 0, and the reset.
 
-        meta_gradient: [S] for each shared buffer; None: phi has moved already.
+        total: [S] for each shared buffer, or None for 0; heldout: gradients for each, or None for none.
         """
-        if not (control.meta_update or control.reset):
-            return
-        for i, (flat, passes) in enumerate(zip(self._shared(), self._passes(), strict=True)):
-            if control.meta_update and meta_gradient is not None:
-                for columns, h in blocks(flat, hyper):
-                    flat.phi[columns].sub_(meta_gradient[i][columns], alpha=h.meta_lr)
-            if control.reset:
-                passes.reset_(control.reset_momentum)
-            torch.autograd.graph.increment_version(flat.written)
-        if control.reset:
-            self._clear_()
+        rates = [h.meta_lr for h in hyper]
+        for passes, own, found in zip(self._passes(), total, heldout or [None] * len(total), strict=True):
+            passes.end_round_(own, found, weight, rates, control.reset_momentum)
+            torch.autograd.graph.increment_version(passes.flats[0].written)
 
 
 def evaluate(heldout: Callable[[], Tensor], row: int) -> Tensor:
@@ -146,13 +138,3 @@ def evaluate(heldout: Callable[[], Tensor], row: int) -> Tensor:
             f"task {row}: its heldout returned {loss!r}; it must return one loss with its graph (do not detach it)"
         )
     return loss
-
-
-def blocks(flat: Flat, hyper: Sequence[Hyper]) -> Iterator[tuple[slice, Hyper]]:
-    """Columns of each run of segments of one param group, padding included, and the group's hyper-parameters."""
-    segments, first = flat.segments, 0
-    for n in range(1, len(segments) + 1):
-        if n == len(segments) or segments[n].group != segments[first].group:
-            end = flat.columns if n == len(segments) else segments[n].offset
-            yield slice(segments[first].offset, end), hyper[segments[first].group]
-            first = n

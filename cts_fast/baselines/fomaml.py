@@ -24,11 +24,9 @@ class FOMAML(Method):
     @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
         self._inner_step_(gradients, hyper, control, nonfinite)
-        if control.meta_update:
-            rates = [-h.meta_lr / self.num_tasks for h in descending(hyper)]
-            for passes, found in zip(self._passes(), self._heldout_gradients(heldout), strict=True):
-                passes.add_gradients_(passes.flats[0].phi, found, rates)
-        self._finish_(hyper, control, None)
+        if control.reset:
+            found = self._heldout_gradients(heldout)
+            self._end_round_(descending(hyper), control, [None] * len(found), found, 1 / self.num_tasks)
 
 
 class FOMAMLPlusPlus(Method):
@@ -50,10 +48,12 @@ class FOMAMLPlusPlus(Method):
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
         self._inner_step_(gradients, hyper, control, nonfinite)
         weight = 1 / (self.param_groups[0]["horizon"] * self.num_tasks)
-        meta_gradient = [own["meta_gradient"] for own in self._own]
-        for passes, total, found in zip(self._passes(), meta_gradient, self._heldout_gradients(heldout), strict=True):
-            passes.add_gradients_(total, found, [weight] * len(hyper))
-        self._finish_(descending(hyper), control, meta_gradient)
+        totals, found = [own["meta_gradient"] for own in self._own], self._heldout_gradients(heldout)
+        if control.reset:
+            self._end_round_(descending(hyper), control, totals, found, weight)
+            return
+        for passes, total, gradients in zip(self._passes(), totals, found, strict=True):
+            passes.add_gradients_(total, gradients, weight)
 
 
 def descending(hyper: list[Hyper]) -> list[Hyper]:

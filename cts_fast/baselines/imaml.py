@@ -16,6 +16,7 @@ from torch import Tensor
 from cts_fast.baselines.base import Method, evaluate
 from cts_fast.gradients import Gradients
 from cts_fast.ops import Control, Hyper
+from cts_fast.passes import add_present_
 
 
 class IMAML(Method):
@@ -59,17 +60,15 @@ class IMAML(Method):
         if any(h.maximize for h in hyper):
             raise ValueError("IMAML: its proximal problem is a minimization; give the negative loss and maximize=False")
         self._inner_step_(self._with_proximal_term(gradients, control.inverse_scale), hyper, control, nonfinite)
-        meta_gradient = None
-        if control.meta_update:
-            meta_gradient = [torch.zeros_like(flat.phi) for flat in self._shared()]
-            targets = [
-                part
-                for flat, values in zip(self._shared(), meta_gradient, strict=True)
-                for part in flat.parts(values[None])
-            ]
-            for row, loss in enumerate(heldout):
-                _add_present_(targets, self._implicit_gradient(loss, row, hyper), alpha=1 / self.num_tasks)
-        self._finish_(hyper, control, meta_gradient)
+        if not control.reset:
+            return
+        total = [torch.zeros_like(flat.phi) for flat in self._shared()]
+        targets = [
+            part for flat, values in zip(self._shared(), total, strict=True) for part in flat.parts(values[None])
+        ]
+        for row, loss in enumerate(heldout):
+            add_present_(targets, self._implicit_gradient(loss, row, hyper), alpha=1 / self.num_tasks)
+        self._end_round_(hyper, control, total)
 
     def _with_proximal_term(self, gradients: Sequence[Gradients], inverse_scale: float) -> list[Gradients]:
         """g_t + λ (θ_t − φ), where the step will multiply all of it by inverse_scale; heads as they are."""
@@ -80,7 +79,7 @@ class IMAML(Method):
                 flat, rows, terms = next(shared)
                 torch.sub(flat.work_theta, flat.phi, out=rows)
                 rows.mul_(self.param_groups[0]["lam"] / inverse_scale)
-                _add_present_(terms, collected[: len(terms)])
+                add_present_(terms, collected[: len(terms)])
             tensors = [None if g is None else term for g, term in zip(collected, terms, strict=False)] + collected[
                 len(terms) :
             ]
@@ -153,10 +152,3 @@ def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 def _filled(gradients: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor]:
     """The gradients, zeros where there is none."""
     return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(gradients, params, strict=True)]
-
-
-def _add_present_(targets: Sequence[Tensor], gradients: Sequence[Tensor | None], alpha: float = 1.0) -> None:
-    """targets ← targets + alpha · gradients, tensor by tensor; a missing gradient adds nothing."""
-    present = [(a, b) for a, b in zip(targets, gradients, strict=True) if b is not None]
-    if present:
-        torch._foreach_add_(*map(list, zip(*present, strict=True)), alpha=alpha)

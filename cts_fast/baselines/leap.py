@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
+import torch
+from torch import Tensor
+
+from cts_fast import ops
 from cts_fast.baselines.base import Method
 from cts_fast.ops import Control, Hyper
+from cts_fast.passes import LeapPoint
 
 
 class Leap(Method):
@@ -55,13 +60,20 @@ class Leap(Method):
         changes = [now - before for now, before in zip(loss, self._previous_loss.tolist(), strict=True)]
         self._previous_loss.copy_(torch.tensor(loss, dtype=torch.float64))
         weights, changes = (self._weights(changes), changes) if self.inner_step else ([], [])
-        for passes, own, found in zip(self._passes(), self._own, self._shared_gradients(gradients), strict=True):
-            passes.leap_(
-                own["meta_gradient"], own["previous_theta"], own["previous_gradient"], found, weights, changes,
-                control.inverse_scale, not control.reset,
-            )  # fmt: skip
-        self._inner_step_(gradients, hyper, control, nonfinite)
-        self._finish_(hyper, control, [own["meta_gradient"] for own in self._own])
+        own = iter(self._own)
+        launchers = [
+            partial(launcher.leap_step_, self._point(next(own), weights, changes, control)) if flats[0].shared else launcher
+            for launcher, flats in zip(self._launchers, self._flats, strict=True)
+        ]
+        inner = control._replace(meta_update=False, reset=False)
+        ops.shifting_step_(launchers, self._flats, gradients, hyper, inner, nonfinite)
+        if control.reset:
+            self._end_round_(hyper, control, [own["meta_gradient"] for own in self._own])
+
+    @staticmethod
+    def _point(own: dict[str, Tensor], weights: list[float], changes: list[float], control: Control) -> LeapPoint:
+        buffers = (own["meta_gradient"], own["previous_theta"], own["previous_gradient"])
+        return LeapPoint(*buffers, weights, changes, scale=control.inverse_scale, keeps=not control.reset)
 
     def _weights(self, loss_changes: list[float]) -> list[float]:
         """p ‖γ_{k+1} − γ_k‖^(p−2) / T of each task's segment from the kept point to this one."""
