@@ -105,8 +105,8 @@ void end_round(const Flat& flat, const Tile& span, const Tile* next, const Round
   for (int32_t t = 0; t < flat.rows; ++t) {
     const int64_t at = first + t * flat.stride;
     S *theta = static_cast<S*>(flat.theta) + at, *v = static_cast<S*>(flat.momentum) + at;
-    const S* coming = next && end.gradients && t < kRowsAhead ? static_cast<const S*>(end.gradients[flat.segments[next->segment].first + t]) : nullptr;
-    coming = coming ? coming + next->begin : theta;
+    const S* g = next && end.gradients && t < kRowsAhead ? static_cast<const S*>(end.gradients[flat.segments[next->segment].first + t]) : nullptr;
+    const S* coming = g ? g + next->begin : reinterpret_cast<const S*>(phi);  // phi is there already
     if constexpr (std::is_same_v<S, C>) {
       for_vectors<C>(n, [&](int64_t i) {
         store_past_caches(theta + i, load(phi + i));

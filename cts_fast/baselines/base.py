@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -61,6 +61,10 @@ class Method(ShiftingMetaOptimizer):
         )
         super()._build()
         self._heldout_collectors: list[Collector] = []
+        self._task_params = [
+            [segment.params[row] for flat in self._shared() for segment in flat.segments]
+            for row in range(self.num_tasks)
+        ]
         self._own: list[dict[str, Tensor]] = []  # one entry a shared flat buffer: name → [T, S] or [S]
         for flat in self._shared():
             own = {
@@ -100,20 +104,15 @@ class Method(ShiftingMetaOptimizer):
 
     def _heldout_gradients(self, heldout: Sequence[Callable[[], Tensor]]) -> list[Gradients]:
         """∇ heldout_t(θ_t) of all tasks for each shared buffer: as many numbers as the training gradients are."""
-        found: list[list[Tensor | None]] = [[None] * len(flat.params) for flat in self._shared()]
-        for row, loss in enumerate(heldout):
-            for of_flat, (flat, gradients) in zip(found, self._task_gradients(loss, row), strict=True):
-                of_flat[row :: flat.rows] = gradients
+        tasks = [self._task_gradients(loss, row) for row, loss in enumerate(heldout)]
+        gradients = iter(chain.from_iterable(zip(*tasks, strict=True)))  # segment by segment and row by row
         if not self._heldout_collectors:
             self._heldout_collectors = [Collector([flat]) for flat in self._shared()]
-        return [collect(gradients) for collect, gradients in zip(self._heldout_collectors, found, strict=True)]
+        return [collect(list(islice(gradients, len(collect.params)))) for collect in self._heldout_collectors]
 
-    def _task_gradients(self, heldout: Callable[[], Tensor], row: int) -> list[tuple[Flat, list[Tensor | None]]]:
+    def _task_gradients(self, heldout: Callable[[], Tensor], row: int) -> Sequence[Tensor | None]:
         """∇ of one task's held-out loss by its shared parameters; None where it does not depend on one."""
-        shared = self._shared()
-        params = [segment.params[row] for flat in shared for segment in flat.segments]
-        gradients = iter(torch.autograd.grad(evaluate(heldout, row), params, allow_unused=True))
-        return [(flat, [next(gradients) for _ in flat.segments]) for flat in shared]
+        return torch.autograd.grad(evaluate(heldout, row), self._task_params[row], allow_unused=True)
 
     def _end_round_(
         self, hyper: list[Hyper], control: Control, total: Sequence[Tensor | None], heldout: Sequence[Gradients | None] | None = None,

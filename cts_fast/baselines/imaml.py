@@ -88,14 +88,9 @@ class IMAML(Method):
 
     def _implicit_gradient(self, heldout: Callable[[], Tensor], row: int, hyper: list[Hyper]) -> list[Tensor]:
         """(I + H/λ)⁻¹ ∇L^held of one task, one tensor a segment."""
-        gradient = [
-            g
-            for flat, found in self._task_gradients(heldout, row)
-            for g in _filled(found, [s.params[row] for s in flat.segments])
-        ]
-        segments = [segment for flat in self._shared() for segment in flat.segments]
-        params = [segment.params[row] for segment in segments]
-        decay, lam = [hyper[segment.group].weight_decay for segment in segments], self.param_groups[0]["lam"]
+        params, lam = self._task_params[row], self.param_groups[0]["lam"]
+        decay = [hyper[segment.group].weight_decay for flat in self._shared() for segment in flat.segments]
+        gradient = _filled(self._task_gradients(heldout, row), params)
         loss = evaluate(heldout, row)
         with torch.enable_grad():
             slope = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
