@@ -1,4 +1,4 @@
-"""The optimizer's counters: one int64 tensor, so that they are part of its state, read and written without torch where that is possible."""
+"""A few numbers in a tensor, so that they are part of an optimizer's state, read and written without torch where that is possible."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-NAMES = ("inner_step", "round", "meta_updates", "skipped_steps")
+NAMES = ("inner_step", "round", "meta_updates", "skipped_steps")  # the counters of an optimizer, in their order
+_TYPES = {torch.int64: ctypes.c_int64, torch.float64: ctypes.c_double}
 
 
-class Counters:
-    """The numbers of `NAMES` in `tensor` [4], on the device that decides about a step.
+class Numbers:
+    """The numbers in `tensor` [n], int64 or float64, on whatever device needs them.
 
-    In host memory they are plain numbers in a few cycles; torch's ops on four numbers would take a tenth of a small network's step.
+    In host memory they are plain numbers in a few cycles; torch's ops on a handful would take a tenth of a small network's step.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -22,11 +23,11 @@ class Counters:
         self._on_host = tensor.device.type == "cpu"
         self._numbers, self._address = None, 0
 
-    def read(self) -> list[int]:
+    def read(self) -> list:
         """All of them; waits for the device."""
         return self._in_memory()[:] if self._on_host else self.tensor.tolist()
 
-    def write(self, values: Sequence[int]) -> None:
+    def write(self, values: Sequence) -> None:
         """Set all of them."""
         if self._on_host:
             self._in_memory()[:] = values
@@ -36,5 +37,6 @@ class Counters:
     def _in_memory(self) -> ctypes.Array:
         address = self.tensor.data_ptr()  # share_memory_() moves it
         if address != self._address:
-            self._numbers, self._address = (ctypes.c_int64 * len(NAMES)).from_address(address), address
+            self._numbers = (_TYPES[self.tensor.dtype] * len(self.tensor)).from_address(address)
+            self._address = address
         return self._numbers

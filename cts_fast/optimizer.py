@@ -15,7 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from cts_fast import ops
 from cts_fast.counters import NAMES as COUNTERS
-from cts_fast.counters import Counters
+from cts_fast.counters import Numbers
 from cts_fast.flat import Flat, Segment, make_flats
 from cts_fast.gradients import Collector, adopt_moved_, check_moved
 from cts_fast.saved import matching
@@ -225,7 +225,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=first.device if capturable else "cpu")
         for flat in chain.from_iterable(flats):
             self._fill_(flat)
-        self.state[first]["counters"], self._counters = counters, Counters(counters)
+        self.state[first]["counters"], self._counters = counters, Numbers(counters)
         self._backends, self._counting, self._flats, self._collectors, self._launchers = backends, counting, flats, collectors, launchers
         self._initialization = {segment.name: self.state[segment.params[0]]["initialization"] for segment in shared}
         raises = self._nonfinite == "raise"

@@ -72,14 +72,15 @@ class RandomShifting(NoShifting):
             torch.zeros(sum(sign_words(s.numel) for s in flat.segments), dtype=torch.int64, device=flat.device)
             for flat in shared
         ]
+        self._generators = [torch.Generator(flat.device) for flat in shared]
 
     def _draw_(self) -> None:
         """New signs, the same whatever the precision."""
         for i, signs in enumerate(self._signs):
             # CPU generators hear 32 bits of a seed: all of it is mixed into those
             key = f"{self.param_groups[0]['seed']} {self.meta_updates} {i}"
-            generator = torch.Generator(signs.device).manual_seed(random.Random(key).getrandbits(32))
-            signs.random_(-(2**63), None, generator=generator)
+            self._generators[i].manual_seed(random.Random(key).getrandbits(32))
+            signs.random_(-(2**63), None, generator=self._generators[i])
 
 
 class ShiftingAccurate(Method):

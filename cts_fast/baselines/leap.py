@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cts_fast import ops
 from cts_fast.baselines.base import Method
+from cts_fast.counters import Numbers
 from cts_fast.ops import Control, Hyper
 from cts_fast.passes import LeapPoint
 
@@ -48,17 +49,18 @@ class Leap(Method):
         )  # one a task: they keep its last loss
         kept = [self.state[param]["previous_loss"] for param in params if "previous_loss" in self.state.get(param, {})]
         super()._build()
-        self._previous_loss = torch.zeros(len(params), dtype=torch.float64, device="cpu")
+        previous = torch.zeros(len(params), dtype=torch.float64, device="cpu")
         for i, param in enumerate(params):
             if kept:
-                self._previous_loss[i] = kept[i]
-            self.state[param]["previous_loss"] = self._previous_loss[i]
+                previous[i] = kept[i]
+            self.state[param]["previous_loss"] = previous[i]
+        self._previous_loss = Numbers(previous)
 
     @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
-        loss = torch.stack([torch.as_tensor(x).reshape(()) for x in losses]).tolist()
-        changes = [now - before for now, before in zip(loss, self._previous_loss.tolist(), strict=True)]
-        self._previous_loss.copy_(torch.tensor(loss, dtype=torch.float64))
+        loss = [float(x) for x in losses]
+        changes = [now - before for now, before in zip(loss, self._previous_loss.read(), strict=True)]
+        self._previous_loss.write(loss)
         weights, changes = (self._weights(changes), changes) if self.inner_step else ([], [])
         own = iter(self._own)
         launchers = [
