@@ -13,12 +13,13 @@ from benchmarks.setups import Problem, Setup
 from benchmarks.variants import BETA, SGD
 from cts_fast.baselines import METHODS
 
-# Numbers beside the inner step's 5 T P that a step must move by the method's definition, as (per task and coordinate, per coordinate):
-# first a step within a round, then one that ends it (K = 1). phi: 2, read and written. A held-out gradient: read once a task. A meta-update
-# whose gradient needs θ after the inner step cannot share its pass, so its reset writes θ and v once more (2 a task).
-# Leap: θ and the point before it for the norm (2 a task); then both again, both gradients, and the point kept (6 a task); a round of one
-# step has no segment, so it has no second entry.
-# Random shift: θ read and written once more (2 a task); a direction written and read (2). At a round's end φ replaces θ, so nothing is drawn.
+# Numbers beside the inner step's 5 T P that the terms of a method's definition read and write, each term once, as (per task and coordinate,
+# per coordinate): first a step within a round, then one that ends it (K = 1). phi: 2, read and written. A held-out gradient: read once a
+# task. A meta-update whose gradient needs θ after the inner step cannot share its pass, so its reset writes θ and v once more (2 a task).
+# Leap: θ and the point before it for the norm (2 a task); then both again, both gradients, and the point kept (6 a task), of which the
+# native pass shares θ and its gradient with the inner step; a round of one step has no segment, so it has no second entry.
+# Random shift: θ read and written once more (2 a task); a direction written and read (2), of which the program needs a bit a number. At a
+# round's end φ replaces θ, so nothing is drawn.
 # Held-out gradients are autograd's work, as the training gradients are: what it takes for those of all tasks is measured beside and allowed.
 ADDED: dict[str, tuple[tuple[int, int], ...]] = {
     "cts": ((0, 2), (0, 2)),

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_optimizer import assert_same, make_nets, make_optimizer, train, values
+from nets import assert_same, make_nets, make_optimizer, train, values
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
