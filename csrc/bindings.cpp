@@ -95,6 +95,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def("squared_distances", &squared_distances, "of_phi"_a, "rows"_a, "stride"_a, "threads"_a,
            "|theta_t - rows_t|^2 of every row t; or, of phi, the one |phi - rows|^2.")
       .def("add_signs", &add_signs, "signs"_a, "scale"_a, "threads"_a, "theta_t += scale * (1 where the bit is set, else -1) in every row.");
+  m.def("prefetch_tensors", &cts::prefetch_tensors, "tensors"_a, "Fetch what torch reads when it advances the versions of a tuple of tensors.");
   py::class_<cts::GradientTable>(m, "GradientTable", "The addresses of the gradients of a list of parameters.")
       .def(py::init<py::list, const std::vector<uintptr_t>&, const std::vector<py::tuple>&, py::object>(), "params"_a, "addresses"_a,
            "layouts"_a, "like"_a)

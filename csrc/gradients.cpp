@@ -65,6 +65,19 @@ size_t find_impl(py::handle tensor) {
 
 }  // namespace
 
+void prefetch_tensors(const py::tuple& tensors) {
+  const size_t count = tensors.size(), impl = count ? find_impl(tensors[0]) : 0;
+  if (!impl) return;
+  const auto object = [&](size_t i) { return reinterpret_cast<uintptr_t>(PyTuple_GET_ITEM(tensors.ptr(), Py_ssize_t(i))); };
+  constexpr size_t kHop = kImpl - kParts;  // from a tensor object to its TensorImpl, and on from there
+  for (size_t i = 0; i < count + 2 * kHop; ++i) {
+    if (i < count) prefetch(object(i), 1);
+    if (i >= kHop && i - kHop < count) prefetch(word(object(i - kHop), impl), 3);
+    if (i < 2 * kHop) continue;
+    for (size_t part = kFirstPart; part <= kLastPart; ++part) prefetch(word(word(object(i - 2 * kHop), impl), part), 1);
+  }
+}
+
 GradientTable::GradientTable(py::list params, const std::vector<uintptr_t>& addresses, const std::vector<py::tuple>& layouts,
                              py::object like)
     : params_(params), addresses_(addresses), pointers_(addresses.size()), last_(addresses.size()), name_(py::str("grad")),

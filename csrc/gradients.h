@@ -7,6 +7,9 @@
 
 namespace cts {
 
+// Fetches what torch reads when it advances the versions of these tensors.
+void prefetch_tensors(const pybind11::tuple& tensors);
+
 // The addresses of the gradients of a list of parameters of one device and dtype; works for any device.
 class GradientTable {
  public:

@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+try:
+    from cts_fast._cpu import prefetch_tensors
+except ImportError:  # not built on this machine
+
+    def prefetch_tensors(tensors: Sequence[Tensor]) -> None:
+        """Fetch nothing."""
+
+
 SEGMENT_BYTES = 128  # every tensor starts on such a boundary: wide loads, and no cache line is shared by two tensors
+FETCHED = 256  # tensors whose objects are fetched before they are touched: they fit into a second cache
 PAGE_BYTES, STAGGER_BYTES = 4096, 640  # rows a whole number of pages apart would fall into the same cache sets
 
 
@@ -69,7 +78,8 @@ class Flat:
         self.initialization = [self.view(self.phi, segment) for segment in self.segments] if shared else []
         # all replicas, segment by segment and row by row: the order of gradients everywhere
         self.params = [param for segment in self.segments for param in segment.params]
-        self.written = self.params + self.initialization  # what a step writes and autograd may have saved
+        written = self.params + self.initialization  # what autograd may have saved
+        self._written = [tuple(written[i : i + FETCHED]) for i in range(0, len(written), FETCHED)]
 
     def _zeros(self, stride: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.rows, stride, dtype=dtype, device=self.device)[:, : self.columns]
@@ -133,6 +143,12 @@ class Flat:
         if self.master is not None:
             master, stored = self.master[:, columns], self.theta[:, columns]
             master.copy_(torch.where(master.to(self.dtype) == stored, master, stored.to(master.dtype)))
+
+    def note_write(self) -> None:
+        """Let autograd hear that the parameters and φ are written behind its back, so that a graph which saved one notices."""
+        for tensors in self._written:
+            prefetch_tensors(tensors)
+            torch.autograd.graph.increment_version(tensors)
 
     def clear_momentum_(self) -> None:
         """Momentum 0, and the next gradient is a first one again."""

@@ -127,8 +127,8 @@ def shifting_step_(
     for i, launcher in enumerate(launchers):
         if control.counting is not None:
             control = control._replace(counting=control.counting._replace(advances=i == len(launchers) - 1))
-        for flat in flats[i]:  # autograd hears of writes behind its back; here, while collecting has the tensors in the cache
-            torch.autograd.graph.increment_version(flat.written)
+        for flat in flats[i]:  # here, while collecting has their tensors in the cache
+            flat.note_write()
         launcher(gradients[i], hyper, control if nonfinite is None else control._replace(nonfinite=nonfinite[i]))
         if control.counting is None:
             _keep_started_(flats[i], gradients[i], hyper, control)

@@ -449,7 +449,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         for launcher, (flat, *_) in zip(self._launchers, self._flats, strict=True):
             if flat.shared:
                 launcher.reset_(self.param_groups[0]["reset_momentum"])
-                torch.autograd.graph.increment_version(flat.written)
+                flat.note_write()
         self._counters.write((0, *self._counters.read()[1:]))
 
     # State dicts -------------------------------------------------------------------------------------------------------------------
@@ -481,7 +481,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             flat.all_started = False
             if flat.master is not None:
                 flat.theta.copy_(flat.master)
-            torch.autograd.graph.increment_version(flat.written)
+            flat.note_write()
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
             kept = ("params", "param_names", "capturable", "shared", "sizes")
             group.update({name: value for name, value in saved_group.items() if name not in kept})

@@ -60,7 +60,7 @@ class RandomShifting(NoShifting):
         self._draw_()
         for flat, passes, signs in zip(shared, self._passes(), self._signs, strict=True):
             passes.add_signs_(signs, scale)
-            torch.autograd.graph.increment_version(flat.written)
+            flat.note_write()
 
     def _build(self) -> None:
         super()._build()

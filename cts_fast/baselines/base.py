@@ -125,7 +125,7 @@ class Method(ShiftingMetaOptimizer):
         rates = [h.meta_lr for h in hyper]
         for passes, own, found in zip(self._passes(), total, heldout or [None] * len(total), strict=True):
             passes.end_round_(own, found, weight, rates, control.reset_momentum)
-            torch.autograd.graph.increment_version(passes.flats[0].written)
+            passes.flats[0].note_write()
 
 
 def evaluate(heldout: Callable[[], Tensor], row: int) -> Tensor:
