@@ -72,7 +72,7 @@ struct RoundEnd {
   bool momentum;
 };
 
-// What methods do with a part of a flat that has a phi; Plan has the same for all of it.
+// What methods do with a part of a flat that has a phi; Plan has the same for all of it, leap as a part of the step.
 struct Passes {
   void (*add_gradients)(const Flat& flat, const Tile& span, const void* const* gradients, void* target, double weight);
   void (*end_round)(const Flat& flat, const Tile& span, const Tile* next, const RoundEnd& end);  // next: fetched meanwhile, or null

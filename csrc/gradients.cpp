@@ -147,7 +147,7 @@ py::tuple GradientTable::collect(const py::object& given) {
   bool changed = false;
   for (size_t step = 0; step < count + kCheck; ++step) {
     if (step < count) {
-      if (impl_ && given.is_none()) prefetch_for(step);
+      if (impl_) prefetch_for(step);
       PyObject* gradient = given.is_none() ? PyObject_GetAttr(PyList_GET_ITEM(params_.ptr(), Py_ssize_t(step)), name_.ptr())
                                            : Py_NewRef(PyList_GET_ITEM(given.ptr(), Py_ssize_t(step)));
       if (!gradient) throw py::error_already_set();
@@ -168,7 +168,7 @@ py::tuple GradientTable::collect(const py::object& given) {
     }
     changed |= pointers_[i] != data;
     pointers_[i] = data;
-    if (!addresses_[i] || !given.is_none()) continue;
+    if (!addresses_[i]) continue;
     DLTensor found;
     if (describe(param, &found)) throw py::error_already_set();
     if (address(found) != addresses_[i] || !layouts_[i].of(found.ndim, found.shape, found.strides)) moved.append(i);

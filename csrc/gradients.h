@@ -20,8 +20,7 @@ class GradientTable {
 
   // Reads every gradient: `.grad` of the parameters, or the entries of a list that is given in their place. Returns (gradients, count,
   // changed, odd, moved): a list of tensors or None, how many are tensors, whether an address is another than the last time, the entries
-  // that are not plain dense tensors in their parameter's layout (null in the table), and the parameters that are not where they should be (not
-  // looked for where a list is given).
+  // that are not plain dense tensors in their parameter's layout (null in the table), and the parameters that are not where they should be.
   pybind11::tuple collect(const pybind11::object& given);
 
   void set(size_t i, uintptr_t address);

@@ -1,4 +1,5 @@
-// What methods do beside the step, over long spans of whole buffers: sums of gradients, the reset, distances, and Leap's segment.
+// What methods do beside the step: sums of gradients, the end of a round, distances and signs over long spans of whole buffers, and Leap's
+// part of a step over each of its tiles.
 //
 // Compiled once for each instruction set, as csrc/shifting_step.cpp is.
 #include <algorithm>
@@ -50,6 +51,12 @@ CTS_HD void for_vectors(int64_t n, Body body, const Next*... next) {
     (__builtin_prefetch(next + begin, 0, 2), ...);
     for (int64_t i = begin; i < n && i < begin + line; i += Vec<C>::size) body(i);
   }
+}
+
+// Zeros where the last vector of n columns reaches into the padding: other passes read it, and 0 times a NaN or an infinity is none.
+template <class C>
+CTS_HD void clear_padding(C* values, int64_t n) {
+  for (int64_t i = n; i % Vec<C>::size; ++i) values[i] = C(0);
 }
 
 template <class C>
@@ -168,7 +175,9 @@ void leap(const Flat& flat, const Tile& tile, const void* const* gradients, cons
       store(old_theta + i, now);
       store(old_g + i, g ? scale * load_gradient<C>(g + tile.begin, i, n) : V(C(0)));
     }, old_theta + next, old_g + next);
+    clear_padding(old_g, n);
   }
+  clear_padding(total, n);
 }
 
 template <class S, class C>

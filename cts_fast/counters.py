@@ -32,7 +32,7 @@ class Numbers:
         if self._on_host:
             self._in_memory()[:] = values
         else:
-            self.tensor.copy_(torch.tensor(values, device="cpu"))
+            self.tensor.copy_(torch.tensor(values, dtype=self.tensor.dtype, device="cpu"))
 
     def _in_memory(self) -> ctypes.Array:
         address = self.tensor.data_ptr()  # share_memory_() moves it

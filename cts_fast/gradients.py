@@ -67,8 +67,7 @@ class Collector:
     def __call__(self, given: list[Tensor | None] | None = None) -> Gradients:
         """All gradients, dense in their parameters' memory order: the parameters' own, or those of a list in their place.
 
-        Parameters whose storage was exchanged (`p.data = …`, deepcopy, share_memory_) are taken back into the flat buffers first;
-        with a list, that was done when the parameters' own were collected.
+        Parameters whose storage was exchanged (`p.data = …`, deepcopy, share_memory_) are taken back into the flat buffers first.
         Raises ValueError naming task and parameter, before anything moved, for sparse gradients and other dtypes or devices.
         """
         tensors, count, changed, odd, moved = self.collect(given)
@@ -88,7 +87,7 @@ class Collector:
         tensors = [param.grad for param in self.params] if given is None else list(given)
         present = [i for i, gradient in enumerate(tensors) if gradient is not None]
         odd = [i for i in present if not _plain(tensors[i], *self.places[i])]
-        moved = [i for i, place in enumerate(self.places) if given is None and _moved(*place)]
+        moved = [i for i, place in enumerate(self.places) if _moved(*place)]
         self.table.zero_()
         for i in set(present) - set(odd):
             self.table[i] = tensors[i].data_ptr()

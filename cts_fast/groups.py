@@ -43,7 +43,7 @@ def check_options(horizon, meta_interval) -> None:
 
 
 def check_needs(needs: frozenset[str], num_tasks: int, losses, heldout) -> None:
-    """Raise ValueError where `step` is not given what a method needs: T losses, or T callables that return held-out losses."""
+    """Raise ValueError or TypeError where `step` is not given what a method needs: T losses, or T callables that return held-out losses."""
     for name, given in (("losses", losses), ("heldout", heldout)):
         if name in needs and given is None:
             raise ValueError(f"this method needs {name}: call step({name}=…) with one for each of the {num_tasks} tasks")
@@ -52,6 +52,8 @@ def check_needs(needs: frozenset[str], num_tasks: int, losses, heldout) -> None:
     for t, loss in enumerate(losses or ()):
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"task {t}: its loss has the shape {tuple(loss.shape)}; give one number for each task")
+        if not hasattr(loss, "__float__"):
+            raise TypeError(f"task {t}: its loss is {loss!r}; give a number or a tensor of one number")
     for t, function in enumerate(heldout or ()):
         if not callable(function):
             raise ValueError(f"task {t}: its heldout is {function!r}; give a function that returns the held-out loss with its graph")

@@ -83,8 +83,9 @@ class Passes:
         words = signs.split([sign_words(segment.numel) for segment in flat.segments])
         for segment, own in zip(flat.segments, words, strict=True):
             bits = own[:, None].bitwise_right_shift(torch.arange(64, device=signs.device)).bitwise_and_(1).view(-1)
-            shift[segment.offset : segment.offset + segment.numel] = bits[: segment.numel].to(shift.dtype).mul_(2).sub_(1)
-        flat.work_theta.add_(shift, alpha=scale)
+            part = shift[segment.offset : segment.offset + segment.numel]
+            part.copy_(bits[: segment.numel]).mul_(2 * scale).sub_(scale)
+        flat.work_theta.add_(shift)
         if flat.master is not None:
             flat.theta.copy_(flat.master)
 

@@ -35,13 +35,13 @@ class Quadratics:
     def heldout(self, t):
         return self.value(self.theta(t), t, self.held)
 
-    def step(self, opt, order=None):
+    def step(self, opt, order=None, gradient_scale=1.0):
         """One step on all tasks, in whatever order; the losses before it."""
         order = range(len(self.params)) if order is None else order
         opt.zero_grad()
         losses = [self.loss(t) for t in order]
         for loss in losses:
-            loss.backward()
+            (loss * gradient_scale).backward()
         opt.step(**given(opt, [loss.detach() for loss in losses], [lambda t=t: self.heldout(t) for t in order]))
         return [loss.item() for loss in losses]
 

@@ -226,6 +226,8 @@ def test_missing_or_wrong_needs_raise_before_anything_moves(name):
     if "losses" in opt.needs:
         with pytest.raises(ValueError, match="task 1: its loss has the shape"):
             opt.step(losses=[1.0, torch.ones(2), 1.0])
+        with pytest.raises(TypeError, match="task 2: its loss is None"):
+            opt.step(losses=[1.0, 1.0, None])
     if "heldout" in opt.needs:
         with pytest.raises(ValueError, match="task 0: its heldout is 1.0"):
             opt.step(heldout=[1.0] * 3)

@@ -8,6 +8,7 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
+from cts_fast import ops
 from cts_fast.flat import Flat
 from cts_fast.gradients import Collector, Gradients
 from cts_fast.ops import Control, Hyper
@@ -20,7 +21,7 @@ class Method(ShiftingMetaOptimizer):
 
     A subclass names in `own_options` its further options, and in `buffers` the float buffers it keeps beside theta and
     phi: name → whether there is one row a task (laid out as theta) or one in all (as phi). Both are part of the state
-    dict; `reset_tasks` and `load_initialization` clear them.
+    dict; a reset clears them (in `_apply_`, where a method ends its rounds itself).
     """
 
     own_options: dict[str, object] = {}
@@ -98,9 +99,29 @@ class Method(ShiftingMetaOptimizer):
 
     # The step ---------------------------------------------------------------------------------------------------------
 
-    def _inner_step_(self, gradients, hyper: list[Hyper], control: Control, nonfinite) -> None:
-        """The fused inner step of all tasks and nothing else."""
-        super()._apply_(gradients, hyper, control._replace(meta_update=False, reset=False), nonfinite, None, None)
+    def _plan(self, inner_step: int, round_: int, meta_updates: int) -> tuple[Control, tuple[int, int, int]]:
+        self._follow_horizon()
+        control, (inner_step, round_, after) = super()._plan(inner_step, round_, meta_updates)
+        if self.once_a_round:  # also where a new horizon lies behind
+            control, after = control._replace(meta_update=control.reset), meta_updates + control.reset
+        return control, (inner_step, round_, after)
+
+    def _step_on_device(self, *args) -> None:
+        self._follow_horizon()
+        super()._step_on_device(*args)
+
+    def _follow_horizon(self) -> None:
+        """The meta-update of methods of whole rounds stays at K where somebody sets a new K."""
+        if self.once_a_round:
+            for group in self.param_groups:
+                group["meta_interval"] = group["horizon"]
+
+    def _inner_step_(
+        self, gradients, hyper: list[Hyper], control: Control, nonfinite, launchers: Sequence | None = None
+    ) -> None:
+        """The fused inner step of all tasks and nothing else; launchers: what runs it, if not the optimizer's."""
+        inner = control._replace(meta_update=False, reset=False)
+        ops.shifting_step_(launchers or self._launchers, self._flats, gradients, hyper, inner, nonfinite)
 
     def _heldout_gradients(self, heldout: Sequence[Callable[[], Tensor]]) -> list[Gradients]:
         """∇ heldout_t(θ_t) of all tasks for each shared buffer: as many numbers as the training gradients are."""

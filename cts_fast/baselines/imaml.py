@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cts_fast.baselines.base import Method, evaluate
-from cts_fast.gradients import Gradients
+from cts_fast.gradients import Gradients, adopt_moved_
 from cts_fast.ops import Control, Hyper
 from cts_fast.passes import add_present_
 
@@ -68,6 +68,8 @@ class IMAML(Method):
         ]
         for row, loss in enumerate(heldout):
             add_present_(targets, self._implicit_gradient(loss, row, hyper), alpha=1 / self.num_tasks)
+        for flat in self._shared():
+            adopt_moved_(flat)  # a held-out function may exchange a parameter's storage
         self._end_round_(hyper, control, total)
 
     def _with_proximal_term(self, gradients: Sequence[Gradients], inverse_scale: float) -> list[Gradients]:

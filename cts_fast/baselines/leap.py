@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from cts_fast import ops
 from cts_fast.baselines.base import Method
 from cts_fast.counters import Numbers
 from cts_fast.ops import Control, Hyper
@@ -58,7 +58,7 @@ class Leap(Method):
 
     @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
-        loss = [float(x) for x in losses]
+        loss = _on_host(losses)
         changes = [now - before for now, before in zip(loss, self._previous_loss.read(), strict=True)]
         self._previous_loss.write(loss)
         weights, changes = (self._weights(changes), changes) if self.inner_step else ([], [])
@@ -67,10 +67,10 @@ class Leap(Method):
             partial(launcher.leap_step_, self._point(next(own), weights, changes, control)) if flats[0].shared else launcher
             for launcher, flats in zip(self._launchers, self._flats, strict=True)
         ]
-        inner = control._replace(meta_update=False, reset=False)
-        ops.shifting_step_(launchers, self._flats, gradients, hyper, inner, nonfinite)
+        self._inner_step_(gradients, hyper, control, nonfinite, launchers)
         if control.reset:
             self._end_round_(hyper, control, [own["meta_gradient"] for own in self._own])
+            self._clear_()
 
     @staticmethod
     def _point(own: dict[str, Tensor], weights: list[float], changes: list[float], control: Control) -> LeapPoint:
@@ -87,3 +87,10 @@ class Leap(Method):
         squared = [change * change + sum(moved) for change, *moved in zip(loss_changes, *parts, strict=True)]
         # a path that stands still has no direction
         return [p * s ** (p / 2 - 1) / len(squared) if s > 0 else 0.0 for s in squared]
+
+
+def _on_host(losses: Sequence) -> list[float]:
+    """The losses as numbers; waits once for another device."""
+    if any(isinstance(x, Tensor) and x.device.type != "cpu" for x in losses):
+        return torch.stack([torch.as_tensor(x).reshape(()) for x in losses]).tolist()
+    return [float(x) for x in losses]
