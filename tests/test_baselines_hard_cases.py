@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from method_cases import Quadratics, given, phi_of
+from method_cases import Quadratics, phi_of
 
 from cts_fast import ops
 from cts_fast.baselines import METHODS

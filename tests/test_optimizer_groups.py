@@ -7,7 +7,6 @@ from torch import nn
 
 from cts_fast import ShiftingMetaOptimizer
 
-
 # Tasks and groups
 
 

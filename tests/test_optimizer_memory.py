@@ -12,7 +12,6 @@ from nets import assert_same, backward, make_nets, make_optimizer, train, values
 
 from cts_fast import ops
 
-
 # φ
 
 
