@@ -84,8 +84,11 @@ GradientTable::GradientTable(py::list params, const std::vector<uintptr_t>& addr
       is_neg_(py::str("is_neg")) {
   if (params.size() != addresses.size() || params.size() != layouts.size())
     throw std::invalid_argument("one address and one layout for each parameter");
-  for (const py::tuple& layout : layouts)
-    layouts_.push_back({layout[0].cast<std::vector<int64_t>>(), layout[1].cast<std::vector<int64_t>>()});
+  for (const py::tuple& given : layouts) {
+    const Layout layout{given[0].cast<std::vector<int64_t>>(), given[1].cast<std::vector<int64_t>>()};
+    if (layouts_.empty() || !(layouts_.back() == layout)) layouts_.push_back(layout);
+    layout_of_.push_back(uint32_t(layouts_.size() - 1));
+  }
   tensor_type_ = py::type::of(like);
   impl_ = find_impl(like);
   const ExchangeApi* api = exchange_api(tensor_type_);
@@ -119,7 +122,7 @@ bool GradientTable::is_plain(PyObject* gradient, size_t i, const void** data) co
   }
   *data = reinterpret_cast<const void*>(address(found));
   return found.type_code == type_code_ && found.type_bits == type_bits_ && found.device_type == device_type_ &&
-         found.device_id == device_id_ && layouts_[i].of(found.ndim, found.shape, found.strides) && !negated(gradient, layouts_[i]);
+         found.device_id == device_id_ && layout(i).fits(found.ndim, found.shape, found.strides) && !negated(gradient, layout(i));
 }
 
 // Autograd leaves torch's lazy minus only on single numbers: the imaginary part of a conjugate, which else is strided.
@@ -129,7 +132,7 @@ bool GradientTable::negated(PyObject* gradient, const Layout& layout) const {
   return py::handle(gradient).attr(is_neg_)().cast<bool>();
 }
 
-bool GradientTable::Layout::of(int32_t ndim, const int64_t* sizes, const int64_t* steps) const {
+bool GradientTable::Layout::fits(int32_t ndim, const int64_t* sizes, const int64_t* steps) const {
   if (ndim != int32_t(shape.size())) return false;
   for (size_t d = 0; d < shape.size(); ++d)
     if (sizes[d] != shape[d] || (shape[d] > 1 && steps[d] != strides[d])) return false;
@@ -171,7 +174,7 @@ py::tuple GradientTable::collect(const py::object& given) {
     if (!addresses_[i]) continue;
     DLTensor found;
     if (describe(param, &found)) throw py::error_already_set();
-    if (address(found) != addresses_[i] || !layouts_[i].of(found.ndim, found.shape, found.strides)) moved.append(i);
+    if (address(found) != addresses_[i] || !layout(i).fits(found.ndim, found.shape, found.strides)) moved.append(i);
   }
   return py::make_tuple(gradients, present, changed, odd, moved);
 }

@@ -31,20 +31,23 @@ class GradientTable {
   struct Layout {
     std::vector<int64_t> shape, strides;
 
-    bool of(int32_t ndim, const int64_t* sizes, const int64_t* steps) const;
+    bool fits(int32_t ndim, const int64_t* sizes, const int64_t* steps) const;
+    bool operator==(const Layout& other) const { return shape == other.shape && strides == other.strides; }
   };
 
   struct Seen {  // where the last gradient's tensor object and TensorImpl were: prefetched and never read
     uintptr_t object, impl;
   };
 
+  const Layout& layout(size_t i) const { return layouts_[layout_of_[i]]; }
   void prefetch_for(size_t i) const;
   bool is_plain(PyObject* gradient, size_t i, const void** data) const;
   bool negated(PyObject* gradient, const Layout& layout) const;
 
   pybind11::list params_;
   std::vector<uintptr_t> addresses_;
-  std::vector<Layout> layouts_;
+  std::vector<Layout> layouts_;  // replicas, one after another, share one: few enough for the first cache
+  std::vector<uint32_t> layout_of_;
   std::vector<const void*> pointers_;
   std::vector<Seen> last_;
   pybind11::object tensor_type_, name_, is_neg_;
