@@ -56,20 +56,17 @@ class Launcher(Passes):
             first += len(flat.params)
         self.plan = _cpu.Plan(DTYPES[flats[0].dtype], buffers, segments, instruction_set())
 
-    def __call__(self, gradients, hyper: Sequence[Hyper], control: Control) -> None:
-        self._step(gradients, hyper, control, None)
-
-    def leap_step_(self, point: LeapPoint, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
-        kept = (point.total.data_ptr(), point.theta.data_ptr(), point.gradient.data_ptr(), point.theta.stride(0))
-        self._step(gradients, hyper, control, (*kept, point.weights, point.changes, point.scale, point.keeps))
-
-    def _step(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, leap: tuple | None) -> None:
+    def __call__(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, leap: tuple | None = None) -> None:
         started = 0 if all(flat.all_started for flat in self.flats) else self.started.data_ptr()
         nonfinite = 0 if control.nonfinite is None else control.nonfinite.data_ptr()
         self.plan.step(
             gradients.address, started, nonfinite, hyper, control.meta_update, control.reset, control.reset_momentum,
             control.inverse_scale, leap, torch.get_num_threads(),
         )  # fmt: skip
+
+    def leap_step_(self, point: LeapPoint, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
+        kept = (point.total.data_ptr(), point.theta.data_ptr(), point.gradient.data_ptr(), point.theta.stride(0))
+        self(gradients, hyper, control, (*kept, point.weights, point.changes, point.scale, point.keeps))
 
     def add_gradients_(self, target: Tensor, gradients: Gradients, weight: float) -> None:
         self.plan.add_gradients(gradients.address, target.data_ptr(), weight, torch.get_num_threads())

@@ -57,3 +57,15 @@ def given(opt, losses, heldout):
 def phi_of(opt):
     """φ as one vector."""
     return torch.cat([p.detach().flatten() for p in opt.initialization])
+
+
+def assert_a_new_start(opt, tasks, other, fresh):
+    """After the same initialization was loaded into both, `opt` goes on exactly as the optimizer `other`, which has not stepped yet."""
+    start = [torch.ones_like(p) for p in opt.initialization]
+    for one in (opt, other):
+        one.load_initialization(start)
+    opt._counters.tensor[2] = 0  # a random shift's direction i belongs to meta-update i
+    for _ in range(7):
+        tasks.step(opt)
+        fresh.step(other)
+    assert torch.equal(phi_of(opt), phi_of(other))

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from method_cases import Quadratics, given, phi_of
+from method_cases import Quadratics, assert_a_new_start, given, phi_of
 
 from cts_fast import ShiftingMetaOptimizer, ops
 from cts_fast.baselines import METHODS
@@ -185,15 +185,7 @@ def test_loading_an_initialization_starts_the_round_anew(name):
     opt, other = make(name, tasks), make(name, fresh)
     for _ in range(4):
         tasks.step(opt)
-    start = [torch.ones_like(p) for p in opt.initialization]
-    opt.load_initialization(start)
-    other.load_initialization(start)
-    if name == "random-shift":  # direction i belongs to meta-update i
-        opt._counters.tensor[2] = 0
-    for _ in range(6):
-        tasks.step(opt)
-        fresh.step(other)
-    assert torch.equal(phi_of(opt), phi_of(other))
+    assert_a_new_start(opt, tasks, other, fresh)
 
 
 @every_method

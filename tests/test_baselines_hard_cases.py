@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from method_cases import Quadratics, phi_of
+from method_cases import Quadratics, assert_a_new_start, phi_of
 
 from cts_fast import ops
 from cts_fast.baselines import METHODS
@@ -65,15 +65,7 @@ def test_a_new_initialization_heals_a_run_that_met_a_nan(name, backend):
         tasks.loss = lambda t, bad=step == 1: loss(t) * (float("nan") if bad else 1.0)
         tasks.step(opt)
     assert not phi_of(opt).isfinite().all()
-    start = [torch.ones_like(p) for p in opt.initialization]
-    opt.load_initialization(start)
-    other.load_initialization(start)
-    if name == "random-shift":  # direction i belongs to meta-update i
-        opt._counters.tensor[2] = 0
-    for _ in range(7):
-        tasks.step(opt)
-        fresh.step(other)
-    assert torch.equal(phi_of(opt), phi_of(other))
+    assert_a_new_start(opt, tasks, other, fresh)
 
 
 @with_heldout
