@@ -1,18 +1,24 @@
 // Tiles for one thread, prefetched: the order in which memory is visited, apart from the order in which the kernel computes.
 //
-// DRAM and the processor's own prefetchers want long runs, the kernel wants one coordinate of all rows at a time. So memory is visited
-// here, stream by stream over a whole tile, some tiles before the kernel comes; it finds them in the second cache, where order costs little.
+// DRAM and the processor's own prefetchers want long runs. A kernel that steps one coordinate of all rows at a time finds its tiles in the
+// second cache, where order costs little: memory is visited here stream by stream over a whole tile, some tiles before the kernel comes. A
+// kernel that steps row after row makes long runs itself: here the next row is visited in its pace, line by line of all streams.
 #pragma once
 
 #include "cpu.h"
+#include "vec.h"
 
 namespace cts {
 inline namespace CTS_ISA {
 
 constexpr int64_t kLine = 64;          // bytes of a cache line
-constexpr int64_t kBurst = 8;          // lines of one stream that are asked for at a time
-constexpr int64_t kAhead = 144 << 10;  // bytes on their way or waiting: half of a small second cache, and more than a tile whose rows are stepped
-                                       // together
+// Up to so many rows are stepped together, one coordinate of all of them at a time, where there are registers for them and a vector is a
+// whole line; elsewhere rows are stepped in turn.
+constexpr int kTogether = kVectorBytes < kLine ? 1 : 16;
+constexpr bool kInTurn = kTogether == 1;
+constexpr int64_t kBurst = kInTurn ? 1 : 8;  // lines of one stream that are asked for at a time
+// Bytes on their way or waiting: a row of a tile; or half of a small second cache, and more than a tile whose rows are stepped together.
+constexpr int64_t kAhead = (kInTurn ? 12 : 144) << 10;
 
 // S: elements of theta, momentum and gradients; C: of phi and the master. Lines are counted in columns: as many as fill a line with S.
 template <class S, class C>
@@ -50,10 +56,13 @@ class Ahead {
   static constexpr size_t kRanges = 16;  // that may be taken and not yet followed
 
   void spend() {
-    while (budget_ > 0 && (left_ > 0 || next_stream())) {
+    while (budget_ > 0 && (left_ > 0 || next_streams())) {
       const int64_t lines = left_ < kBurst ? left_ : kBurst;
-      for (int64_t i = 0; i < lines * bytes_; i += kLine) __builtin_prefetch(at_ + i, 0, 2);
-      at_ += lines * bytes_, left_ -= lines, budget_ -= lines;
+      for (int s = 0; s < count_; ++s) {
+        for (int64_t i = 0; i < lines * bytes_[s]; i += kLine) __builtin_prefetch(at_[s] + i, 0, 2);
+        at_[s] += lines * bytes_[s];
+      }
+      left_ -= lines, budget_ -= lines * count_;
     }
     if (budget_ > kAhead / kLine) budget_ = kAhead / kLine;  // nothing was left to visit for a while
   }
@@ -79,8 +88,10 @@ class Ahead {
   }
 
   // phi, then gradient, theta, momentum and master of one row after the other; then the next tile's. Those that are not there are left out.
-  bool next_stream() {
+  // Row after row they come together, else each alone.
+  bool next_streams() {
     constexpr int64_t of_row = has_master ? 4 : 3;
+    count_ = 0;
     do {
       if (!tile_ || ++stream_ > of_row * flats_[tile_->flat].rows) {
         tile_ = next_tile();
@@ -95,15 +106,16 @@ class Ahead {
       else if ((stream_ - 1) % of_row == 1) visit<S>(flat.theta, at);
       else if ((stream_ - 1) % of_row == 2) visit<S>(step_.groups[segment.group].momentum != 0 ? flat.momentum : nullptr, at);
       else visit<C>(flat.master, at);
-    } while (!at_);
+    } while (!count_ || (kInTurn && stream_ > 0 && stream_ % of_row != 0));
     left_ = lines(*tile_);
     return true;
   }
 
   template <class E>
   void visit(const void* base, int64_t first) {
-    at_ = base ? reinterpret_cast<const char*>(static_cast<const E*>(base) + first) : nullptr;
-    bytes_ = kColumns * int64_t(sizeof(E));
+    if (!base) return;
+    at_[count_] = reinterpret_cast<const char*>(static_cast<const E*>(base) + first);
+    bytes_[count_++] = kColumns * int64_t(sizeof(E));
   }
 
   const Flat* flats_;
@@ -114,8 +126,10 @@ class Ahead {
   size_t taken_ = 0, visited_ranges_ = 0, followed_ranges_ = 0;
   bool own_is_empty_ = false;
   const Tile* tile_ = nullptr;
-  int64_t stream_ = 0, left_ = 0, bytes_ = 0, budget_ = 0;
-  const char* at_ = nullptr;
+  int64_t stream_ = 0, left_ = 0, budget_ = 0;
+  int count_ = 0;  // streams that are visited now, side by side
+  int64_t bytes_[4];
+  const char* at_[4];
 };
 
 }  // namespace CTS_ISA

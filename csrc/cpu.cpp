@@ -17,9 +17,8 @@ namespace avx512 { Kernel kernel(DType); Passes passes(DType); }
 
 namespace {
 
-constexpr size_t kTileBytes = 48 << 10;   // of all rows of a tile, about
-constexpr size_t kRunBytes = 2 << 10;     // of one row of a tile, at least: a long run for DRAM; tiles are whole multiples of it
-constexpr int kTogether = 16;             // more rows are stepped in turn, and can do with twice the run
+constexpr size_t kTileBytes = 48 << 10;   // of all rows of a tile, about; twice that where they are stepped in turn
+constexpr size_t kRunBytes = 2 << 10;     // of one row of a tile, at least, a long run for DRAM, or twice that; tiles are whole multiples of it
 constexpr size_t kThreadBytes = 1 << 16;  // less than that is not worth another thread
 
 size_t size_of(DType dtype) {
@@ -126,11 +125,11 @@ Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment
     flats_[f].segments = segments_[f].data();
     flats_[f].num_segments = int32_t(segments_[f].size());
     const size_t column_bytes = (3 * size + (flats_[f].master ? sizeof(float) : 0)) * size_t(flats_[f].rows);
-    const size_t run = kRunBytes / size * (flats_[f].rows > kTogether ? 2 : 1);
-    const int64_t length = std::min(kTileElements, int64_t(std::max<size_t>(1, kTileBytes / column_bytes / run) * run));
+    const size_t longer = flats_[f].rows > kernel_.together ? 2 : 1, run = longer * kRunBytes / size;
+    const int64_t length = std::min(kTileElements, int64_t(std::max<size_t>(1, longer * kTileBytes / column_bytes / run) * run));
     for (size_t s = 0; s < segments_[f].size(); ++s) {
       cut(f, s, length, tiles_);
-      if (f == 0 && flats_[f].phi) cut(f, s, kTileElements, spans_);
+      if (f == 0 && flats_[f].phi) cut(f, s, kSpanElements, spans_);
       bytes_ += column_bytes * segments_[f][s].numel;
     }
   }
@@ -143,7 +142,7 @@ int Plan::team_for(int threads, size_t pieces) const {
 void Plan::step(const Step& step, const Leap* leap, int threads) const {
   threads = team_for(threads, tiles_.list.size());
   Queue queue(tiles_, threads);
-  run_on_all(threads, [&] { kernel_(flats_.data(), tiles_.list.data(), queue, step, passes_, leap); });
+  run_on_all(threads, [&] { kernel_.step(flats_.data(), tiles_.list.data(), queue, step, passes_, leap); });
 }
 
 template <class Body>

@@ -19,6 +19,7 @@ struct Tile {
 };
 
 constexpr int64_t kTileElements = 4096;  // of one row of a tile, at most
+constexpr int64_t kSpanElements = 1024;  // of one row of a tile of the methods' passes: a page or two, and many rows' fit into the second cache
 
 // Tiles in the order in which memory is visited, and how many numbers they hold up to and with each.
 struct Tiles {
@@ -82,7 +83,10 @@ struct Passes {
 };
 
 // Steps tiles until the queue is empty, those of a flat that has a phi after Leap's part if there is one; every thread of a team runs it.
-using Kernel = void (*)(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const Passes& passes, const Leap* leap);
+struct Kernel {
+  void (*step)(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const Passes& passes, const Leap* leap);
+  int together;  // up to so many rows are stepped together, more in turn
+};
 
 // Instruction sets that this module holds and this machine has, the widest first: of "avx512", "avx2", "plain".
 std::vector<std::string> instruction_sets();

@@ -5,10 +5,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include "cpu.h"
 #include "vec.h"
 
@@ -25,32 +21,42 @@ CTS_HD Vec<C> load_gradient(const S* g, int64_t i, int64_t n) {
 // A store of what nobody reads soon: memory is not read first, and the caches keep what they hold.
 template <class C>
 CTS_HD void store_past_caches(C* to, Vec<C> value) {
-#if defined(__SSE2__)
-  static_assert(sizeof(value) % sizeof(__m128i) == 0);
-  for (size_t part = 0; part < sizeof(value) / sizeof(__m128i); ++part) {
-    __m128i bits;
-    memcpy(&bits, reinterpret_cast<const char*>(&value.x) + part * sizeof(bits), sizeof(bits));
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to) + part, bits);
-  }
+#if defined(__AVX512F__)
+  __m512i bits;
+  memcpy(&bits, &value.x, sizeof(bits));
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits);
+#elif defined(__AVX2__)
+  __m256i bits;
+  memcpy(&bits, &value.x, sizeof(bits));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
 #else
   store(to, value);
 #endif
 }
 
 CTS_HD void finish_stores() {
-#if defined(__SSE2__)
+#if defined(__AVX2__)
   _mm_sfence();
 #endif
 }
 
-// body(i) for the vectors of n columns, while the same columns of what comes next are on their way into the second cache.
+// body(begin, end) for the lines of n columns, while the same columns of what comes next are on their way into the second cache.
 template <class C, class Body, class... Next>
-CTS_HD void for_vectors(int64_t n, Body body, const Next*... next) {
+CTS_HD void for_lines(int64_t n, Body body, const Next*... next) {
   constexpr int64_t line = 64 / int64_t(sizeof(C));
   for (int64_t begin = 0; begin < n; begin += line) {
     (__builtin_prefetch(next + begin, 0, 2), ...);
-    for (int64_t i = begin; i < n && i < begin + line; i += Vec<C>::size) body(i);
+    body(begin, std::min(begin + line, n));
   }
+}
+
+// body(i) for their vectors.
+template <class C, class Body, class... Next>
+CTS_HD void for_vectors(int64_t n, Body body, const Next*... next) {
+  const auto vectors = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += Vec<C>::size) body(i);
+  };
+  for_lines<C>(n, vectors, next...);
 }
 
 // Zeros where the last vector of n columns reaches into the padding: other passes read it, and 0 times a NaN or an infinity is none.
@@ -66,24 +72,48 @@ double sum_of(Vec<C> v) {
   return sum;
 }
 
-// sums <- the sum over the rows of their gradients.
+// sums += G gradients, which are read side by side: the more streams, the more of them the processor fetches ahead.
+template <int G, class S, class C>
+void add_rows(const S* const* g, int64_t n, C* sums) {
+  constexpr int64_t line = 64 / int64_t(sizeof(S)), ahead = 4 * line;
+  const auto sum = [&](int64_t i) {
+    Vec<C> value = load(sums + i);
+    CTS_UNROLL
+    for (int row = 0; row < G; ++row) value = value + load_gradient<C>(g[row], i, n);
+    store(sums + i, value);
+  };
+  int64_t begin = 0;
+  for (; begin + line <= n; begin += line) {
+    CTS_UNROLL
+    for (int row = 0; row < G; ++row) __builtin_prefetch(g[row] + begin + ahead);
+    for (int64_t i = begin; i < begin + line; i += Vec<C>::size) sum(i);
+  }
+  for (; begin < n; begin += Vec<C>::size) sum(begin);
+}
+
+// sums <- the sum over the rows of their gradients, one after the other.
 template <class S, class C>
 void sum_gradients(const Flat& flat, const Tile& span, const void* const* gradients, C* sums) {
+  constexpr int kTogether = 8;
   const Segment& segment = flat.segments[span.segment];
   const int64_t n = span.end - span.begin;
   memset(sums, 0, size_t(n + Vec<C>::size) * sizeof(C));
+  const S* g[kTogether];
+  int count = 0;
   for (int32_t t = 0; t < flat.rows; ++t) {
-    const S* g = static_cast<const S*>(gradients[segment.first + t]);
-    if (!g) continue;
-    const S* next = t + 1 < flat.rows ? static_cast<const S*>(gradients[segment.first + t + 1]) : nullptr;
-    for_vectors<C>(n, [&](int64_t i) { store(sums + i, load(sums + i) + load_gradient<C>(g + span.begin, i, n)); }, (next ? next : g) + span.begin);
+    if (const void* row = gradients[segment.first + t]) g[count++] = static_cast<const S*>(row) + span.begin;
+    if (count == kTogether) add_rows<kTogether>(g, n, sums), count = 0;
   }
+  const S* const* left = g;
+  if (count & 4) add_rows<4>(left, n, sums), left += 4;
+  if (count & 2) add_rows<2>(left, n, sums), left += 2;
+  if (count & 1) add_rows<1>(left, n, sums);
 }
 
 template <class S, class C>
 void add_gradients(const Flat& flat, const Tile& span, const void* const* gradients, void* target, double weight) {
   const int64_t n = span.end - span.begin;
-  alignas(64) C sums[kTileElements + Vec<C>::size];
+  alignas(64) C sums[kSpanElements + Vec<C>::size];
   sum_gradients<S>(flat, span, gradients, sums);
   C* const out = static_cast<C*>(target) + flat.segments[span.segment].offset + span.begin;
   for (int64_t i = 0; i < n; i += Vec<C>::size) store(out + i, load(out + i) + Vec<C>(C(weight)) * load(sums + i));
@@ -96,7 +126,7 @@ void end_round(const Flat& flat, const Tile& span, const Tile* next, const Round
   const int64_t first = segment.offset + span.begin, n = span.end - span.begin;
   C* const phi = static_cast<C*>(flat.phi) + first;
   if (end.gradients || end.total) {
-    alignas(64) C sums[kTileElements + V::size];
+    alignas(64) C sums[kSpanElements + V::size];
     C* const total = end.total ? static_cast<C*>(end.total) + first : nullptr;
     const V weight{C(end.weight)}, rate{C(end.rates[segment.group])}, zero{C(0)};
     if (end.gradients) sum_gradients<S>(flat, span, end.gradients, sums);
@@ -108,16 +138,16 @@ void end_round(const Flat& flat, const Tile& span, const Tile* next, const Round
     }
   }
   // reads and writes have ways of their own to memory: while theta and momentum leave, the next gradients come
-  constexpr int32_t kRowsAhead = (256 << 10) / int32_t(kTileElements * sizeof(S));
+  constexpr int32_t kRowsAhead = (256 << 10) / int32_t(kSpanElements * sizeof(S));
   for (int32_t t = 0; t < flat.rows; ++t) {
     const int64_t at = first + t * flat.stride;
     S *theta = static_cast<S*>(flat.theta) + at, *v = static_cast<S*>(flat.momentum) + at;
     const S* g = next && end.gradients && t < kRowsAhead ? static_cast<const S*>(end.gradients[flat.segments[next->segment].first + t]) : nullptr;
     const S* coming = g ? g + next->begin : reinterpret_cast<const S*>(phi);  // phi is there already
     if constexpr (std::is_same_v<S, C>) {
-      for_vectors<C>(n, [&](int64_t i) {
-        store_past_caches(theta + i, load(phi + i));
-        if (end.momentum) store_past_caches(v + i, V(C(0)));
+      for_lines<C>(n, [&](int64_t begin, int64_t stop) {  // a whole line at a time, or its parts leave one by one
+        for (int64_t i = begin; i < stop; i += V::size) store_past_caches(theta + i, load(phi + i));
+        for (int64_t i = begin; end.momentum && i < stop; i += V::size) store_past_caches(v + i, V(C(0)));
       }, coming);
     } else {
       C* master = static_cast<C*>(flat.master) + at;
@@ -183,8 +213,8 @@ void leap(const Flat& flat, const Tile& tile, const void* const* gradients, cons
 template <class S, class C>
 void add_signs(const Flat& flat, const Tile& span, const uint64_t* signs, double scale) {
   const int64_t first = flat.segments[span.segment].offset + span.begin, n = span.end - span.begin;
-  static_assert(kTileElements % 64 == 0);  // a span starts with a word
-  alignas(64) C shift[kTileElements + Vec<C>::size];
+  static_assert(kSpanElements % 64 == 0);  // a span starts with a word
+  alignas(64) C shift[kSpanElements + Vec<C>::size];
   for (int64_t begin = 0; begin < n; begin += 64) {
     const uint64_t word = signs[(span.begin + begin) / 64];
     for (int64_t i = 0; i < 64; ++i) shift[begin + i] = word >> i & 1 ? C(scale) : C(-scale);

@@ -44,17 +44,18 @@ CTS_HD Row<S, C> row_at(const Flat& flat, int64_t column, int64_t t) {
           sizeof(S) != sizeof(C) ? static_cast<C*>(flat.master) + at : nullptr};
 }
 
-// What a kernel may take for granted about a tile. The usual kinds: every row has a gradient, momentum and a meta-update, and nothing
-// else is asked for but perhaps weight decay. The compiler then drops the other cases, and the kernel keeps up with memory.
-enum class Kind { any, usual, usual_with_weight_decay };
+// What a kernel may take for granted about a tile. The usual kinds: every row has a gradient and momentum, nothing else is asked for but
+// perhaps weight decay, and what follows the inner step is nothing, the meta-update, or the meta-update and a reset of all. The compiler
+// then drops the other cases, and the kernel keeps up with memory.
+enum class Kind { any, inner, meta, reset };
 
 template <class C>
 Kind kind_of(const Rule<C>& rule, const Step& step, const Segment& segment, int32_t rows) {
-  if (step.nonfinite || !rule.has_momentum || !rule.meta_update || rule.nesterov || rule.scaled || rule.maximize || rule.reset)
-    return Kind::any;
+  if (step.nonfinite || !rule.has_momentum || rule.nesterov || rule.scaled || rule.maximize) return Kind::any;
+  if (rule.reset && !(rule.meta_update && rule.reset_momentum)) return Kind::any;
   for (int32_t i = segment.first; i < segment.first + rows; ++i)
     if (!step.gradients[i] || (step.started && !step.started[i] && rule.gain != C(1))) return Kind::any;
-  return rule.has_weight_decay ? Kind::usual_with_weight_decay : Kind::usual;
+  return rule.reset ? Kind::reset : rule.meta_update ? Kind::meta : Kind::inner;
 }
 
 // The rule with its numbers as vectors and, in the usual kinds, its flags as constants.
@@ -63,8 +64,8 @@ CTS_HD Rule<Vec<C>> broadcast(const Rule<C>& r) {
   constexpr bool any = kind == Kind::any;
   const auto v = [](C value) { return Vec<C>(value); };
   return {v(r.descent), v(r.momentum), v(r.gain), v(r.weight_decay), v(r.rate), v(r.shift), v(r.scale),
-          !any || r.has_momentum, any ? r.has_weight_decay : kind == Kind::usual_with_weight_decay,
-          any && r.nesterov, any && r.scaled, any && r.maximize, !any || r.meta_update, any && r.reset, any && r.reset_momentum};
+          any ? r.has_momentum : true, r.has_weight_decay, any && r.nesterov, any && r.scaled, any && r.maximize,
+          any ? r.meta_update : kind != Kind::inner, any ? r.reset : kind == Kind::reset, any ? r.reset_momentum : kind == Kind::reset};
 }
 
 // The rows of a tile that a kernel steps together. g[i] is null where row i has no gradient; nonfinite[i] where nobody asks.
@@ -92,7 +93,7 @@ CTS_HD void step_vector(const Rows<G, S, C>& rows, C* phi, C* sums, int64_t colu
       if (kind == Kind::any && rows.nonfinite[i] && !all_finite(g)) __atomic_store_n(rows.nonfinite[i], 1, __ATOMIC_RELAXED);
       if (rule.has_momentum) v = load(row.momentum + column);
       inner_step(theta[i], v, g, kind != Kind::any || rows.started[i], rule);
-      if (rule.has_momentum) store(row.momentum + column, v);
+      if (rule.has_momentum && !rule.reset_momentum) store(row.momentum + column, v);
     }
     if (rule.reset_momentum) store(row.momentum + column, V(C(0)));
   }
@@ -112,11 +113,12 @@ CTS_HD void step_vector(const Rows<G, S, C>& rows, C* phi, C* sums, int64_t colu
   }
 }
 
-// The same for all columns of a tile; sums and phi belong to its first.
+// The same for all columns of a tile; sums and phi belong to its first. The rule is made here: its constants do not outlive a call.
 template <int G, bool all, Kind kind, class S, class C>
-__attribute__((noinline)) void step_rows(const Flat& flat, const Tile& tile, int32_t first_row, const Step& step, const Rule<Vec<C>>& rule, C* phi,
+__attribute__((noinline)) void step_rows(const Flat& flat, const Tile& tile, int32_t first_row, const Step& step, const Rule<C>& general, C* phi,
                                          C* sums, Ahead<S, C>& ahead) {
   constexpr int64_t N = Vec<C>::size, line = kLine / int64_t(sizeof(S));
+  const Rule<Vec<C>> rule = broadcast<kind>(general);
   const Segment& segment = flat.segments[tile.segment];
   Rows<G, S, C> rows;
   for (int i = 0; i < G; ++i) {
@@ -140,36 +142,29 @@ __attribute__((noinline)) void step_rows(const Flat& flat, const Tile& tile, int
   if (column < n) step_vector<G, all, kind, false>(rows, phi, sums, column, n - column, rule);
 }
 
-// A tile whose rows fit into registers.
-template <Kind kind, class S, class C>
-bool step_together(const Flat& flat, const Tile& tile, const Step& step, const Rule<Vec<C>>& rule, C* phi, Ahead<S, C>& ahead) {
-  switch (flat.rows) {
-    case 1: step_rows<1, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
-    case 2: step_rows<2, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
-    case 3: step_rows<3, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
-    case 4: step_rows<4, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
-    case 5: step_rows<5, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
-    case 6: step_rows<6, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
-    case 7: step_rows<7, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
-    case 8: step_rows<8, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
-    case 16: step_rows<16, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead); return true;
-    default: return false;
-  }
+// A tile whose rows fit into registers; false: they do not.
+template <Kind kind, int G, class S, class C>
+bool step_together(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule, C* phi, Ahead<S, C>& ahead) {
+  if constexpr (G > kTogether) return false;
+  else if (flat.rows == G) step_rows<G, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead);
+  else return step_together<kind, G < 8 ? G + 1 : 2 * G>(flat, tile, step, rule, phi, ahead);
+  return true;
 }
 
-// A tile of any number of rows: eight or one at a time with the sum over them in the first cache; then the meta-update, the shift and the
+// A tile of any number of rows: eight or one at a time, with the sum over them in the first cache; then the meta-update, the shift and the
 // reset, with theta' in the second cache still, unless rows are very many.
 template <Kind kind, class S, class C>
-void step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const Rule<Vec<C>>& rule, C* phi, Ahead<S, C>& ahead) {
+void step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& general, C* phi, Ahead<S, C>& ahead) {
   using V = Vec<C>;
+  const Rule<V> rule = broadcast<kind>(general);
   constexpr int64_t N = V::size;
   alignas(64) C sums[kTileElements + N];
   const int64_t n = tile.end - tile.begin;
   if (rule.meta_update) memset(sums, 0, size_t(n + N) * sizeof(C));
   int32_t t = 0;
-  if constexpr (kind != Kind::any && !Ahead<S, C>::has_master)
-    for (; t + 8 <= flat.rows; t += 8) step_rows<8, false, kind>(flat, tile, t, step, rule, phi, sums, ahead);
-  for (; t < flat.rows; ++t) step_rows<1, false, kind>(flat, tile, t, step, rule, phi, sums, ahead);
+  if constexpr (kind != Kind::any && !Ahead<S, C>::has_master && !kInTurn)
+    for (; t + 8 <= flat.rows; t += 8) step_rows<8, false, kind>(flat, tile, t, step, general, phi, sums, ahead);
+  for (; t < flat.rows; ++t) step_rows<1, false, kind>(flat, tile, t, step, general, phi, sums, ahead);
   if (!rule.meta_update && !rule.reset) return;
 
   for (int64_t i = 0; i < n; i += N) {
@@ -191,12 +186,11 @@ void step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const Ru
 }
 
 template <Kind kind, class S, class C>
-void step_tile(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& general, Ahead<S, C>& ahead) {
-  const Rule<Vec<C>> rule = broadcast<kind>(general);
+void step_tile(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule, Ahead<S, C>& ahead) {
   C* const phi = flat.phi ? static_cast<C*>(flat.phi) + flat.segments[tile.segment].offset + tile.begin : nullptr;
   if (phi) ahead.allow(ahead.lines(tile));
   if constexpr (kind != Kind::any && !Ahead<S, C>::has_master)
-    if (step_together<kind>(flat, tile, step, rule, phi, ahead)) return;
+    if (step_together<kind, 1>(flat, tile, step, rule, phi, ahead)) return;
   step_in_turn<kind>(flat, tile, step, rule, phi, ahead);
 }
 
@@ -209,8 +203,9 @@ void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& 
     const Rule<C> rule = make_rule<C>(step.groups[segment.group], step, flat.rows, flat.phi != nullptr);
     if (leap && flat.phi) passes.leap(flat, *tile, step.gradients, *leap);
     switch (kind_of(rule, step, segment, flat.rows)) {
-      case Kind::usual: step_tile<Kind::usual>(flat, *tile, step, rule, ahead); break;
-      case Kind::usual_with_weight_decay: step_tile<Kind::usual_with_weight_decay>(flat, *tile, step, rule, ahead); break;
+      case Kind::inner: step_tile<Kind::inner>(flat, *tile, step, rule, ahead); break;
+      case Kind::meta: step_tile<Kind::meta>(flat, *tile, step, rule, ahead); break;
+      case Kind::reset: step_tile<Kind::reset>(flat, *tile, step, rule, ahead); break;
       case Kind::any: step_tile<Kind::any>(flat, *tile, step, rule, ahead); break;
     }
   }
@@ -220,10 +215,10 @@ void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& 
 
 Kernel kernel(DType dtype) {
   switch (dtype) {
-    case DType::float64: return step_tiles<double, double>;
-    case DType::bfloat16: return step_tiles<BFloat16, float>;
-    case DType::float16: return step_tiles<Half, float>;
-    default: return step_tiles<float, float>;
+    case DType::float64: return {step_tiles<double, double>, kTogether};
+    case DType::bfloat16: return {step_tiles<BFloat16, float>, kTogether};
+    case DType::float16: return {step_tiles<Half, float>, kTogether};
+    default: return {step_tiles<float, float>, kTogether};
   }
 }
 

@@ -23,6 +23,7 @@ except ImportError:  # not built on this machine
 SEGMENT_BYTES = 128  # every tensor starts on such a boundary: wide loads, and no cache line is shared by two tensors
 FETCHED = 256  # tensors whose objects are fetched before they are touched: they fit into a second cache
 PAGE_BYTES, STAGGER_BYTES = 4096, 640  # rows a whole number of pages apart would fall into the same cache sets
+LEAD_BYTES = 384  # nor do theta and momentum of a number lie at the same place of a page: their loads and stores would wait for each other
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Flat:
         if self.rows > 1:  # the next row starts STAGGER_BYTES into a page, counted from this one
             stride = (-(-(columns * size - STAGGER_BYTES) // PAGE_BYTES) * PAGE_BYTES + STAGGER_BYTES) // size
         self.theta = self._zeros(stride, self.dtype)
-        self.momentum = self._zeros(stride, self.dtype)
+        self.momentum = self._zeros(stride, self.dtype, LEAD_BYTES)
         self.master = self._zeros(stride, torch.float32) if self.work_dtype != self.dtype else None
         self.phi = torch.zeros(columns, dtype=self.work_dtype, device=self.device) if shared else None
         self.started = torch.zeros(len(self.segments), self.rows, dtype=torch.uint8, device="cpu") if started is None else started.view(-1, self.rows)
@@ -81,8 +82,9 @@ class Flat:
         written = self.params + self.initialization  # what autograd may have saved
         self._written = [tuple(written[i : i + FETCHED]) for i in range(0, len(written), FETCHED)]
 
-    def _zeros(self, stride: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(self.rows, stride, dtype=dtype, device=self.device)[:, : self.columns]
+    def _zeros(self, stride: int, dtype: torch.dtype, lead: int = 0) -> Tensor:
+        lead //= dtype.itemsize
+        return torch.zeros(lead + self.rows * stride, dtype=dtype, device=self.device)[lead:].view(self.rows, stride)[:, : self.columns]
 
     def view(self, row: Tensor, segment: Segment) -> Tensor:
         """The segment of one row [S] (or of phi) in the parameter's shape, as a tensor whose storage holds nothing else.
