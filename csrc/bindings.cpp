@@ -35,8 +35,9 @@ cts::Plan make_plan(int dtype, const std::vector<FlatTuple>& flats, const std::v
   return cts::Plan(static_cast<cts::DType>(dtype), std::move(native), std::move(places), isa);
 }
 
-void step(const cts::Plan& plan, uintptr_t gradients, uintptr_t started, uintptr_t nonfinite, const std::vector<GroupTuple>& hyper,
-          bool meta_update, bool reset, bool reset_momentum, double inverse_scale, const std::optional<LeapTuple>& leap, int threads) {
+double step(const cts::Plan& plan, uintptr_t gradients, uintptr_t started, uintptr_t nonfinite, const std::vector<GroupTuple>& hyper,
+            bool meta_update, bool reset, bool reset_momentum, double inverse_scale, const std::optional<LeapTuple>& leap, bool measures,
+            int threads) {
   std::vector<cts::Group> groups;
   for (auto [lr, momentum, dampening, weight_decay, nesterov, maximize, meta_lr, shift] : hyper)
     groups.push_back({lr, momentum, dampening, weight_decay, meta_lr, shift, nesterov, maximize});
@@ -49,7 +50,7 @@ void step(const cts::Plan& plan, uintptr_t gradients, uintptr_t started, uintptr
               weights.empty() ? nullptr : weights.data(), changes.data(), scale, keeps};
   }
   py::gil_scoped_release release;
-  plan.step(step, leap ? &native : nullptr, threads);
+  return plan.step(step, leap ? &native : nullptr, measures, threads);
 }
 
 void add_gradients(const cts::Plan& plan, uintptr_t gradients, uintptr_t target, double weight, int threads) {
@@ -63,9 +64,9 @@ void end_round(const cts::Plan& plan, uintptr_t gradients, uintptr_t total, doub
   plan.end_round({pointer<const void* const>(gradients), pointer<void>(total), weight, rates.data(), momentum}, threads);
 }
 
-std::vector<double> squared_distances(const cts::Plan& plan, bool of_phi, uintptr_t rows, int64_t stride, int threads) {
+std::vector<double> squared_distances(const cts::Plan& plan, uintptr_t rows, int64_t stride, int threads) {
   py::gil_scoped_release release;
-  return plan.squared_distances(of_phi, pointer<const void>(rows), stride, threads);
+  return plan.squared_distances(pointer<const void>(rows), stride, threads);
 }
 
 void add_signs(const cts::Plan& plan, uintptr_t signs, double scale, int threads) {
@@ -84,16 +85,16 @@ PYBIND11_MODULE(_cpu, m) {
            "dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. flats: (phi, theta, momentum, master, stride, rows), addresses or 0. "
            "segments: for each flat, (offset, numel, group, index of row 0's gradient).")
       .def("step", &step, "gradients"_a, "started"_a, "nonfinite"_a, "hyper"_a, "meta_update"_a, "reset"_a, "reset_momentum"_a,
-           "inverse_scale"_a, "leap"_a, "threads"_a,
+           "inverse_scale"_a, "leap"_a, "measures"_a, "threads"_a,
            "One step in place. The first three are addresses, the last two of them may be 0. leap: None, or for Leap's part before the step "
            "(total, theta, gradient, stride of the last two, weights, changes, scale, keeps): its sum takes in the segment that ends here "
-           "(weights empty: none); then this point is kept.")
+           "(weights empty: none); then this point is kept. Returns |phi - phi before|^2 if it measures, else 0.")
       .def("add_gradients", &add_gradients, "gradients"_a, "target"_a, "weight"_a, "threads"_a,
            "target [S] += weight times the sum over the rows of their gradients.")
       .def("end_round", &end_round, "gradients"_a, "total"_a, "weight"_a, "rates"_a, "momentum"_a, "threads"_a,
            "phi -= rates[group] * (total + weight * sum of gradients), total <- 0, theta <- phi, and if asked momentum <- 0. Addresses may be 0.")
-      .def("squared_distances", &squared_distances, "of_phi"_a, "rows"_a, "stride"_a, "threads"_a,
-           "|theta_t - rows_t|^2 of every row t; or, of phi, the one |phi - rows|^2.")
+      .def("squared_distances", &squared_distances, "rows"_a, "stride"_a, "threads"_a,
+           "|theta_t - rows_t|^2 of every row t.")
       .def("add_signs", &add_signs, "signs"_a, "scale"_a, "threads"_a, "theta_t += scale * (1 where the bit is set, else -1) in every row.");
   m.def("prefetch_tensors", &cts::prefetch_tensors, "tensors"_a, "Fetch what torch reads when it advances the versions of a tuple of tensors.");
   py::class_<cts::GradientTable>(m, "GradientTable", "The addresses of the gradients of a list of parameters.")

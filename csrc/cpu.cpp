@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <stdexcept>
 #include <thread>
 #include <tuple>
@@ -139,10 +140,12 @@ int Plan::team_for(int threads, size_t pieces) const {
   return int(std::min<size_t>({size_t(std::max(threads, 1)), std::max<size_t>(1, bytes_ / kThreadBytes), std::max<size_t>(1, pieces)}));
 }
 
-void Plan::step(const Step& step, const Leap* leap, int threads) const {
+double Plan::step(const Step& step, const Leap* leap, bool measures, int threads) const {
   threads = team_for(threads, tiles_.list.size());
   Queue queue(tiles_, threads);
-  run_on_all(threads, [&] { kernel_.step(flats_.data(), tiles_.list.data(), queue, step, passes_, leap); });
+  std::vector<double> moved(measures ? tiles_.list.size() : 0);
+  run_on_all(threads, [&] { kernel_.step(flats_.data(), tiles_.list.data(), queue, step, passes_, leap, measures ? moved.data() : nullptr); });
+  return std::accumulate(moved.begin(), moved.end(), 0.0);  // in one order, whoever computed them
 }
 
 template <class Body>
@@ -166,13 +169,11 @@ void Plan::end_round(const RoundEnd& end, int threads) const {
   over_spans(threads, [&](int64_t, const Tile& span, const Tile* next) { passes_.end_round(flats_[0], span, next, end); });
 }
 
-std::vector<double> Plan::squared_distances(bool of_phi, const void* rows, int64_t stride, int threads) const {
-  Flat flat = flats_[0];
-  if (of_phi) flat.theta = flat.phi, flat.master = nullptr, flat.rows = 1;
-  const size_t tasks = size_t(flat.rows);
+std::vector<double> Plan::squared_distances(const void* rows, int64_t stride, int threads) const {
+  const size_t tasks = size_t(flats_[0].rows);
   std::vector<double> parts(spans_.list.size() * tasks), result(tasks);
-  over_spans(threads, [&](int64_t i, const Tile& span, const Tile*) { passes_.squared_distances(flat, span, rows, stride, &parts[size_t(i) * tasks]); });
-  for (size_t i = 0; i < parts.size(); ++i) result[i % tasks] += parts[i];  // in one order, whoever computed them
+  over_spans(threads, [&](int64_t i, const Tile& span, const Tile*) { passes_.squared_distances(flats_[0], span, rows, stride, &parts[size_t(i) * tasks]); });
+  for (size_t i = 0; i < parts.size(); ++i) result[i % tasks] += parts[i];
   return result;
 }
 

@@ -83,8 +83,9 @@ struct Passes {
 };
 
 // Steps tiles until the queue is empty, those of a flat that has a phi after Leap's part if there is one; every thread of a team runs it.
+// moved: where each tile leaves the sum of the squares of what phi moves by there; null: not asked for.
 struct Kernel {
-  void (*step)(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const Passes& passes, const Leap* leap);
+  void (*step)(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const Passes& passes, const Leap* leap, double* moved);
   int together;  // up to so many rows are stepped together, more in turn
 };
 
@@ -97,8 +98,9 @@ class Plan {
   // segments[f] belongs to flats[f]; flats[f].segments is set here. isa: one of instruction_sets().
   Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment>> segments, const std::string& isa);
 
-  // One step in place, with Leap's part before it if there is one. At most `threads` threads; the result does not depend on how many.
-  void step(const Step& step, const Leap* leap, int threads) const;
+  // One step in place, with Leap's part before it if there is one; returns, if it measures, the square of the way that phi moves. At most
+  // `threads` threads; the result does not depend on how many.
+  double step(const Step& step, const Leap* leap, bool measures, int threads) const;
 
   // The rest is about the first flat, which has a phi. Buffers of the methods are laid out as phi, [S], or as theta, [rows, S] with rows
   // `stride` apart, and are of phi's type.
@@ -108,8 +110,8 @@ class Plan {
 
   void end_round(const RoundEnd& end, int threads) const;
 
-  // |theta_t - rows_t|^2 of every row t; or, of phi, the one |phi - rows|^2.
-  std::vector<double> squared_distances(bool of_phi, const void* rows, int64_t stride, int threads) const;
+  // |theta_t - rows_t|^2 of every row t.
+  std::vector<double> squared_distances(const void* rows, int64_t stride, int threads) const;
 
   // theta_t += scale * signs in every row. A bit for each number, +1 where it is set, else -1; every segment starts with a word of its own.
   void add_signs(const uint64_t* signs, double scale, int threads) const;

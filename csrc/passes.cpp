@@ -65,13 +65,6 @@ CTS_HD void clear_padding(C* values, int64_t n) {
   for (int64_t i = n; i % Vec<C>::size; ++i) values[i] = C(0);
 }
 
-template <class C>
-double sum_of(Vec<C> v) {
-  double sum = 0;
-  for (int i = 0; i < Vec<C>::size; ++i) sum += v.x[i];
-  return sum;
-}
-
 // sums += G gradients, which are read side by side: the more streams, the more of them the processor fetches ahead.
 template <int G, class S, class C>
 void add_rows(const S* const* g, int64_t n, C* sums) {

@@ -3,6 +3,7 @@
 // Compiled once for each instruction set (-DCTS_ISA=avx512 | avx2 | plain); csrc/cpu.cpp takes one at run time.
 #include "shifting_step.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "ahead.h"
@@ -45,14 +46,14 @@ CTS_HD Row<S, C> row_at(const Flat& flat, int64_t column, int64_t t) {
 }
 
 // What a kernel may take for granted about a tile. The usual kinds: every row has a gradient and momentum, nothing else is asked for but
-// perhaps weight decay, and what follows the inner step is nothing, the meta-update, or the meta-update and a reset of all. The compiler
-// then drops the other cases, and the kernel keeps up with memory.
+// perhaps weight decay, and what follows the inner step is nothing, the meta-update, or the meta-update and a reset. The compiler then drops
+// the other cases, and the kernel keeps up with memory.
 enum class Kind { any, inner, meta, reset };
 
 template <class C>
 Kind kind_of(const Rule<C>& rule, const Step& step, const Segment& segment, int32_t rows) {
   if (step.nonfinite || !rule.has_momentum || rule.nesterov || rule.scaled || rule.maximize) return Kind::any;
-  if (rule.reset && !(rule.meta_update && rule.reset_momentum)) return Kind::any;
+  if (rule.reset && !rule.meta_update) return Kind::any;
   for (int32_t i = segment.first; i < segment.first + rows; ++i)
     if (!step.gradients[i] || (step.started && !step.started[i] && rule.gain != C(1))) return Kind::any;
   return rule.reset ? Kind::reset : rule.meta_update ? Kind::meta : Kind::inner;
@@ -65,7 +66,7 @@ CTS_HD Rule<Vec<C>> broadcast(const Rule<C>& r) {
   const auto v = [](C value) { return Vec<C>(value); };
   return {v(r.descent), v(r.momentum), v(r.gain), v(r.weight_decay), v(r.rate), v(r.shift), v(r.scale),
           any ? r.has_momentum : true, r.has_weight_decay, any && r.nesterov, any && r.scaled, any && r.maximize,
-          any ? r.meta_update : kind != Kind::inner, any ? r.reset : kind == Kind::reset, any ? r.reset_momentum : kind == Kind::reset};
+          any ? r.meta_update : kind != Kind::inner, any ? r.reset : kind == Kind::reset, (any || kind == Kind::reset) && r.reset_momentum};
 }
 
 // The rows of a tile that a kernel steps together. g[i] is null where row i has no gradient; nonfinite[i] where nobody asks.
@@ -78,11 +79,12 @@ struct Rows {
 };
 
 // One vector of columns of G rows: their inner steps and the sum over them. `all`: they are all rows there are, so that the meta-update,
-// the shift and the reset follow in registers. left: columns from here to the end of the segment; what lies behind is padding.
+// the shift and the reset follow in registers. left: columns from here to the end of the segment; what lies behind is padding. Returns the
+// squares of what phi moves by here.
 template <int G, bool all, Kind kind, bool whole, class S, class C>
-CTS_HD void step_vector(const Rows<G, S, C>& rows, C* phi, C* sums, int64_t column, int64_t left, const Rule<Vec<C>>& rule) {
+CTS_HD Vec<C> step_vector(const Rows<G, S, C>& rows, C* phi, C* sums, int64_t column, int64_t left, const Rule<Vec<C>>& rule) {
   using V = Vec<C>;
-  V theta[G], center{};
+  V theta[G], center{}, moved{};
   if (rule.meta_update || rule.reset) center = load(phi + column);
   CTS_UNROLL
   for (int i = 0; i < G; ++i) {
@@ -98,8 +100,9 @@ CTS_HD void step_vector(const Rows<G, S, C>& rows, C* phi, C* sums, int64_t colu
     if (rule.reset_momentum) store(row.momentum + column, V(C(0)));
   }
   if constexpr (all) {
+    const V before = center;
     meta_step(theta, center, rule);
-    if (rule.meta_update) store(phi + column, center);
+    if (rule.meta_update) store(phi + column, center), moved = center - before;
   } else if (rule.meta_update) {
     V sum = load(sums + column);
     CTS_UNROLL
@@ -111,12 +114,13 @@ CTS_HD void step_vector(const Rows<G, S, C>& rows, C* phi, C* sums, int64_t colu
     if (all || !(rule.meta_update || rule.reset)) rows.row[i].store_theta(column, theta[i]);
     else if (!rule.reset) rows.row[i].store_work(column, theta[i]);
   }
+  return moved * moved;
 }
 
-// The same for all columns of a tile; sums and phi belong to its first. The rule is made here: its constants do not outlive a call.
+// The same for all columns of a tile, and the sum of the squares; sums and phi belong to its first. The rule is made here: its constants do not outlive a call.
 template <int G, bool all, Kind kind, class S, class C>
-__attribute__((noinline)) void step_rows(const Flat& flat, const Tile& tile, int32_t first_row, const Step& step, const Rule<C>& general, C* phi,
-                                         C* sums, Ahead<S, C>& ahead) {
+__attribute__((noinline)) double step_rows(const Flat& flat, const Tile& tile, int32_t first_row, const Step& step, const Rule<C>& general, C* phi,
+                                           C* sums, Ahead<S, C>& ahead) {
   constexpr int64_t N = Vec<C>::size, line = kLine / int64_t(sizeof(S));
   const Rule<Vec<C>> rule = broadcast<kind>(general);
   const Segment& segment = flat.segments[tile.segment];
@@ -133,28 +137,31 @@ __attribute__((noinline)) void step_rows(const Flat& flat, const Tile& tile, int
   for (int i = 0; i < G; ++i) streams += ahead.streams(rows.g[i], rule.has_momentum);
   const int64_t n = tile.end - tile.begin;
   int64_t column = 0;
+  Vec<C> squares{};
   for (; column + line <= n; column += line) {
     ahead.allow(streams);
-    for (int64_t i = column; i < column + line; i += N) step_vector<G, all, kind, true>(rows, phi, sums, i, N, rule);
+    for (int64_t i = column; i < column + line; i += N) squares = squares + step_vector<G, all, kind, true>(rows, phi, sums, i, N, rule);
   }
   if (column < n) ahead.allow(streams);
-  for (; column + N <= n; column += N) step_vector<G, all, kind, true>(rows, phi, sums, column, N, rule);
-  if (column < n) step_vector<G, all, kind, false>(rows, phi, sums, column, n - column, rule);
+  for (; column + N <= n; column += N) squares = squares + step_vector<G, all, kind, true>(rows, phi, sums, column, N, rule);
+  if (column < n) squares = squares + step_vector<G, all, kind, false>(rows, phi, sums, column, n - column, rule);
+  return all ? sum_of(squares) : 0;
 }
 
-// A tile whose rows fit into registers; false: they do not.
-template <Kind kind, int G, class S, class C>
-bool step_together(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule, C* phi, Ahead<S, C>& ahead) {
-  if constexpr (G > kTogether) return false;
-  else if (flat.rows == G) step_rows<G, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead);
-  else return step_together<kind, G < 8 ? G + 1 : 2 * G>(flat, tile, step, rule, phi, ahead);
-  return true;
+// A tile whose rows fit into registers.
+template <Kind kind, int G = 1, class S, class C>
+double step_together(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule, C* phi, Ahead<S, C>& ahead) {
+  if constexpr (G < kTogether)
+    if (flat.rows > G) return step_together<kind, G < 8 ? G + 1 : 2 * G>(flat, tile, step, rule, phi, ahead);
+  return step_rows<G, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead);
 }
+
+bool fits_together(int32_t rows) { return rows <= std::min(kTogether, 8) || rows == kTogether; }
 
 // A tile of any number of rows: eight or one at a time, with the sum over them in the first cache; then the meta-update, the shift and the
 // reset, with theta' in the second cache still, unless rows are very many.
 template <Kind kind, class S, class C>
-void step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& general, C* phi, Ahead<S, C>& ahead) {
+double step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& general, C* phi, Ahead<S, C>& ahead) {
   using V = Vec<C>;
   const Rule<V> rule = broadcast<kind>(general);
   constexpr int64_t N = V::size;
@@ -165,12 +172,15 @@ void step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const Ru
   if constexpr (kind != Kind::any && !Ahead<S, C>::has_master && !kInTurn)
     for (; t + 8 <= flat.rows; t += 8) step_rows<8, false, kind>(flat, tile, t, step, general, phi, sums, ahead);
   for (; t < flat.rows; ++t) step_rows<1, false, kind>(flat, tile, t, step, general, phi, sums, ahead);
-  if (!rule.meta_update && !rule.reset) return;
+  if (!rule.meta_update && !rule.reset) return 0;
 
+  V squares{};
   for (int64_t i = 0; i < n; i += N) {
-    V value = load(phi + i), delta = value;
+    const V before = load(phi + i);
+    V value = before, delta = value;
     if (rule.meta_update) delta = meta_update(value, load(sums + i), rule), store(phi + i, value);
     store(sums + i, rule.reset ? value : delta);
+    squares = squares + (value - before) * (value - before);
   }
   while (t-- > 0) {  // the last rows are the ones still near
     const Row<S, C> row = row_at<S, C>(flat, flat.segments[tile.segment].offset + tile.begin, t);
@@ -183,31 +193,34 @@ void step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const Ru
       row.store_theta(i, theta);
     }
   }
+  return sum_of(squares);
 }
 
 template <Kind kind, class S, class C>
-void step_tile(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule, Ahead<S, C>& ahead) {
+double step_tile(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule, Ahead<S, C>& ahead) {
   C* const phi = flat.phi ? static_cast<C*>(flat.phi) + flat.segments[tile.segment].offset + tile.begin : nullptr;
   if (phi) ahead.allow(ahead.lines(tile));
   if constexpr (kind != Kind::any && !Ahead<S, C>::has_master)
-    if (step_together<kind, 1>(flat, tile, step, rule, phi, ahead)) return;
-  step_in_turn<kind>(flat, tile, step, rule, phi, ahead);
+    if (fits_together(flat.rows)) return step_together<kind>(flat, tile, step, rule, phi, ahead);
+  return step_in_turn<kind>(flat, tile, step, rule, phi, ahead);
 }
 
 template <class S, class C>
-void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const Passes& passes, const Leap* leap) {
+void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const Passes& passes, const Leap* leap, double* moved) {
   Ahead<S, C> ahead(flats, tiles, queue, step);
   while (const Tile* tile = ahead.follow()) {
     const Flat& flat = flats[tile->flat];
     const Segment& segment = flat.segments[tile->segment];
     const Rule<C> rule = make_rule<C>(step.groups[segment.group], step, flat.rows, flat.phi != nullptr);
     if (leap && flat.phi) passes.leap(flat, *tile, step.gradients, *leap);
+    double squares = 0;
     switch (kind_of(rule, step, segment, flat.rows)) {
-      case Kind::inner: step_tile<Kind::inner>(flat, *tile, step, rule, ahead); break;
-      case Kind::meta: step_tile<Kind::meta>(flat, *tile, step, rule, ahead); break;
-      case Kind::reset: step_tile<Kind::reset>(flat, *tile, step, rule, ahead); break;
-      case Kind::any: step_tile<Kind::any>(flat, *tile, step, rule, ahead); break;
+      case Kind::inner: squares = step_tile<Kind::inner>(flat, *tile, step, rule, ahead); break;
+      case Kind::meta: squares = step_tile<Kind::meta>(flat, *tile, step, rule, ahead); break;
+      case Kind::reset: squares = step_tile<Kind::reset>(flat, *tile, step, rule, ahead); break;
+      case Kind::any: squares = step_tile<Kind::any>(flat, *tile, step, rule, ahead); break;
     }
+    if (moved) moved[tile - tiles] = squares;
   }
 }
 

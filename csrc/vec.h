@@ -75,6 +75,13 @@ CTS_HD bool all_finite(Vec<C> a) {
   return finite;
 }
 
+template <class C>
+double sum_of(Vec<C> a) {
+  double sum = 0;
+  for (int i = 0; i < Vec<C>::size; ++i) sum += a.x[i];
+  return sum;
+}
+
 // Vectors in memory; no alignment is asked for.
 template <class C>
 CTS_HD Vec<C> load(const C* from) {

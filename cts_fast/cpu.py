@@ -56,13 +56,18 @@ class Launcher(Passes):
             first += len(flat.params)
         self.plan = _cpu.Plan(DTYPES[flats[0].dtype], buffers, segments, instruction_set())
 
-    def __call__(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, leap: tuple | None = None) -> None:
+    def __call__(
+        self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, leap: tuple | None = None, measures: bool = False
+    ) -> float:  # fmt: skip
         started = 0 if all(flat.all_started for flat in self.flats) else self.started.data_ptr()
         nonfinite = 0 if control.nonfinite is None else control.nonfinite.data_ptr()
-        self.plan.step(
+        return self.plan.step(
             gradients.address, started, nonfinite, hyper, control.meta_update, control.reset, control.reset_momentum,
-            control.inverse_scale, leap, torch.get_num_threads(),
+            control.inverse_scale, leap, measures, torch.get_num_threads(),
         )  # fmt: skip
+
+    def measured_step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> float:
+        return self(gradients, hyper, control, measures=True)
 
     def leap_step_(self, point: LeapPoint, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         kept = (point.total.data_ptr(), point.theta.data_ptr(), point.gradient.data_ptr(), point.theta.stride(0))
@@ -81,10 +86,7 @@ class Launcher(Passes):
         self.end_round_(None, None, 0.0, (), clear_momentum)
 
     def squared_distances(self, rows: Tensor) -> list[float]:
-        return self.plan.squared_distances(False, rows.data_ptr(), rows.stride(0), torch.get_num_threads())
-
-    def squared_move(self, before: Tensor) -> float:
-        return self.plan.squared_distances(True, before.data_ptr(), 0, torch.get_num_threads())[0]
+        return self.plan.squared_distances(rows.data_ptr(), rows.stride(0), torch.get_num_threads())
 
     def add_signs_(self, signs: Tensor, scale: float) -> None:
         self.plan.add_signs(signs.data_ptr(), scale, torch.get_num_threads())

@@ -68,11 +68,6 @@ class Passes:
         """‖θ_t − rows_t‖² for every t; rows: [T, S]."""
         return torch.linalg.vector_norm(self.flats[0].work_theta - rows, dim=1).double().square().tolist()
 
-    def squared_move(self, before: Tensor) -> float:
-        """‖φ − before‖²; before: [S], whose values may be lost."""
-        short = torch.linalg.vector_norm(before.sub_(self.flats[0].phi).view(-1, 16), dim=1)  # S is a multiple of 16
-        return short.double().square().sum().item()
-
     def add_signs_(self, signs: Tensor, scale: float) -> None:
         """θ_t ← θ_t ± scale for every t, + where a bit of signs is set.
 
@@ -88,6 +83,14 @@ class Passes:
         flat.work_theta.add_(shift)
         if flat.master is not None:
             flat.theta.copy_(flat.master)
+
+    def measured_step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> float:
+        """The step; returns ‖φ − φ before‖²."""
+        phi = self.flats[0].phi
+        moved = phi.clone()
+        self(gradients, hyper, control)
+        short = torch.linalg.vector_norm(moved.sub_(phi).view(-1, 16), dim=1)  # S is a multiple of 16
+        return short.double().square().sum().item()
 
     def leap_step_(self, point: LeapPoint, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         """What Leap does at a point, and the step."""

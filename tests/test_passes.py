@@ -21,7 +21,8 @@ PASSES = {
     "reset_": lambda passes, x: passes.reset_(True),
     "reset_, momentum kept": lambda passes, x: passes.reset_(False),
     "squared_distances": lambda passes, x: passes.squared_distances(x["theta"]),
-    "squared_move": lambda passes, x: passes.squared_move(x["total"]),
+    "measured_step_": lambda passes, x: passes.measured_step_(x["gradients"], [HYPER, HYPER], Control(True, False, False)),
+    "measured_step_, all gradients there": lambda passes, x: passes.measured_step_(x["gradients"], [HYPER, HYPER], Control(True, False, False)),
     "add_signs_": lambda passes, x: passes.add_signs_(x["signs"], 0.01),
     "leap_step_, the first point": lambda passes, x: leap(passes, x, [], [], 0.5, True),
     "leap_step_": lambda passes, x: leap(passes, x, [0.5 + t for t in range(x["tasks"])], [0.1 * t - 0.2 for t in range(x["tasks"])], 0.5, True),
@@ -38,8 +39,9 @@ every_pass = pytest.mark.parametrize("name", PASSES)
 
 
 def taken(name, dtype=torch.float64, tasks=3, native=True, threads=2):
-    """All buffers after a pass, in float64, and what it returned; some gradients are missing, one lies in another order."""
-    case = Case(tasks, SHAPES, heads=(((3,),),) * tasks, dtype=dtype, missing=frozenset({(1, 0, 0), (1, tasks - 1, 5)}), options=OPTIONS)
+    """All buffers after a pass, in float64, and what it returned; some gradients are missing but for one pass, one lies in another order."""
+    missing = frozenset() if "all gradients" in name else frozenset({(1, 0, 0), (1, tasks - 1, 5)})
+    case = Case(tasks, SHAPES, heads=(((3,),),) * tasks, dtype=dtype, missing=missing, options=OPTIONS)
     opt, params = build(case, "cpu")
     for step in (0, 1):
         set_gradients(case, params, step)
@@ -63,8 +65,7 @@ def taken(name, dtype=torch.float64, tasks=3, native=True, threads=2):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(flat.theta, flat.work_theta.to(flat.dtype))
-    buffers = [flat.phi, flat.work_theta, flat.momentum, flat.started]
-    buffers += [] if name == "squared_move" else [x["total"]]  # whose values may be lost
+    buffers = [flat.phi, flat.work_theta, flat.momentum, flat.started, x["total"]]
     buffers += [x["theta"], x["gradient"]] if name != "leap_step_, the last point" else []  # not read again
     return [b.double().clone() for b in buffers] + [torch.tensor(returned or 0.0, dtype=torch.float64)]
 

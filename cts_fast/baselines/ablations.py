@@ -7,6 +7,7 @@ import random
 
 import torch
 
+from cts_fast import ops
 from cts_fast.baselines.base import Method
 from cts_fast.ops import Control, Hyper
 from cts_fast.passes import sign_words
@@ -47,25 +48,20 @@ class RandomShifting(NoShifting):
 
     @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
-        shared = self._shared()
-        moves = control.meta_update and not control.reset
-        if moves:
-            for flat, old in zip(shared, self._before, strict=True):
-                old.copy_(flat.phi)
-        super()._apply_(gradients, hyper, control, nonfinite, losses, heldout)
-        if not moves:
+        if control.reset or not control.meta_update:
+            super()._apply_(gradients, hyper, control, nonfinite, losses, heldout)
             return
-        moved = sum(passes.squared_move(old) for passes, old in zip(self._passes(), self._before, strict=True))
-        scale = math.sqrt(moved / (self._numbers or 1))
+        moved: list[float] = []
+        launchers = self._launchers_of(lambda launcher, *step: moved.append(launcher.measured_step_(*step)))
+        ops.shifting_step_(launchers, self._flats, gradients, hyper, control, nonfinite)
+        scale = math.sqrt(sum(moved) / (self._numbers or 1))
         self._draw_()
-        for flat, passes, signs in zip(shared, self._passes(), self._signs, strict=True):
-            passes.add_signs_(signs, scale)
-            flat.note_write()
+        for passes, signs in zip(self._passes(), self._signs, strict=True):
+            passes.add_signs_(signs, scale)  # autograd has heard of this step's writes
 
     def _build(self) -> None:
         super()._build()
         shared = self._shared()
-        self._before = [torch.zeros_like(flat.phi) for flat in shared]
         self._numbers = sum(segment.numel for flat in shared for segment in flat.segments)
         # a random bit for each number, as `Passes.add_signs_` reads them: normal numbers would take longer than the step
         self._signs = [

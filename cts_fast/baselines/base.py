@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain, islice
 
 import torch
@@ -88,6 +89,13 @@ class Method(ShiftingMetaOptimizer):
     def _passes(self) -> list[Passes]:
         """What steps each shared buffer, for what a method does beside the step."""
         return [launcher for launcher, flats in zip(self._launchers, self._flats, strict=True) if flats[0].shared]
+
+    def _launchers_of(self, shared_step: Callable) -> list[Callable]:
+        """The optimizer's launchers, where they step shared parameters as shared_step(launcher, gradients, hyper, control)."""
+        return [
+            partial(shared_step, launcher) if flats[0].shared else launcher
+            for launcher, flats in zip(self._launchers, self._flats, strict=True)
+        ]
 
     def _reset_(self) -> None:
         super()._reset_()

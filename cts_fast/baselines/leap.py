@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,11 +61,8 @@ class Leap(Method):
         changes = [now - before for now, before in zip(loss, self._previous_loss.read(), strict=True)]
         self._previous_loss.write(loss)
         weights, changes = (self._weights(changes), changes) if self.inner_step else ([], [])
-        own = iter(self._own)
-        launchers = [
-            partial(launcher.leap_step_, self._point(next(own), weights, changes, control)) if flats[0].shared else launcher
-            for launcher, flats in zip(self._launchers, self._flats, strict=True)
-        ]
+        points = iter([self._point(own, weights, changes, control) for own in self._own])
+        launchers = self._launchers_of(lambda launcher, *step: launcher.leap_step_(next(points), *step))
         self._inner_step_(gradients, hyper, control, nonfinite, launchers)
         if control.reset:
             self._end_round_(hyper, control, [own["meta_gradient"] for own in self._own])
