@@ -158,24 +158,38 @@ C* work_theta(const Flat& flat, int64_t at) {
   return static_cast<C*>(flat.master ? flat.master : flat.theta) + at;
 }
 
+// |a - b|^2 of G rows of n columns, read side by side.
+template <int G, class C>
+void row_distances(const C* a, int64_t a_stride, const C* b, int64_t b_stride, int64_t n, double* result) {
+  constexpr int64_t kShort = 512;  // columns that are summed in C; their sums are, in double
+  constexpr int64_t line = 64 / int64_t(sizeof(C)), ahead = 4 * line;
+  std::fill_n(result, G, 0.0);
+  for (int64_t begin = 0; begin < n; begin += kShort) {
+    Vec<C> sums[G]{};
+    for_lines<C>(std::min(n - begin, kShort), [&](int64_t first, int64_t last) {
+      CTS_UNROLL
+      for (int row = 0; row < G; ++row) {
+        const C *x = a + row * a_stride + begin, *y = b + row * b_stride + begin;
+        __builtin_prefetch(x + first + ahead), __builtin_prefetch(y + first + ahead);
+        for (int64_t i = first; i < last; i += Vec<C>::size) {
+          const Vec<C> d = load(x + i) - load(y + i);
+          sums[row] = sums[row] + d * d;
+        }
+      }
+    });
+    for (int row = 0; row < G; ++row) result[row] += sum_of(sums[row]);
+  }
+}
+
 template <class C>
 void squared_distances(const Flat& flat, const Tile& span, const void* rows, int64_t stride, double* result) {
-  constexpr int64_t kShort = 512;  // columns that are summed in C; their sums are, in double
+  constexpr int kTogether = 4;
   const int64_t first = flat.segments[span.segment].offset + span.begin, n = span.end - span.begin;
-  for (int32_t t = 0; t < flat.rows; ++t) {
-    const bool last = t + 1 == flat.rows;
-    const int64_t next_theta = last ? 0 : flat.stride, next_row = last ? 0 : stride;
-    const C *a = work_theta<C>(flat, first + t * flat.stride), *b = static_cast<const C*>(rows) + first + t * stride;
-    result[t] = 0;
-    for (int64_t begin = 0; begin < n; begin += kShort, a += kShort, b += kShort) {
-      Vec<C> sum{C(0)};
-      for_vectors<C>(std::min(n - begin, kShort), [&](int64_t i) {
-        const Vec<C> d = load(a + i) - load(b + i);
-        sum = sum + d * d;
-      }, a + next_theta, b + next_row);
-      result[t] += sum_of(sum);
-    }
-  }
+  const C *a = work_theta<C>(flat, first), *b = static_cast<const C*>(rows) + first;
+  int32_t t = 0;
+  for (; t + kTogether <= flat.rows; t += kTogether)
+    row_distances<kTogether>(a + t * flat.stride, flat.stride, b + t * stride, stride, n, result + t);
+  for (; t < flat.rows; ++t) row_distances<1>(a + t * flat.stride, flat.stride, b + t * stride, stride, n, result + t);
 }
 
 template <class S, class C>
@@ -186,10 +200,12 @@ void leap(const Flat& flat, const Tile& tile, const void* const* gradients, cons
   const V scale{C(l.scale)};
   C* const total = static_cast<C*>(l.total) + first;
   for (int32_t t = 0; t < flat.rows; ++t) {
-    const int64_t next = t + 1 == flat.rows ? 0 : l.stride;
+    const bool last = t + 1 == flat.rows;
+    const int64_t next = last ? 0 : l.stride;
     const C* theta = work_theta<C>(flat, first + t * flat.stride);
     C *old_theta = static_cast<C*>(l.theta) + first + t * l.stride, *old_g = static_cast<C*>(l.gradient) + first + t * l.stride;
-    const S* g = static_cast<const S*>(gradients[segment.first + t]);
+    const S *g = static_cast<const S*>(gradients[segment.first + t]), *next_g = static_cast<const S*>(gradients[segment.first + t + !last]);
+    const S* coming = next_g ? next_g + tile.begin : reinterpret_cast<const S*>(theta);
     const V weight{C(l.weights ? l.weights[t] : 0)}, slope{C(l.weights ? -l.weights[t] * l.changes[t] : 0)};
     for_vectors<C>(n, [&](int64_t i) {
       const V now = load(theta + i);
@@ -197,7 +213,7 @@ void leap(const Flat& flat, const Tile& tile, const void* const* gradients, cons
       if (!l.keeps) return;
       store(old_theta + i, now);
       store(old_g + i, g ? scale * load_gradient<C>(g + tile.begin, i, n) : V(C(0)));
-    }, old_theta + next, old_g + next);
+    }, old_theta + next, old_g + next, theta + (last ? 0 : flat.stride), coming);
     clear_padding(old_g, n);
   }
   clear_padding(total, n);
