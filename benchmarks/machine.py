@@ -50,10 +50,10 @@ def available_bytes() -> int:
 
 
 def name() -> str:
-    """A short name of the machine for file names, such as "amd-epyc-2-threads"."""
+    """A short name of the machine for file names, such as "amd-epyc-avx2-2-threads"."""
     words = str(describe()["processor"]).lower().replace("(r)", "").replace("(tm)", "").split()
     keep = [word for word in words if word.isalnum() or "-" in word][:3]
-    return "-".join([*keep, f"{torch.get_num_threads()}-threads"])
+    return "-".join([*keep, str(describe()["vectors"]).lower(), f"{torch.get_num_threads()}-threads"])
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -17,8 +17,8 @@ constexpr int64_t kLine = 64;          // bytes of a cache line
 constexpr int kTogether = kVectorBytes < kLine ? 1 : 16;
 constexpr bool kInTurn = kTogether == 1;
 constexpr int64_t kBurst = kInTurn ? 1 : 8;  // lines of one stream that are asked for at a time
-// Bytes on their way or waiting: a row of a tile; or half of a small second cache, and more than a tile whose rows are stepped together.
-constexpr int64_t kAhead = (kInTurn ? 12 : 144) << 10;
+// Bytes on their way or waiting: two rows of a tile; or half of a small second cache, and more than a tile whose rows are stepped together.
+constexpr int64_t kAhead = (kInTurn ? 24 : 144) << 10;
 
 // S: elements of theta, momentum and gradients; C: of phi and the master. Lines are counted in columns: as many as fill a line with S.
 template <class S, class C>

@@ -158,7 +158,7 @@ double step_together(const Flat& flat, const Tile& tile, const Step& step, const
 
 bool fits_together(int32_t rows) { return rows <= std::min(kTogether, 8) || rows == kTogether; }
 
-// A tile of any number of rows: eight or one at a time, with the sum over them in the first cache; then the meta-update, the shift and the
+// A tile of any number of rows: some or one at a time, with the sum over them in the first cache; then the meta-update, the shift and the
 // reset, with theta' in the second cache still, unless rows are very many.
 template <Kind kind, class S, class C>
 double step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& general, C* phi, Ahead<S, C>& ahead) {
@@ -169,8 +169,9 @@ double step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const 
   const int64_t n = tile.end - tile.begin;
   if (rule.meta_update) memset(sums, 0, size_t(n + N) * sizeof(C));
   int32_t t = 0;
-  if constexpr (kind != Kind::any && !Ahead<S, C>::has_master && !kInTurn)
-    for (; t + 8 <= flat.rows; t += 8) step_rows<8, false, kind>(flat, tile, t, step, general, phi, sums, ahead);
+  constexpr int side = kInTurn ? 2 : 8;  // rows that share their visits to sums and phi
+  if constexpr (kind != Kind::any && !Ahead<S, C>::has_master && !(kInTurn && kind == Kind::inner))
+    for (; t + side <= flat.rows; t += side) step_rows<side, false, kind>(flat, tile, t, step, general, phi, sums, ahead);
   for (; t < flat.rows; ++t) step_rows<1, false, kind>(flat, tile, t, step, general, phi, sums, ahead);
   if (!rule.meta_update && !rule.reset) return 0;
 
