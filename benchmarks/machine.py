@@ -51,9 +51,11 @@ def available_bytes() -> int:
 
 def name() -> str:
     """A short name of the machine for file names, such as "amd-epyc-avx2-2-threads"."""
-    words = str(describe()["processor"]).lower().replace("(r)", "").replace("(tm)", "").split()
+    machine = describe()
+    words = str(machine["processor"]).lower().replace("(r)", "").replace("(tm)", "").split()
     keep = [word for word in words if word.isalnum() or "-" in word][:3]
-    return "-".join([*keep, str(describe()["vectors"]).lower(), f"{torch.get_num_threads()}-threads"])
+    vectors = str(machine["vectors"]).lower().split()
+    return "-".join([*keep, *vectors, f"{torch.get_num_threads()}-threads"])
 
 
 def _cpuinfo() -> dict[str, str]:

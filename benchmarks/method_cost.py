@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -82,29 +83,31 @@ def make_step(method: str, problem: Problem, horizon: int, **options) -> Callabl
 def method_cost(setup: Setup, budget: Budget, flush: CacheFlush | None, shape: tuple[int, int, int]) -> dict[str, object]:
     """One row a method and kind of step: ms, bytes added, and the ratio to the inner step, the time of those bytes and the held-out gradients.
 
-    The inner step is `step()` with no meta-update due: the mean of two optimizers, one made before those of the methods and one after them,
-    because where memory lies makes up to a tenth of a difference. Bytes are priced at the ceiling, which takes turns with the methods.
+    The inner step is `step()` with no meta-update due. Everything is made twice, the second time in reverse order, and a time is the mean of
+    both: where memory lies makes up to a tenth of a difference. Bytes are priced at the ceiling, which takes turns with the methods.
     """
     problem = Problem(setup)
     rows, tasks, columns = {}, setup.tasks, setup.parameters
     for kind, horizon in enumerate((LONG, 1)):
         added_now = {name: both[kind] for name, both in ADDED.items() if len(both) > kind}
-        steps = {"inner step": make_step("cts", problem, LONG, meta_interval=LONG)}
-        steps |= {name: make_step(name, problem, horizon) for name in added_now}
-        steps["held-out gradients"] = heldout_gradients(problem)
-        steps["inner step again"] = make_step("cts", problem, LONG, meta_interval=LONG)
+
+        makers = {"inner step": lambda: make_step("cts", problem, LONG, meta_interval=LONG)}
+        makers |= {name: partial(make_step, name, problem, horizon) for name in added_now}
+        makers["held-out gradients"] = lambda: heldout_gradients(problem)
+        steps = {name: make() for name, make in makers.items()}
+        steps |= {f"{name} again": make() for name, make in reversed(makers.items())}
         ceiling = Read3Write2(shape[0], tasks * columns // shape[0], *shape[1:])
         run = paired({**steps, "ceiling": ceiling.step}, budget, flush)
-        seconds = run.seconds
-        inner = [(a + b) / 2 for a, b in zip(seconds["inner step"], seconds["inner step again"], strict=True)]
-        per_byte = [t / ceiling.bytes for t in seconds["ceiling"]]
+        del steps  # before the next ones are made
+        seconds = {name: [(a + b) / 2 for a, b in zip(run.seconds[name], run.seconds[f"{name} again"], strict=True)] for name in makers}
+        per_byte = [t / ceiling.bytes for t in run.seconds["ceiling"]]
         for name, (per_task, once) in added_now.items():
             added = 4 * columns * (per_task * tasks + once)
             evaluations = seconds["held-out gradients"] if EVALUATES.get(name, (False, False))[kind] else [0.0] * len(per_byte)
-            allowed = [t + added * p + e for t, p, e in zip(inner, per_byte, evaluations, strict=True)]
+            allowed = [t + added * p + e for t, p, e in zip(seconds["inner step"], per_byte, evaluations, strict=True)]
             ratios = sorted(a / b for a, b in zip(seconds[name], allowed, strict=True))
             rows[f"{name}, {('within a round', 'that ends a round')[kind]}"] = {
-                **summary(seconds[name]), "inner_ms": summary(inner)["ms"], "added_bytes": added,
+                **summary(seconds[name]), "inner_ms": summary(seconds["inner step"])["ms"], "added_bytes": added,
                 "heldout_ms": summary(evaluations)["ms"], "ratio": ratios[len(ratios) // 2],
             }  # fmt: skip
     return {"setup": str(setup), "allowance": ALLOWANCE, "rows": rows}

@@ -157,5 +157,6 @@ def _methods(methods: Mapping) -> str:
     ]  # fmt: skip
     return (
         f"## Methods, {methods['setup']}\n\nThe last column: a step over the fused inner step, autograd's time for the held-out gradients that the "
-        "method takes, and the bytes that its definition adds, priced at the ceiling (`benchmarks/method_cost.py` counts them).\n\n"
+        "method takes, and the bytes that its definition adds, priced at the ceiling (`benchmarks/method_cost.py` counts them). Times are means of "
+        "two optimizers whose memory lies elsewhere.\n\n"
     ) + _table(("step", "ms", "inner step, ms", "held-out gradients, ms", "added MB", "ratio / goal"), rows)

@@ -17,7 +17,7 @@ constexpr int64_t kLine = 64;          // bytes of a cache line
 constexpr int kTogether = kVectorBytes < kLine ? 1 : 16;
 constexpr bool kInTurn = kTogether == 1;
 constexpr int64_t kBurst = kInTurn ? 1 : 8;  // lines of one stream that are asked for at a time
-// Bytes on their way or waiting: two rows of a tile; or half of a small second cache, and more than a tile whose rows are stepped together.
+// Bytes on their way or waiting: two rows of a page; or half of a small second cache, and more than a tile whose rows are stepped together.
 constexpr int64_t kAhead = (kInTurn ? 24 : 144) << 10;
 
 // S: elements of theta, momentum and gradients; C: of phi and the master. Lines are counted in columns: as many as fill a line with S.
@@ -41,6 +41,9 @@ class Ahead {
 
   // Lines of one stream over a tile.
   static CTS_HD int64_t lines(const Tile& tile) { return (tile.end - tile.begin + kColumns - 1) / kColumns; }
+
+  // Whether phi is among what is visited.
+  static CTS_HD bool visits_phi(const Step& step) { return step.meta_update || step.reset; }
 
   // What a row is made of: gradient, theta, momentum and master.
   static CTS_HD int64_t streams(const S* g, bool has_momentum) { return (g != nullptr) + 1 + has_momentum + has_master; }
@@ -101,7 +104,7 @@ class Ahead {
       const Flat& flat = flats_[tile_->flat];
       const Segment& segment = flat.segments[tile_->segment];
       const int64_t row = (stream_ - 1) / of_row, at = segment.offset + tile_->begin + row * flat.stride;
-      if (stream_ == 0) visit<C>(flat.phi, segment.offset + tile_->begin);
+      if (stream_ == 0) visit<C>(visits_phi(step_) ? flat.phi : nullptr, segment.offset + tile_->begin);
       else if ((stream_ - 1) % of_row == 0) visit<S>(step_.gradients[segment.first + row], tile_->begin);
       else if ((stream_ - 1) % of_row == 1) visit<S>(flat.theta, at);
       else if ((stream_ - 1) % of_row == 2) visit<S>(step_.groups[segment.group].momentum != 0 ? flat.momentum : nullptr, at);

@@ -126,7 +126,7 @@ Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment
     flats_[f].segments = segments_[f].data();
     flats_[f].num_segments = int32_t(segments_[f].size());
     const size_t column_bytes = (3 * size + (flats_[f].master ? sizeof(float) : 0)) * size_t(flats_[f].rows);
-    const size_t longer = flats_[f].rows > kernel_.together ? 2 : 1, run = longer * kRunBytes / size;
+    const size_t longer = kernel_.together(flats_[f].rows) ? 1 : 2, run = longer * kRunBytes / size;
     const int64_t length = std::min(kTileElements, int64_t(std::max<size_t>(1, longer * kTileBytes / column_bytes / run) * run));
     for (size_t s = 0; s < segments_[f].size(); ++s) {
       cut(f, s, length, tiles_);

@@ -12,14 +12,14 @@ namespace cts {
 
 enum class DType : int { float32, float64, bfloat16, float16 };
 
-// Columns begin ... end of one segment, all rows: what is fetched row by row and then stepped together.
+// Columns begin ... end of one segment, all rows.
 struct Tile {
   int32_t flat, segment;
   int64_t begin, end;
 };
 
 constexpr int64_t kTileElements = 4096;  // of one row of a tile, at most
-constexpr int64_t kSpanElements = 1024;  // of one row of a tile of the methods' passes: a page or two, and many rows' fit into the second cache
+constexpr int64_t kSpanElements = 1024;  // of one row of a tile of the methods' passes: about a page, and many rows of it fit into the second cache
 
 // Tiles in the order in which memory is visited, and how many numbers they hold up to and with each.
 struct Tiles {
@@ -86,7 +86,7 @@ struct Passes {
 // moved: where each tile leaves the sum of the squares of what phi moves by there; null: not asked for.
 struct Kernel {
   void (*step)(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const Passes& passes, const Leap* leap, double* moved);
-  int together;  // up to so many rows are stepped together, more in turn
+  bool (*together)(int32_t rows);  // whether so many rows are stepped together in the usual kinds of step, in registers; else in turn
 };
 
 // Instruction sets that this module holds and this machine has, the widest first: of "avx512", "avx2", "plain".
@@ -126,7 +126,7 @@ class Plan {
 
   std::vector<Flat> flats_;
   std::vector<std::vector<Segment>> segments_;
-  Tiles tiles_, spans_;  // of all flats, for the step; long ones of the first
+  Tiles tiles_, spans_;  // of all flats, for the step; of the first, for the methods' passes
   size_t bytes_ = 0;
   Kernel kernel_;
   Passes passes_;

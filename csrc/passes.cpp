@@ -1,4 +1,4 @@
-// What methods do beside the step: sums of gradients, the end of a round, distances and signs over long spans of whole buffers, and Leap's
+// What methods do beside the step: sums of gradients, the end of a round, distances and signs over spans of whole buffers, and Leap's
 // part of a step over each of its tiles.
 //
 // Compiled once for each instruction set, as csrc/shifting_step.cpp is.
@@ -21,6 +21,7 @@ CTS_HD Vec<C> load_gradient(const S* g, int64_t i, int64_t n) {
 // A store of what nobody reads soon: memory is not read first, and the caches keep what they hold.
 template <class C>
 CTS_HD void store_past_caches(C* to, Vec<C> value) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(value)) return store(to, value);  // an allocator that aligns less than torch's
 #if defined(__AVX512F__)
   __m512i bits;
   memcpy(&bits, &value.x, sizeof(bits));
@@ -87,15 +88,15 @@ void add_rows(const S* const* g, int64_t n, C* sums) {
 // sums <- the sum over the rows of their gradients, one after the other.
 template <class S, class C>
 void sum_gradients(const Flat& flat, const Tile& span, const void* const* gradients, C* sums) {
-  constexpr int kTogether = 8;
+  constexpr int kSideBySide = 8;
   const Segment& segment = flat.segments[span.segment];
   const int64_t n = span.end - span.begin;
   memset(sums, 0, size_t(n + Vec<C>::size) * sizeof(C));
-  const S* g[kTogether];
+  const S* g[kSideBySide];
   int count = 0;
   for (int32_t t = 0; t < flat.rows; ++t) {
     if (const void* row = gradients[segment.first + t]) g[count++] = static_cast<const S*>(row) + span.begin;
-    if (count == kTogether) add_rows<kTogether>(g, n, sums), count = 0;
+    if (count == kSideBySide) add_rows<kSideBySide>(g, n, sums), count = 0;
   }
   const S* const* left = g;
   if (count & 4) add_rows<4>(left, n, sums), left += 4;
@@ -183,12 +184,12 @@ void row_distances(const C* a, int64_t a_stride, const C* b, int64_t b_stride, i
 
 template <class C>
 void squared_distances(const Flat& flat, const Tile& span, const void* rows, int64_t stride, double* result) {
-  constexpr int kTogether = 4;
+  constexpr int kSideBySide = 4;
   const int64_t first = flat.segments[span.segment].offset + span.begin, n = span.end - span.begin;
   const C *a = work_theta<C>(flat, first), *b = static_cast<const C*>(rows) + first;
   int32_t t = 0;
-  for (; t + kTogether <= flat.rows; t += kTogether)
-    row_distances<kTogether>(a + t * flat.stride, flat.stride, b + t * stride, stride, n, result + t);
+  for (; t + kSideBySide <= flat.rows; t += kSideBySide)
+    row_distances<kSideBySide>(a + t * flat.stride, flat.stride, b + t * stride, stride, n, result + t);
   for (; t < flat.rows; ++t) row_distances<1>(a + t * flat.stride, flat.stride, b + t * stride, stride, n, result + t);
 }
 

@@ -117,7 +117,8 @@ CTS_HD Vec<C> step_vector(const Rows<G, S, C>& rows, C* phi, C* sums, int64_t co
   return moved * moved;
 }
 
-// The same for all columns of a tile, and the sum of the squares; sums and phi belong to its first. The rule is made here: its constants do not outlive a call.
+// The same for all columns of a tile, and the sum of the squares; sums and phi belong to its first. The rule is made in here, behind the call
+// that is not inlined, so that the compiler sees the kind's constants.
 template <int G, bool all, Kind kind, class S, class C>
 __attribute__((noinline)) double step_rows(const Flat& flat, const Tile& tile, int32_t first_row, const Step& step, const Rule<C>& general, C* phi,
                                            C* sums, Ahead<S, C>& ahead) {
@@ -156,7 +157,10 @@ double step_together(const Flat& flat, const Tile& tile, const Step& step, const
   return step_rows<G, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead);
 }
 
-bool fits_together(int32_t rows) { return rows <= std::min(kTogether, 8) || rows == kTogether; }
+template <class S, class C>
+bool fits_together(int32_t rows) {
+  return !Ahead<S, C>::has_master && (rows <= std::min(kTogether, 8) || rows == kTogether);
+}
 
 // A tile of any number of rows: some or one at a time, with the sum over them in the first cache; then the meta-update, the shift and the
 // reset, with theta' in the second cache still, unless rows are very many.
@@ -200,9 +204,9 @@ double step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const 
 template <Kind kind, class S, class C>
 double step_tile(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule, Ahead<S, C>& ahead) {
   C* const phi = flat.phi ? static_cast<C*>(flat.phi) + flat.segments[tile.segment].offset + tile.begin : nullptr;
-  if (phi) ahead.allow(ahead.lines(tile));
+  if (phi && Ahead<S, C>::visits_phi(step)) ahead.allow(ahead.lines(tile));
   if constexpr (kind != Kind::any && !Ahead<S, C>::has_master)
-    if (fits_together(flat.rows)) return step_together<kind>(flat, tile, step, rule, phi, ahead);
+    if (fits_together<S, C>(flat.rows)) return step_together<kind>(flat, tile, step, rule, phi, ahead);
   return step_in_turn<kind>(flat, tile, step, rule, phi, ahead);
 }
 
@@ -229,10 +233,10 @@ void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& 
 
 Kernel kernel(DType dtype) {
   switch (dtype) {
-    case DType::float64: return {step_tiles<double, double>, kTogether};
-    case DType::bfloat16: return {step_tiles<BFloat16, float>, kTogether};
-    case DType::float16: return {step_tiles<Half, float>, kTogether};
-    default: return {step_tiles<float, float>, kTogether};
+    case DType::float64: return {step_tiles<double, double>, fits_together<double, double>};
+    case DType::bfloat16: return {step_tiles<BFloat16, float>, fits_together<BFloat16, float>};
+    case DType::float16: return {step_tiles<Half, float>, fits_together<Half, float>};
+    default: return {step_tiles<float, float>, fits_together<float, float>};
   }
 }
 

@@ -23,7 +23,7 @@ except ImportError:  # not built on this machine
 SEGMENT_BYTES = 128  # every tensor starts on such a boundary: wide loads, and no cache line is shared by two tensors
 FETCHED = 256  # tensors whose objects are fetched before they are touched: they fit into a second cache
 PAGE_BYTES, STAGGER_BYTES = 4096, 640  # rows a whole number of pages apart would fall into the same cache sets
-LEAD_BYTES = 384  # nor do theta and momentum of a number lie at the same place of a page: their loads and stores would wait for each other
+LEAD_BYTES = 2048  # of momentum: theta and momentum of a column, of any of 16 rows, have places of their own in a page, or loads wait for stores
 
 
 @dataclass

@@ -102,7 +102,7 @@ def counts_on_device(backends: Iterable[str]) -> bool:
 
 
 def make_launcher(backend: str, flats: Sequence[Flat]):
-    """The callable (gradients, hyper, control) → None that steps these buffers, all of one device and dtype."""
+    """The callable (gradients, hyper, control) that steps these buffers, all of one device and dtype."""
     return importlib.import_module(BACKENDS[backend]).Launcher(flats)
 
 
