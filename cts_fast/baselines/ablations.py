@@ -46,11 +46,12 @@ class RandomShifting(NoShifting):
         if not isinstance(own["seed"], int) or isinstance(own["seed"], bool) or own["seed"] < 0:
             raise ValueError(f"Invalid seed: {own['seed']}; it is a whole number ≥ 0")
 
-    @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
-        if control.reset or not control.meta_update:
-            super()._apply_(gradients, hyper, control, nonfinite, losses, heldout)
-            return
+        step = super()._apply_ if control.reset or not control.meta_update else self._shift_at_random_
+        step(gradients, hyper, control, nonfinite, losses, heldout)
+
+    @torch.no_grad()
+    def _shift_at_random_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
         moved: list[float] = []
         launchers = self._launchers_of(lambda launcher, *step: moved.append(launcher.measured_step_(*step)))
         ops.shifting_step_(launchers, self._flats, gradients, hyper, control, nonfinite)

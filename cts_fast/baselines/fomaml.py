@@ -21,12 +21,12 @@ class FOMAML(Method):
     once_a_round = True
     on_host = True
 
-    @torch.no_grad()
     def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
         self._inner_step_(gradients, hyper, control, nonfinite)
         if control.reset:
             found = self._heldout_gradients(heldout)
-            self._end_round_(descending(hyper), control, [None] * len(found), found, 1 / self.num_tasks)
+            with torch.no_grad():
+                self._end_round_(descending(hyper), control, [None] * len(found), found, 1 / self.num_tasks)
 
 
 class FOMAMLPlusPlus(Method):
