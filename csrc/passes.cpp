@@ -227,7 +227,7 @@ void add_signs(const Flat& flat, const Tile& span, const uint64_t* signs, double
   alignas(64) C shift[kSpanElements + Vec<C>::size];
   for (int64_t begin = 0; begin < n; begin += 64) {
     const uint64_t word = signs[(span.begin + begin) / 64];
-    for (int64_t i = 0; i < 64; ++i) shift[begin + i] = word >> i & 1 ? C(scale) : C(-scale);
+    for (int64_t i = 0; i < 64; i += Vec<C>::size) store(shift + begin + i, signed_by(word >> i, C(scale)));
   }
   memset(shift + n, 0, Vec<C>::size * sizeof(C));  // padding stays where it is
   for (int32_t t = 0; t < flat.rows; ++t) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "shifting_step.h"
 
@@ -80,6 +81,22 @@ double sum_of(Vec<C> a) {
   double sum = 0;
   for (int i = 0; i < Vec<C>::size; ++i) sum += a.x[i];
   return sum;
+}
+
+// +-value in each lane: + where the lane's bit is set, the lowest bit for the first lane.
+template <class C>
+CTS_HD Vec<C> signed_by(uint64_t bits, C value) {
+  using Word = std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>;
+  typedef Word Words __attribute__((vector_size(kVectorBytes)));
+  constexpr Word sign = Word(1) << (8 * sizeof(Word) - 1);
+  Words lanes, value_bits;
+  for (int i = 0; i < Vec<C>::size; ++i) lanes[i] = Word(1) << i;
+  const Vec<C> same(value);
+  memcpy(&value_bits, &same.x, sizeof(value_bits));
+  value_bits ^= (Words)((lanes & (Word(bits) - Words{})) == Words{}) & sign;
+  Vec<C> result;
+  memcpy(&result.x, &value_bits, sizeof(value_bits));
+  return result;
 }
 
 // Vectors in memory; no alignment is asked for.
