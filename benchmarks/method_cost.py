@@ -90,7 +90,6 @@ def method_cost(setup: Setup, budget: Budget, flush: CacheFlush | None, shape: t
     rows, tasks, columns = {}, setup.tasks, setup.parameters
     for kind, horizon in enumerate((LONG, 1)):
         added_now = {name: both[kind] for name, both in ADDED.items() if len(both) > kind}
-
         makers = {"inner step": lambda: make_step("cts", problem, LONG, meta_interval=LONG)}
         makers |= {name: partial(make_step, name, problem, horizon) for name in added_now}
         makers["held-out gradients"] = lambda: heldout_gradients(problem)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the native CPU tests on a module built with GCC's AddressSanitizer and UndefinedBehaviorSanitizer. Its plain kernel takes vectors
-# as wide as AVX-512's, emulated, so that this width is tested on machines without it. Needs the test requirements; about two minutes.
+# as wide as AVX-512's, emulated, so that this width is tested on machines without it. Needs the test requirements; some minutes.
 set -euo pipefail
 checkout=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
