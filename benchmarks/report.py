@@ -69,7 +69,7 @@ def measure(quick: bool, setups: list[Setup], say: Callable[[str], object], save
     result["host"] = {"backend": backend, **apart(host_time, backend, 10 if quick else 60, flush)}
     for setup in [Setup("resnet20", 8)] if quick else [Setup("transformer", 8), Setup("resnet20", 8)]:
         next_part(f"methods, {setup}")
-        result["methods"].append(apart(method_cost, setup, replace(budget, seconds=2 * budget.seconds), flush, shape))
+        result["methods"].append(apart(method_cost, setup, replace(budget, seconds=4 * budget.seconds), flush, shape))
     for network in ["resnet20"] if quick else ["resnet20", "resnet18"]:
         next_part(f"whole step, {network}")
         result["whole_steps"][network] = {"backend": backend, **apart(whole_step, network, backend, 2 if quick else 5)}

@@ -162,6 +162,22 @@ bool fits_together(int32_t rows) {
   return !Ahead<S, C>::has_master && (rows <= std::min(kTogether, 8) || rows == kTogether);
 }
 
+// The second visit to G rows of a tile: theta' + shift delta with the deltas given, or, at a reset, the values themselves.
+template <int G, class S, class C>
+CTS_HD void shift_rows(const Flat& flat, const Tile& tile, int32_t first_row, const C* deltas, const Rule<Vec<C>>& rule) {
+  Row<S, C> row[G];
+  for (int i = 0; i < G; ++i) row[i] = row_at<S, C>(flat, flat.segments[tile.segment].offset + tile.begin, first_row + i);
+  for (int64_t column = 0; column < tile.end - tile.begin; column += Vec<C>::size) {
+    const Vec<C> delta = load(deltas + column);
+    CTS_UNROLL
+    for (int i = 0; i < G; ++i) {
+      Vec<C> theta = delta;
+      if (!rule.reset) theta = row[i].load_work(column), shift(theta, delta, rule);
+      row[i].store_theta(column, theta);
+    }
+  }
+}
+
 // A tile of any number of rows: some or one at a time, with the sum over them in the first cache; then the meta-update, the shift and the
 // reset, with theta' in the second cache still, unless rows are very many.
 template <Kind kind, class S, class C>
@@ -187,17 +203,9 @@ double step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const 
     store(sums + i, rule.reset ? value : delta);
     squares = squares + (value - before) * (value - before);
   }
-  while (t-- > 0) {  // the last rows are the ones still near
-    const Row<S, C> row = row_at<S, C>(flat, flat.segments[tile.segment].offset + tile.begin, t);
-    for (int64_t i = 0; i < n; i += N) {
-      V theta = load(sums + i);
-      if (!rule.reset) {
-        const V delta = theta;
-        theta = row.load_work(i), shift(theta, delta, rule);
-      }
-      row.store_theta(i, theta);
-    }
-  }
+  constexpr int abreast = 4;  // rows that share their visits to the deltas; one row alone waits for the second cache
+  for (; t >= abreast; t -= abreast) shift_rows<abreast, S>(flat, tile, t - abreast, sums, rule);  // the last rows are the ones still near
+  while (t-- > 0) shift_rows<1, S>(flat, tile, t, sums, rule);
   return sum_of(squares);
 }
 
