@@ -69,9 +69,9 @@ std::vector<double> squared_distances(const cts::Plan& plan, uintptr_t rows, int
   return plan.squared_distances(pointer<const void>(rows), stride, threads);
 }
 
-void add_signs(const cts::Plan& plan, uintptr_t signs, double scale, int threads) {
+void add_signs(const cts::Plan& plan, uint64_t key, uint64_t first, double scale, int threads) {
   py::gil_scoped_release release;
-  plan.add_signs(pointer<const uint64_t>(signs), scale, threads);
+  plan.add_signs(key, first, scale, threads);
 }
 
 }  // namespace
@@ -95,7 +95,8 @@ PYBIND11_MODULE(_cpu, m) {
            "phi -= rates[group] * (total + weight * sum of gradients), total <- 0, theta <- phi, and if asked momentum <- 0. Addresses may be 0.")
       .def("squared_distances", &squared_distances, "rows"_a, "stride"_a, "threads"_a,
            "|theta_t - rows_t|^2 of every row t.")
-      .def("add_signs", &add_signs, "signs"_a, "scale"_a, "threads"_a, "theta_t += scale * (1 where the bit is set, else -1) in every row.");
+      .def("add_signs", &add_signs, "key"_a, "first"_a, "scale"_a, "threads"_a,
+           "theta_t += scale * (1 where the bit of the key's words is set, else -1) in every row.");
   m.def("prefetch_tensors", &cts::prefetch_tensors, "tensors"_a, "Fetch what torch reads when it advances the versions of a tuple of tensors.");
   py::class_<cts::GradientTable>(m, "GradientTable", "The addresses of the gradients of a list of parameters.")
       .def(py::init<py::list, const std::vector<uintptr_t>&, const std::vector<py::tuple>&, py::object>(), "params"_a, "addresses"_a,

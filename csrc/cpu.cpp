@@ -177,10 +177,10 @@ std::vector<double> Plan::squared_distances(const void* rows, int64_t stride, in
   return result;
 }
 
-void Plan::add_signs(const uint64_t* signs, double scale, int threads) const {
-  std::vector<const uint64_t*> of_segment;
-  for (const Segment& segment : segments_[0]) of_segment.push_back(signs), signs += (segment.numel + 63) / 64;
-  over_spans(threads, [&](int64_t, const Tile& span, const Tile*) { passes_.add_signs(flats_[0], span, of_segment[size_t(span.segment)], scale); });
+void Plan::add_signs(uint64_t key, uint64_t first, double scale, int threads) const {
+  std::vector<uint64_t> of_segment;
+  for (const Segment& segment : segments_[0]) of_segment.push_back(first), first += uint64_t(segment.numel + 63) / 64;
+  over_spans(threads, [&](int64_t, const Tile& span, const Tile*) { passes_.add_signs(flats_[0], span, key, of_segment[size_t(span.segment)], scale); });
 }
 
 }  // namespace cts

@@ -79,7 +79,7 @@ struct Passes {
   void (*end_round)(const Flat& flat, const Tile& span, const Tile* next, const RoundEnd& end);  // next: fetched meanwhile, or null
   void (*squared_distances)(const Flat& flat, const Tile& span, const void* rows, int64_t stride, double* result);
   void (*leap)(const Flat& flat, const Tile& tile, const void* const* gradients, const Leap& leap);
-  void (*add_signs)(const Flat& flat, const Tile& span, const uint64_t* signs, double scale);  // signs: of the span's segment
+  void (*add_signs)(const Flat& flat, const Tile& span, uint64_t key, uint64_t first, double scale);  // first: word of the span's segment
 };
 
 // Steps tiles until the queue is empty, those of a flat that has a phi after Leap's part if there is one; every thread of a team runs it.
@@ -113,8 +113,9 @@ class Plan {
   // |theta_t - rows_t|^2 of every row t.
   std::vector<double> squared_distances(const void* rows, int64_t stride, int threads) const;
 
-  // theta_t += scale * signs in every row. A bit for each number, +1 where it is set, else -1; every segment starts with a word of its own.
-  void add_signs(const uint64_t* signs, double scale, int threads) const;
+  // theta_t += scale * signs in every row: a bit of the key's random words for each number, +1 where it is set, else -1; every segment
+  // starts with a word of its own, the first one with word `first`.
+  void add_signs(uint64_t key, uint64_t first, double scale, int threads) const;
 
  private:
   // At most `threads`, and no more than there is work for.

@@ -220,24 +220,48 @@ void leap(const Flat& flat, const Tile& tile, const void* const* gradients, cons
   clear_padding(total, n);
 }
 
+// Word i of a key: SplitMix64, as cts_fast/passes.py has it.
+CTS_HD uint64_t random_word(uint64_t key, uint64_t i) {
+  uint64_t z = key + 0x9E3779B97F4A7C15u * (i + 1);
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  return z ^ (z >> 31);
+}
+
+// theta += shift in G rows, side by side.
+template <int G, class S, class C>
+void shift_rows(const Flat& flat, int64_t at, int64_t n, const C* shift) {
+  C* theta[G];
+  S* stored[G];
+  for (int row = 0; row < G; ++row) {
+    theta[row] = work_theta<C>(flat, at + row * flat.stride);
+    stored[row] = static_cast<S*>(flat.theta) + at + row * flat.stride;
+  }
+  for (int64_t i = 0; i < n; i += Vec<C>::size) {
+    const Vec<C> by = load(shift + i);
+    CTS_UNROLL
+    for (int row = 0; row < G; ++row) {
+      const Vec<C> moved = load(theta[row] + i) + by;
+      store(theta[row] + i, moved);
+      if constexpr (!std::is_same_v<S, C>) store(stored[row] + i, moved);
+    }
+  }
+}
+
 template <class S, class C>
-void add_signs(const Flat& flat, const Tile& span, const uint64_t* signs, double scale) {
-  const int64_t first = flat.segments[span.segment].offset + span.begin, n = span.end - span.begin;
+void add_signs(const Flat& flat, const Tile& span, uint64_t key, uint64_t first, double scale) {
+  constexpr int kSideBySide = 4;
+  const int64_t at = flat.segments[span.segment].offset + span.begin, n = span.end - span.begin;
   static_assert(kSpanElements % 64 == 0);  // a span starts with a word
   alignas(64) C shift[kSpanElements + Vec<C>::size];
   for (int64_t begin = 0; begin < n; begin += 64) {
-    const uint64_t word = signs[(span.begin + begin) / 64];
+    const uint64_t word = random_word(key, first + uint64_t(span.begin + begin) / 64);
     for (int64_t i = 0; i < 64; i += Vec<C>::size) store(shift + begin + i, signed_by(word >> i, C(scale)));
   }
   memset(shift + n, 0, Vec<C>::size * sizeof(C));  // padding stays where it is
-  for (int32_t t = 0; t < flat.rows; ++t) {
-    C* theta = work_theta<C>(flat, first + t * flat.stride);
-    for_vectors<C>(n, [&](int64_t i) {
-      const Vec<C> moved = load(theta + i) + load(shift + i);
-      store(theta + i, moved);
-      if constexpr (!std::is_same_v<S, C>) store(static_cast<S*>(flat.theta) + first + t * flat.stride + i, moved);
-    }, theta + (t + 1 < flat.rows ? flat.stride : 0));
-  }
+  int32_t t = 0;
+  for (; t + kSideBySide <= flat.rows; t += kSideBySide) shift_rows<kSideBySide, S>(flat, at + t * flat.stride, n, shift);
+  for (; t < flat.rows; ++t) shift_rows<1, S>(flat, at + t * flat.stride, n, shift);
 }
 
 template <class S, class C>

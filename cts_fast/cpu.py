@@ -88,5 +88,5 @@ class Launcher(Passes):
     def squared_distances(self, rows: Tensor) -> list[float]:
         return self.plan.squared_distances(rows.data_ptr(), rows.stride(0), torch.get_num_threads())
 
-    def add_signs_(self, signs: Tensor, scale: float) -> None:
-        self.plan.add_signs(signs.data_ptr(), scale, torch.get_num_threads())
+    def add_signs_(self, key: int, first: int, scale: float) -> None:
+        self.plan.add_signs(key, first, scale, torch.get_num_threads())

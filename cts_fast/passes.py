@@ -68,16 +68,17 @@ class Passes:
         """‖θ_t − rows_t‖² for every t; rows: [T, S]."""
         return torch.linalg.vector_norm(self.flats[0].work_theta - rows, dim=1).double().square().tolist()
 
-    def add_signs_(self, signs: Tensor, scale: float) -> None:
-        """θ_t ← θ_t ± scale for every t, + where a bit of signs is set.
+    def add_signs_(self, key: int, first: int, scale: float) -> None:
+        """θ_t ← θ_t ± scale for every t, + where a bit of the key's random words is set.
 
-        signs: int64, a bit for each number in memory order, the lowest first; each segment starts with a word of its own.
+        A bit for each number in memory order, the lowest first; each segment starts with a word of its own, the first one with word `first`.
         """
         flat = self.flats[0]
         shift = torch.zeros_like(flat.phi)
-        words = signs.split([sign_words(segment.numel) for segment in flat.segments])
+        counts = [sign_words(segment.numel) for segment in flat.segments]
+        words = random_words(key, first, sum(counts), flat.device).split(counts)
         for segment, own in zip(flat.segments, words, strict=True):
-            bits = own[:, None].bitwise_right_shift(torch.arange(64, device=signs.device)).bitwise_and_(1).view(-1)
+            bits = own[:, None].bitwise_right_shift(torch.arange(64, device=flat.device)).bitwise_and_(1).view(-1)
             part = shift[segment.offset : segment.offset + segment.numel]
             part.copy_(bits[: segment.numel]).mul_(2 * scale).sub_(scale)
         flat.work_theta.add_(shift)
@@ -109,6 +110,26 @@ class Passes:
 def sign_words(numel: int) -> int:
     """Words of 64 signs that a tensor of so many numbers takes."""
     return -(-numel // 64)
+
+
+def random_words(key: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Words first … first + count of a key's random 64-bit words, as int64; no state, so that every backend has the same.
+
+    key: 0 ≤ key < 2^64. SplitMix64 of Steele, Lea and Flood, OOPSLA 2014, with its stream's state at word i computed from i.
+    """
+    z = torch.arange(first + 1, first + count + 1, device=device).mul_(_signed(0x9E3779B97F4A7C15)).add_(_signed(key))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ _shifted(z, shift)).mul_(_signed(factor))
+    return z ^ _shifted(z, 31)
+
+
+def _signed(word: int) -> int:
+    return word - (word >> 63 << 64)
+
+
+def _shifted(words: Tensor, by: int) -> Tensor:
+    """Shifted to the right with zeros behind them."""
+    return words.bitwise_right_shift(by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def add_present_(targets: Sequence[Tensor], gradients: Sequence[Tensor | None], alpha: float = 1.0) -> None:

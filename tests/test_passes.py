@@ -5,13 +5,14 @@ import torch
 from step_cases import Case, build, set_gradients
 
 from cts_fast.ops import Control, Hyper
-from cts_fast.passes import LeapPoint, Passes, sign_words
+from cts_fast.passes import LeapPoint, Passes, random_words
 
 _cpu = pytest.importorskip("cts_fast._cpu", reason="the native module is not built")
 
 SHAPES = ((129,), (3, 5, 3, 3), (), (0, 4), (1,), (2, 4100))
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OPTIONS = dict(lr=0.1, momentum=0.9, meta_lr=0.3)
+KEY = 0xFEDCBA9876543210
 HYPER = Hyper(0.1, 0.9, 0.0, 0.0, False, False, 0.3, 1.0)
 PASSES = {
     "add_gradients_": lambda passes, x: passes.add_gradients_(x["total"], x["gradients"], 0.3),
@@ -23,7 +24,7 @@ PASSES = {
     "squared_distances": lambda passes, x: passes.squared_distances(x["theta"]),
     "measured_step_": lambda passes, x: passes.measured_step_(x["gradients"], [HYPER, HYPER], Control(True, False, False)),
     "measured_step_, all gradients there": lambda passes, x: passes.measured_step_(x["gradients"], [HYPER, HYPER], Control(True, False, False)),
-    "add_signs_": lambda passes, x: passes.add_signs_(x["signs"], 0.01),
+    "add_signs_": lambda passes, x: passes.add_signs_(KEY, 5, 0.01),
     "leap_step_, the first point": lambda passes, x: leap(passes, x, [], [], 0.5, True),
     "leap_step_": lambda passes, x: leap(passes, x, [0.5 + t for t in range(x["tasks"])], [0.1 * t - 0.2 for t in range(x["tasks"])], 0.5, True),
     "leap_step_, the last point": lambda passes, x: leap(passes, x, [1.0] * x["tasks"], [0.3] * x["tasks"], 1.0, False),
@@ -56,8 +57,6 @@ def taken(name, dtype=torch.float64, tasks=3, native=True, threads=2):
     for buffer in (x["total"][None], x["theta"], x["gradient"]):
         for part in flat.parts(buffer):
             part.copy_(torch.randn(part.shape, generator=draw))
-    words = sum(sign_words(segment.numel) for segment in flat.segments)
-    x["signs"] = torch.empty(words, dtype=torch.int64).random_(-(2**63), None, generator=draw)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -78,6 +77,12 @@ class TorchPasses(Passes):
 
     def __call__(self, *args):
         self.launcher(*args)
+
+
+def test_random_words_are_those_of_splitmix64_and_may_begin_anywhere():
+    known = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # the first three of seed 0
+    assert [word % 2**64 for word in random_words(0, 0, 3, torch.device("cpu")).tolist()] == known
+    assert torch.equal(random_words(KEY, 0, 9, torch.device("cpu"))[4:], random_words(KEY, 4, 5, torch.device("cpu")))
 
 
 @every_pass

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
+from hashlib import blake2b
+from itertools import accumulate
 
 import torch
 
@@ -56,28 +57,16 @@ class RandomShifting(NoShifting):
         launchers = self._launchers_of(lambda launcher, *step: moved.append(launcher.measured_step_(*step)))
         ops.shifting_step_(launchers, self._flats, gradients, hyper, control, nonfinite)
         scale = math.sqrt(sum(moved) / (self._numbers or 1))
-        self._draw_()
-        for passes, signs in zip(self._passes(), self._signs, strict=True):
-            passes.add_signs_(signs, scale)  # autograd has heard of this step's writes
+        key = blake2b(f"{self.param_groups[0]['seed']} {self.meta_updates}".encode(), digest_size=8).digest()
+        for passes, first in zip(self._passes(), self._first_words, strict=True):
+            passes.add_signs_(int.from_bytes(key, "big"), first, scale)  # autograd has heard of this step's writes
 
     def _build(self) -> None:
         super()._build()
-        shared = self._shared()
-        self._numbers = sum(segment.numel for flat in shared for segment in flat.segments)
-        # a random bit for each number, as `Passes.add_signs_` reads them: normal numbers would take longer than the step
-        self._signs = [
-            torch.zeros(sum(sign_words(s.numel) for s in flat.segments), dtype=torch.int64, device=flat.device)
-            for flat in shared
-        ]
-        self._generators = [torch.Generator(flat.device) for flat in shared]
-
-    def _draw_(self) -> None:
-        """New signs, the same whatever the precision."""
-        for i, signs in enumerate(self._signs):
-            # CPU generators hear 32 bits of a seed: all of it is mixed into those
-            key = f"{self.param_groups[0]['seed']} {self.meta_updates} {i}"
-            self._generators[i].manual_seed(random.Random(key).getrandbits(32))
-            signs.random_(-(2**63), None, generator=self._generators[i])
+        segments = [flat.segments for flat in self._shared()]
+        self._numbers = sum(segment.numel for own in segments for segment in own)
+        words = [sum(sign_words(segment.numel) for segment in own) for own in segments]
+        self._first_words = [0, *accumulate(words[:-1])]  # random words go on from one buffer to the next
 
 
 class ShiftingAccurate(Method):
