@@ -200,21 +200,24 @@ void leap(const Flat& flat, const Tile& tile, const void* const* gradients, cons
   const int64_t first = segment.offset + tile.begin, n = tile.end - tile.begin;
   const V scale{C(l.scale)};
   C* const total = static_cast<C*>(l.total) + first;
+  const bool ends = l.weights, keeps = l.keeps;  // read here: every store below might change them, for all that the compiler knows
   for (int32_t t = 0; t < flat.rows; ++t) {
-    const bool last = t + 1 == flat.rows;
-    const int64_t next = last ? 0 : l.stride;
     const C* theta = work_theta<C>(flat, first + t * flat.stride);
     C *old_theta = static_cast<C*>(l.theta) + first + t * l.stride, *old_g = static_cast<C*>(l.gradient) + first + t * l.stride;
-    const S *g = static_cast<const S*>(gradients[segment.first + t]), *next_g = static_cast<const S*>(gradients[segment.first + t + !last]);
-    const S* coming = next_g ? next_g + tile.begin : reinterpret_cast<const S*>(theta);
-    const V weight{C(l.weights ? l.weights[t] : 0)}, slope{C(l.weights ? -l.weights[t] * l.changes[t] : 0)};
+    const S* const* g_of = reinterpret_cast<const S* const*>(gradients) + segment.first;
+    // the next row, or the first one of the next tile, which mostly lies behind this one
+    const bool last = t + 1 == flat.rows;
+    const int64_t next = last ? n - t * l.stride : l.stride, next_theta = last ? n - t * flat.stride : flat.stride;
+    const S *g = g_of[t], *next_g = last ? g_of[0] : g_of[t + 1];
+    const S* coming = next_g ? next_g + (last ? tile.end : tile.begin) : reinterpret_cast<const S*>(theta);
+    const V weight{C(ends ? l.weights[t] : 0)}, slope{C(ends ? -l.weights[t] * l.changes[t] : 0)};
     for_vectors<C>(n, [&](int64_t i) {
       const V now = load(theta + i);
-      if (l.weights) store(total + i, load(total + i) + (weight * (load(old_theta + i) - now) + slope * load(old_g + i)));
-      if (!l.keeps) return;
+      if (ends) store(total + i, load(total + i) + (weight * (load(old_theta + i) - now) + slope * load(old_g + i)));
+      if (!keeps) return;
       store(old_theta + i, now);
       store(old_g + i, g ? scale * load_gradient<C>(g + tile.begin, i, n) : V(C(0)));
-    }, old_theta + next, old_g + next, theta + (last ? 0 : flat.stride), coming);
+    }, old_theta + next, old_g + next, theta + next_theta, coming);
     clear_padding(old_g, n);
   }
   clear_padding(total, n);
