@@ -204,11 +204,11 @@ void leap(const Flat& flat, const Tile& tile, const void* const* gradients, cons
   for (int32_t t = 0; t < flat.rows; ++t) {
     const C* theta = work_theta<C>(flat, first + t * flat.stride);
     C *old_theta = static_cast<C*>(l.theta) + first + t * l.stride, *old_g = static_cast<C*>(l.gradient) + first + t * l.stride;
-    const S* const* g_of = reinterpret_cast<const S* const*>(gradients) + segment.first;
+    const void* const* const g_of = gradients + segment.first;
     // the next row, or the first one of the next tile, which mostly lies behind this one
     const bool last = t + 1 == flat.rows;
     const int64_t next = last ? n - t * l.stride : l.stride, next_theta = last ? n - t * flat.stride : flat.stride;
-    const S *g = g_of[t], *next_g = last ? g_of[0] : g_of[t + 1];
+    const S *g = static_cast<const S*>(g_of[t]), *next_g = static_cast<const S*>(g_of[last ? 0 : t + 1]);
     const S* coming = next_g ? next_g + (last ? tile.end : tile.begin) : reinterpret_cast<const S*>(theta);
     const V weight{C(ends ? l.weights[t] : 0)}, slope{C(ends ? -l.weights[t] * l.changes[t] : 0)};
     for_vectors<C>(n, [&](int64_t i) {
@@ -231,9 +231,9 @@ CTS_HD uint64_t random_word(uint64_t key, uint64_t i) {
   return z ^ (z >> 31);
 }
 
-// theta += shift in G rows, side by side.
+// theta += values in G rows, side by side.
 template <int G, class S, class C>
-void shift_rows(const Flat& flat, int64_t at, int64_t n, const C* shift) {
+void add_to_rows(const Flat& flat, int64_t at, int64_t n, const C* values) {
   C* theta[G];
   S* stored[G];
   for (int row = 0; row < G; ++row) {
@@ -241,7 +241,7 @@ void shift_rows(const Flat& flat, int64_t at, int64_t n, const C* shift) {
     stored[row] = static_cast<S*>(flat.theta) + at + row * flat.stride;
   }
   for (int64_t i = 0; i < n; i += Vec<C>::size) {
-    const Vec<C> by = load(shift + i);
+    const Vec<C> by = load(values + i);
     CTS_UNROLL
     for (int row = 0; row < G; ++row) {
       const Vec<C> moved = load(theta[row] + i) + by;
@@ -263,8 +263,8 @@ void add_signs(const Flat& flat, const Tile& span, uint64_t key, uint64_t first,
   }
   memset(shift + n, 0, Vec<C>::size * sizeof(C));  // padding stays where it is
   int32_t t = 0;
-  for (; t + kSideBySide <= flat.rows; t += kSideBySide) shift_rows<kSideBySide, S>(flat, at + t * flat.stride, n, shift);
-  for (; t < flat.rows; ++t) shift_rows<1, S>(flat, at + t * flat.stride, n, shift);
+  for (; t + kSideBySide <= flat.rows; t += kSideBySide) add_to_rows<kSideBySide, S>(flat, at + t * flat.stride, n, shift);
+  for (; t < flat.rows; ++t) add_to_rows<1, S>(flat, at + t * flat.stride, n, shift);
 }
 
 template <class S, class C>

@@ -128,8 +128,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             raise ValueError("optimizer got an empty parameter list: no task has a parameter")
         if heads is not None:
             self._add_heads(heads)
-        if not any(group["shared"] for group in self.param_groups):
-            raise ValueError("every group is a head group (shared=False); an initialization needs shared parameters")
+        if not any(group["shared"] and group["params"] for group in self.param_groups):
+            raise ValueError("every group is a head group (shared=False) or empty; an initialization needs shared parameters")
         self._build()
 
     # Groups ----------------------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ class Passes:
         for segment, own in zip(flat.segments, words, strict=True):
             bits = own[:, None].bitwise_right_shift(torch.arange(64, device=flat.device)).bitwise_and_(1).view(-1)
             part = shift[segment.offset : segment.offset + segment.numel]
-            part.copy_(bits[: segment.numel]).mul_(2 * scale).sub_(scale)
+            part.fill_(-scale).masked_fill_(bits[: segment.numel] > 0, scale)
         flat.work_theta.add_(shift)
         if flat.master is not None:
             flat.theta.copy_(flat.master)

@@ -21,6 +21,7 @@ from cts_fast.baselines import (
     ShiftingAccurate,
 )
 from cts_fast.baselines.imaml import conjugate_gradient
+from cts_fast.passes import random_words
 
 INNER = dict(lr=0.05, momentum=0.9, weight_decay=0.01)
 ALPHA = 0.05
@@ -112,6 +113,25 @@ def test_a_random_shift_has_the_norm_of_delta_and_one_direction_for_all_tasks():
     assert shifts[0].norm().item() == pytest.approx(delta.norm().item(), rel=1e-9)
     assert all(torch.allclose(shift, shifts[0], rtol=0, atol=1e-12) for shift in shifts)
     assert abs(torch.cosine_similarity(shifts[0], delta, dim=0)) < 0.99
+
+
+def test_a_random_direction_is_a_balanced_choice_of_two_values():
+    task = [[torch.nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (4000, 70, 1)] for _ in range(2)]
+    opt = RandomShifting(task, lr=1.0, meta_lr=0.5, momentum=0.0)
+    for t, params in enumerate(task):
+        for p in params:
+            p.grad = torch.full_like(p, -1.0 - t)
+    opt.step()
+    r = torch.cat([p.detach() for p in task[0]]) - 1
+    delta = phi_of(opt)
+    torch.testing.assert_close(r.abs(), torch.full_like(r, (delta.norm() / len(r) ** 0.5).item()), rtol=1e-9, atol=0)
+    assert abs(r.sign().mean()) < 0.05 and abs((r.sign()[1:] * r.sign()[:-1]).mean()) < 0.05  # three standard deviations
+
+
+def test_random_words_are_those_of_splitmix64_and_may_begin_anywhere():
+    known = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # the first three of seed 0
+    assert [word % 2**64 for word in random_words(0, 0, 3, torch.device("cpu")).tolist()] == known
+    assert torch.equal(random_words(2**64 - 9, 0, 9, torch.device("cpu"))[4:], random_words(2**64 - 9, 4, 5, torch.device("cpu")))
 
 
 def test_random_directions_follow_from_the_seed_and_differ_from_step_to_step():

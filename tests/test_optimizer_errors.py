@@ -91,6 +91,8 @@ def test_heads_for_another_number_of_tasks():
 def test_heads_alone_are_no_initialization():
     with pytest.raises(ValueError, match="every group is a head group"):
         ShiftingMetaOptimizer([{"params": [parameters((2,))], "shared": False}])
+    with pytest.raises(ValueError, match="or empty; an initialization needs shared parameters"):
+        ShiftingMetaOptimizer([{"params": [[], []]}, {"params": [parameters((2,)), parameters((3,))], "shared": False}])
 
 
 @pytest.mark.parametrize(

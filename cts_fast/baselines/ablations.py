@@ -34,7 +34,8 @@ class RandomShifting(NoShifting):
     Each coordinate of r is ± ‖Δ‖ / √P, either sign with the same chance; at a reset none is drawn, as φ replaces what
     it would have moved.
 
-    seed: of the directions. Direction i depends on seed and i alone, so a resumed run draws the same ones.
+    seed: of the directions. Direction i depends on seed, i, and the shapes and order of the parameters (those of one
+    device and precision after those of another), so a resumed run draws the same ones.
 
     Source: Shin et al., ICML 2021, section 4.2 (ablation).
     """
@@ -53,20 +54,21 @@ class RandomShifting(NoShifting):
 
     @torch.no_grad()
     def _shift_at_random_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
+        name = f"{self.param_groups[0]['seed']} {self.meta_updates}"
+        key = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
         moved: list[float] = []
         launchers = self._launchers_of(lambda launcher, *step: moved.append(launcher.measured_step_(*step)))
         ops.shifting_step_(launchers, self._flats, gradients, hyper, control, nonfinite)
         scale = math.sqrt(sum(moved) / (self._numbers or 1))
-        key = blake2b(f"{self.param_groups[0]['seed']} {self.meta_updates}".encode(), digest_size=8).digest()
         for passes, first in zip(self._passes(), self._first_words, strict=True):
-            passes.add_signs_(int.from_bytes(key, "big"), first, scale)  # autograd has heard of this step's writes
+            passes.add_signs_(key, first, scale)  # autograd has heard of this step's writes
 
     def _build(self) -> None:
         super()._build()
         segments = [flat.segments for flat in self._shared()]
         self._numbers = sum(segment.numel for own in segments for segment in own)
         words = [sum(sign_words(segment.numel) for segment in own) for own in segments]
-        self._first_words = [0, *accumulate(words[:-1])]  # random words go on from one buffer to the next
+        self._first_words = [*accumulate(words, initial=0)][:-1]  # random words go on from one buffer to the next
 
 
 class ShiftingAccurate(Method):
