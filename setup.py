@@ -1,7 +1,8 @@
 """Builds the native modules `cts_fast._cpu` and `cts_fast._cuda` with ninja; neither needs torch to build or to link.
 
 The environment variable CTS_FAST_BUILD chooses: "auto" builds what this machine has compilers for and goes on without the rest,
-"cpu" and "cuda" (which holds "cpu") fail if they cannot be built, "none" builds nothing. CXX, CXXFLAGS, LDFLAGS, NVCC and MAX_JOBS are heeded.
+"cpu" and "cuda" (which holds "cpu") fail if they cannot be built, "none" builds nothing. CTS_FAST_CUDA_ARCHITECTURES="90" or "80 90" builds
+for those alone. CXX, CXXFLAGS, LDFLAGS, NVCC and MAX_JOBS are heeded.
 """
 
 import os
@@ -59,14 +60,15 @@ def jobs() -> int:
 
 
 def gencode(compiler: str) -> list[str]:
-    """Flags for the architectures that this nvcc knows, and PTX of the newest for those to come."""
+    """Flags for the architectures that this nvcc knows (or the user names), and PTX of the newest for those to come."""
     try:
         known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError) as error:
         raise CompileError(f"{compiler} does not run: {error}") from error
-    chosen = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in known]
-    if not chosen:
-        raise CompileError(f"{compiler} knows none of the architectures {CUDA_ARCHITECTURES}")
+    wanted = os.environ.get("CTS_FAST_CUDA_ARCHITECTURES", "").split()
+    chosen = [arch for arch in wanted or map(str, CUDA_ARCHITECTURES) if f"compute_{arch}" in known]
+    if not chosen or set(wanted) - set(chosen):
+        raise CompileError(f"{compiler} does not know all of the architectures {wanted or CUDA_ARCHITECTURES}; it knows {' '.join(known)}")
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
     return [*flags, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
 

@@ -8,11 +8,13 @@ the package first.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ from benchmarks.gpu_measure import so_far  # noqa: E402
 
 SECTIONS = {"tests": 160, "sanitizers": 65, "counts": 50, "bandwidth": 20, "steps": 125, "training": 60}  # their shares of the time
 LIMIT = "GPU_CHECK_SECONDS"  # what is left for a section, in its process's environment
+LOGS = "GPU_CHECK_LOGS"  # where the tests' whole output goes
 
 
 def main() -> int:
@@ -36,7 +39,7 @@ def main() -> int:
     parser.add_argument("--section", choices=(*SECTIONS, "small"), help="run one section in this process")
     parser.add_argument("--only", nargs="*", choices=tuple(SECTIONS), default=tuple(SECTIONS), help="the sections to run")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--seconds", type=float, default=480, help="for all sections together; later ones share what earlier ones left")
+    parser.add_argument("--seconds", type=float, default=300, help="for all sections together; later ones share what earlier ones left")
     parser.add_argument("--build-log", type=Path, help="what the build said; kept with the results")
     arguments = parser.parse_args()
     if arguments.section:
@@ -59,6 +62,7 @@ def run_all(arguments) -> int:
     name = re.sub(r"[^a-z0-9]+", "-", str(results["machine"].get("name", arguments.device)).lower()).strip("-")
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{name}-{results['date'][:10]}.json"
+    os.environ[LOGS] = str(path.with_name(path.stem + "-tests.log").resolve())
     failed = ["machine"] if "error" in results["machine"] else []
     for i, section in enumerate(arguments.only):
         print(f"== {section}", flush=True)
@@ -96,17 +100,34 @@ def subprocess_json(section: str, device: str, seconds: float) -> dict:
         command = [sys.executable, "-c", MACHINE, device]
     if seconds < 5:
         return {"error": "no time was left for it"}
-    try:
-        process = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, cwd=ROOT.anchor, env={**os.environ, LIMIT: str(seconds)}
-        )
-    except subprocess.TimeoutExpired as error:
-        stdout, stderr = (text.decode(errors="replace") if isinstance(text, bytes) else text or "" for text in (error.stdout, error.stderr))
-        return {**(last_result(stdout) or {}), "error": f"took more than {seconds:.0f} s", "output": stdout[-2000:] + stderr[-2000:]}
-    result = last_result(process.stdout)
+    with tempfile.TemporaryFile("w+", errors="replace") as stdout, tempfile.TemporaryFile("w+", errors="replace") as stderr:
+        process = started(command, stdout, stderr, cwd=ROOT.anchor, env={**os.environ, LIMIT: str(seconds)})
+        in_time = ended(process, seconds)
+        output, errors = (file.seek(0) or file.read() for file in (stdout, stderr))
+    result = last_result(output)
+    if not in_time:
+        return {**(result or {}), "error": f"took more than {seconds:.0f} s", "output": output[-2000:] + errors[-2000:]}
     if process.returncode or result is None:
-        return {**(result or {}), "error": f"exit code {process.returncode}", "output": process.stdout[-2000:] + process.stderr[-4000:]}
+        return {**(result or {}), "error": f"exit code {process.returncode}", "output": output[-2000:] + errors[-4000:]}
     return result
+
+
+def started(command: list[str], stdout, stderr=subprocess.STDOUT, **more) -> subprocess.Popen:
+    """A process that leads a group of its own, so that `ended` can end what it starts too."""
+    return subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True, start_new_session=True, **more)
+
+
+def ended(process: subprocess.Popen, seconds: float) -> bool:
+    """Wait for a process, and after so many seconds end its whole group; whether it ended by itself."""
+    try:
+        process.wait(timeout=max(0.1, seconds))
+        return True
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the group is gone with its last process
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 MACHINE = """
@@ -159,15 +180,10 @@ def tests(device: str) -> dict:
         command += ["-k", which] if which else []
         environment = {**os.environ, "CTS_FAST_EXAMPLES": examples, "OMP_NUM_THREADS": "4"}
         with log.open("w") as output:
-            process = subprocess.Popen(command, cwd=ROOT / "tests", env=environment, stdout=output, stderr=subprocess.STDOUT)
-        running[name] = (process, report, log)
+            running[name] = (started(command, output, cwd=ROOT / "tests", env=environment), report, log)
     deadline = time.monotonic() + float(os.environ[LIMIT]) - 8
     for name, (process, report, log) in running.items():
-        try:
-            process.wait(timeout=max(1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if not ended(process, max(1, deadline - time.monotonic())):
             results[name] = {"error": "took too long", "tail": log.read_text(errors="replace")[-1500:]}
             continue
         results[name] = counts_of(report) | ({"tail": log.read_text(errors="replace")[-3000:]} if process.returncode else {})
@@ -176,6 +192,10 @@ def tests(device: str) -> dict:
         elif device == "cuda" and results[name]["skipped"] == results[name]["tests"]:
             results[name]["error"] = "every test was skipped"
         so_far({"processes": results})
+    if LOGS in os.environ:
+        with Path(os.environ[LOGS]).open("w") as kept:
+            for name, (_, _, log) in running.items():
+                kept.write(f"== {name}\n{log.read_text(errors='replace')[-1_000_000:]}\n")
     shutil.rmtree(folder)
     broken = [name for name, result in results.items() if "error" in result]
     return {"processes": results, **({"error": f"tests failed: {', '.join(broken)}"} if broken else {})}
@@ -197,20 +217,19 @@ def sanitizers(device: str) -> dict:
     if tool is None or device == "cpu":
         return {"refused": "compute-sanitizer was not found" if tool is None else "a dry run"}
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation, whose end a tool can see
-    running, results = {}, {}
-    for name in ("memcheck", "racecheck", "initcheck"):
+    results = {}
+    deadline = time.monotonic() + float(os.environ[LIMIT]) - 8
+    for name in ("memcheck", "racecheck", "initcheck"):  # one after the other: the first must not wait for the others' share of the device
         # not CUDA's API errors: torch and the driver ask for functions that may not be there
         command = [tool, "--tool", name, "--report-api-errors", "no", "--error-exitcode", "9", sys.executable, str(Path(__file__).resolve()), "--section", "small"]
-        running[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    deadline = time.monotonic() + float(os.environ[LIMIT]) - 8
-    for name, process in running.items():
-        try:
-            output, _ = process.communicate(timeout=max(1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            results[name] = {"refused": "took too long", "tail": process.communicate()[0][-1500:]}
-            continue
-        if process.returncode == 0 and re.search(r"ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards", output):
+        with tempfile.TemporaryFile("w+", errors="replace") as log:
+            process = started(command, log, env=environment)
+            in_time = ended(process, deadline - time.monotonic())
+            log.seek(0)
+            output = log.read()
+        if not in_time:
+            results[name] = {"refused": "took too long", "tail": output[-1500:]}
+        elif process.returncode == 0 and re.search(r"ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards", output):
             results[name] = {"errors": 0}
         elif re.search(r"not supported|Unable to|Internal Sanitizer Error|Failed to initialize", output):
             results[name] = {"refused": output[-1500:]}

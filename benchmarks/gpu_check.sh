@@ -1,47 +1,70 @@
 #!/usr/bin/env bash
-# Builds the package without a network and runs everything that only a GPU can show, in under 10 minutes:
-#   bash benchmarks/gpu_check.sh [arguments of gpu_check.py]
-# Needs nvcc, a C++ compiler, torch, triton, setuptools, pybind11, ninja, torchvision, pytest and hypothesis, installed or as wheels in the folder
-# that the environment variable WHEELS names. Results: benchmarks/results/<device>-<date>.json and .txt. PYTHON: the interpreter.
+# Builds the package without a network and runs everything that only a GPU can show, in 5 minutes:
+#   bash benchmarks/gpu_check.sh [arguments of gpu_check.py]    build (or take the finished build in WORK) and check
+#   bash benchmarks/gpu_check.sh --build                        build alone, for a machine to which WORK is carried
+#   bash benchmarks/gpu_check.sh --missing                      names of the packages that are not installed, one a line; 1 if there are any
+# Environment: PYTHON, the interpreter. WHEELS, a folder of wheels to install first (benchmarks/gpu_wheels.sh fills one). WORK, a folder that
+# keeps the build. CTS_FAST_CUDA_ARCHITECTURES, what to build for ("90"). REVISION, the revision's name where there is no .git.
+# Results: DIR/<device>-<date>.json and .txt and the tests' log, where --out DIR says, else in benchmarks/results.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-export PYTHONUNBUFFERED=1 CUDA_DEVICE_MAX_CONNECTIONS=32
+if [ -n "${WORK:-}" ]; then
+    mkdir -p "$WORK"
+    work=$(cd "$WORK" && pwd)
+else
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+fi
+package=$work/package
+export PYTHONUNBUFFERED=1 CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$work/triton}
+export PYTHONPATH=$package:$work/wheels${PYTHONPATH:+:$PYTHONPATH}
+export PATH=$work/wheels/bin:$PATH
 
-mkdir "$work/package"
-export PYTHONPATH=$work/package${PYTHONPATH:+:$PYTHONPATH}
-export PATH=$work/package/bin:$PATH
-if [ -n "${WHEELS:-}" ]; then
-    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/package" "$WHEELS"/*.whl || { echo "FAILED: wheels"; exit 1; }
+if [ -n "${WHEELS:-}" ] && [ -n "$(ls "$WHEELS"/*.whl 2>/dev/null)" ]; then
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$work/wheels" "$WHEELS"/*.whl || { echo "FAILED: wheels"; exit 1; }
 fi
 missing=$("$python" - <<'END'
 import importlib.metadata, importlib.util
-needed = ("torch", "triton", "setuptools", "pybind11", "ninja", "torchvision", "pytest", "hypothesis")
+needed = ("torch", "triton", "setuptools", "pybind11", "ninja", "torchvision", "pytest", "hypothesis", "safetensors", "tqdm", "matplotlib")
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if "setuptools" not in missing and int(importlib.metadata.version("setuptools").partition(".")[0]) < 77:
     missing.append("setuptools>=77")
-print(*missing)
+print("\n".join(missing))
 END
 )
-if [ -n "$missing" ]; then
-    echo "FAILED: not installed: $missing; give them as wheels: WHEELS=FOLDER bash benchmarks/gpu_check.sh"
+if [ "${1:-}" = --missing ]; then
+    [ -z "$missing" ] && exit 0
+    echo "$missing"
     exit 1
 fi
 
-echo "== build"
-began=$SECONDS
-cp -r csrc cts_fast kernels setup.py pyproject.toml LICENSE README.md MANIFEST.in "$work/" 2>/dev/null
-rm -rf "$work"/cts_fast/*.so
-if ! (cd "$work" && CTS_FAST_BUILD=${CTS_FAST_BUILD:-cuda} "$python" -m pip install --no-build-isolation --no-deps --upgrade --target "$work/package" . -v) >"$work/build.log" 2>&1
-then
-    tail -60 "$work/build.log"
-    echo "FAILED: build"
-    exit 1
+sources=$(find csrc cts_fast kernels setup.py pyproject.toml -type f ! -name '*.so' ! -path '*/__pycache__/*' | LC_ALL=C sort | xargs sha256sum | sha256sum)
+if [ "$(cat "$work/built" 2>/dev/null)" = "$sources" ] && (cd "$work" && "$python" -c 'import cts_fast._cuda') 2>/dev/null; then
+    echo "== build: that of these sources in $WORK"
+else
+    if [ -n "$missing" ]; then
+        echo "FAILED: not installed: $(echo $missing); give them as wheels: WHEELS=FOLDER bash benchmarks/gpu_check.sh"
+        exit 1
+    fi
+    echo "== build"
+    began=$SECONDS
+    rm -rf "$package" "$work/source" "$work/built"
+    mkdir -p "$work/source"
+    cp -rP csrc cts_fast kernels setup.py pyproject.toml LICENSE README.md MANIFEST.in "$work/source/"
+    rm -rf "$work/source"/cts_fast/*.so
+    if ! (cd "$work/source" && CTS_FAST_BUILD=${CTS_FAST_BUILD:-cuda} "$python" -m pip install --no-build-isolation --no-deps --target "$package" . -v) >"$work/build.log" 2>&1
+    then
+        tail -60 "$work/build.log"
+        echo "FAILED: build"
+        exit 1
+    fi
+    rm -rf "$work/source"
+    echo "built in $((SECONDS - began)) s" | tee -a "$work/build.log"
+    echo "$sources" >"$work/built"
 fi
-echo "built in $((SECONDS - began)) s" | tee -a "$work/build.log"
-(cd "$work/package" && "$python" -m cts_fast.info)
+[ "${1:-}" = --build ] && exit 0
+(cd "$work" && "$python" -m cts_fast.info)
 
-"$python" benchmarks/gpu_check.py --build-log "$work/build.log" --seconds $((580 - SECONDS)) "$@"
+"$python" benchmarks/gpu_check.py --build-log "$work/build.log" --seconds $((300 - SECONDS)) "$@"
