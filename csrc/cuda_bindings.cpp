@@ -22,13 +22,12 @@ using CountingTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uin
 struct Plan {
   cts::Launch launch;
 
-  Plan(int dtype, int device, FlatTuple shared, FlatTuple heads, uintptr_t tiles, int num_tiles, int threads, int shared_bytes, int count,
-       int shared_count) {
+  Plan(int dtype, int device, FlatTuple shared, FlatTuple heads, uintptr_t tiles, int num_tiles, int count, int shared_count) {
     auto flat = [](FlatTuple f) {
       auto [phi, theta, momentum, master, stride, rows] = f;
       return cts::Flat{pointer<void>(phi), pointer<void>(theta), pointer<void>(momentum), pointer<void>(master), stride, rows, 0, nullptr};
     };
-    launch = {dtype, device, threads, shared_bytes, num_tiles, 0, count, shared_count, flat(shared), flat(heads), pointer<cts::Tile>(tiles),
+    launch = {dtype, device, num_tiles, 0, count, shared_count, flat(shared), flat(heads), pointer<cts::Tile>(tiles),
               nullptr, nullptr, nullptr, nullptr, nullptr};
   }
 
@@ -63,10 +62,14 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("max_pointers") = cts::MAX_POINTERS;
   m.attr("max_groups") = cts::MAX_GROUPS;
   m.def("driver_version", &cts::driver_version, "The CUDA version that the driver supports, as 1000 major + 10 minor; 0 without a driver.");
+  m.def("tile_columns", [](int tasks, int itemsize) {
+    const cts::Shape shape = cts::shape_of(tasks);
+    return std::pair(shape.lanes * 16 / itemsize, shape.lanes * shape.slices * 16 / itemsize);
+  }, "tasks"_a, "itemsize"_a, "The most columns of a shared tile and of a head's; itemsize: bytes of a number of phi.");
   m.attr("needs_driver") = cts::NEEDS_DRIVER;
   py::class_<Plan>(m, "Plan", "Buffers of one device and dtype and their tiles; all of it must outlive the plan.")
-      .def(py::init<int, int, FlatTuple, FlatTuple, uintptr_t, int, int, int, int, int>(), "dtype"_a, "device"_a, "shared"_a, "heads"_a, "tiles"_a,
-           "num_tiles"_a, "threads"_a, "shared_bytes"_a, "count"_a, "shared_count"_a,
+      .def(py::init<int, int, FlatTuple, FlatTuple, uintptr_t, int, int, int>(), "dtype"_a, "device"_a, "shared"_a, "heads"_a, "tiles"_a,
+           "num_tiles"_a, "count"_a, "shared_count"_a,
            "dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. shared, heads: (phi, theta, momentum, master, stride, rows), addresses or 0.")
       .def("step", &Plan::step, "gradients"_a, "table"_a, "started"_a, "nonfinite"_a, "hyper"_a, "lr"_a, "meta_lr"_a, "meta_update"_a, "reset"_a,
            "reset_momentum"_a, "inverse_scale"_a, "counting"_a, "stream"_a,

@@ -1,26 +1,29 @@
 // Runs csrc/shifting_step.cu on the CPU, for sanitizers: g++ -x c++ -include host_shim.h -DCTS_HOST_SHIM -fno-strict-aliasing.
 //
-// Blocks and threads are loop variables. A kernel is called once a block; EACH_THREAD makes its statement a loop over the block's threads,
-// so what stands between two barriers is run for all threads before what follows.
+// The blocks run one after the other; a block's threads are fibers of one thread of the system, which take turns at its barriers.
 #pragma once
+
+#include <sanitizer/common_interface_defs.h>
+#include <ucontext.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #define __global__ inline
 #define __device__
-#define __shared__
+#define __shared__ static
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define EACH_THREAD for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x)
 #define DYNAMIC_SHARED(name) char* name = shim::dynamic_shared
 
 struct dim3 {
-  unsigned x, y = 1, z = 1;
-  explicit dim3(unsigned x = 0) : x(x) {}
+  unsigned x, y, z = 1;
+  explicit dim3(unsigned x = 0, unsigned y = 1) : x(x), y(y) {}
 };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
@@ -29,6 +32,64 @@ inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 namespace shim {
 inline char* dynamic_shared = nullptr;
+
+// One thread of a block. A sanitizer is told of every change of stacks.
+struct Fiber {
+  static constexpr size_t STACK_BYTES = 256 << 10;
+  std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
+  ucontext_t context;
+  void* fake_stack = nullptr;
+  bool done = true;
+};
+
+inline std::vector<Fiber> fibers;  // made once, used for every block
+inline ucontext_t scheduler;
+inline const void* scheduler_stack = nullptr;
+inline size_t scheduler_bytes = 0;
+inline Fiber* current = nullptr;
+inline void (*call)(void*);  // the kernel with its parameters
+inline void* parameters;
+
+inline void leave(bool for_good) {
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &current->fake_stack, scheduler_stack, scheduler_bytes);
+  swapcontext(&current->context, &scheduler);
+  __sanitizer_finish_switch_fiber(current->fake_stack, &scheduler_stack, &scheduler_bytes);
+}
+
+inline void fiber_main() {
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_bytes);
+  call(parameters);
+  current->done = true;
+  leave(true);
+}
+
+// All threads of a block, each as far as its next barrier, until all are through.
+inline void run_block() {
+  const unsigned count = blockDim.x * blockDim.y;
+  if (fibers.size() < count) fibers.resize(count);
+  for (unsigned i = 0; i < count; ++i) {
+    Fiber& fiber = fibers[i];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack = {fiber.stack.get(), 0, Fiber::STACK_BYTES};
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+    fiber.done = false;
+  }
+  for (unsigned running = count; running > 0;) {
+    const unsigned before = running;
+    for (unsigned i = 0; i < count; ++i) {
+      if (fibers[i].done) continue;
+      threadIdx.x = i % blockDim.x, threadIdx.y = i / blockDim.x;
+      current = &fibers[i];
+      void* fake_stack = nullptr;
+      __sanitizer_start_switch_fiber(&fake_stack, current->stack.get(), Fiber::STACK_BYTES);
+      swapcontext(&scheduler, &current->context);
+      __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+      if (current->done) --running;
+    }
+    if (running > 0 && running != before) abort();  // some threads of the block have ended, others wait for them at a barrier
+  }
+}
 
 // x rounded to a float of `fraction` fraction bits and the given exponent range, ties to even, as the bits of the smaller type.
 inline uint16_t narrow(float x, int fraction, int bias) {
@@ -69,7 +130,7 @@ inline __half __float2half_rn(float x) { return {shim::narrow(x, 10, 15)}; }
 
 template <class T> T __ldcs(const T* from) { return *from; }
 template <class T> void store_raw(T* to, T value) { *to = value; }
-inline void __syncthreads() {}
+inline void __syncthreads() { shim::leave(false); }
 inline void __threadfence() {}
 inline unsigned atomicAdd(unsigned* at, unsigned more) { return (*at += more) - more; }
 using std::min;
@@ -77,20 +138,21 @@ using std::min;
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
-constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0;
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 99000, cudaSuccess; }
-template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel, int, int) { return cudaSuccess; }
 
 template <class Params>
 cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 blocks, dim3 threads, void** arguments, size_t shared_bytes, cudaStream_t) {
   gridDim = blocks, blockDim = threads;
-  const std::unique_ptr<std::remove_const_t<Params>> params(new std::remove_const_t<Params>(*static_cast<Params*>(arguments[0])));
+  static void (*launched)(Params);
+  launched = kernel;
+  shim::call = [](void* params) { launched(*static_cast<std::remove_const_t<Params>*>(params)); };
+  shim::parameters = arguments[0];
   for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
     void* shared = shared_bytes ? aligned_alloc(16, shared_bytes) : nullptr;  // of its exact size, so that a sanitizer sees its end
     shim::dynamic_shared = static_cast<char*>(shared);
-    kernel(*params);
+    shim::run_block();
     free(shared);
   }
   return cudaSuccess;

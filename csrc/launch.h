@@ -27,6 +27,19 @@ constexpr int NEEDS_DRIVER = std::max(NEEDS_PARAMETERS, CUDART_VERSION / 1000 * 
 constexpr int NEEDS_DRIVER = NEEDS_PARAMETERS;
 #endif
 
+// How a block divides its work among its threads: `lanes` columns' threads, each 16 bytes of phi wide, and as many slices of the tasks as it
+// takes for a slice's share to be HELD, or MAX_SLICES. A shared tile has up to `lanes` such columns, a head's, of one task, lanes * slices.
+constexpr int THREADS = 128, HELD = 8, MAX_SLICES = 16;
+
+struct Shape {
+  int lanes, slices, share;
+};
+
+inline Shape shape_of(int tasks) {
+  const int most = std::min((tasks + HELD - 1) / HELD, MAX_SLICES), share = (tasks + most - 1) / most, slices = (tasks + share - 1) / share;
+  return {std::max(THREADS / slices / 32 * 32, 32), slices, share};
+}
+
 // Columns of one tensor that one block takes: column ... column + columns of its buffers, `at` of its tensor. first: index of row 0's gradient.
 struct alignas(16) Tile {
   int64_t column, at;
@@ -47,9 +60,9 @@ struct Counting {
 
 // Buffers and tiles of one device and dtype (0 float32, 1 float64, 2 bfloat16, 3 float16), all in device memory. count: of gradients, those
 // of shared tensors first. table: the gradients' addresses on the device; null: they travel with the launch. lr, meta_lr: one a group,
-// the address of a float tensor, or of a double tensor plus one, or 0. threads: a tile has at most threads * 16 / sizeof(phi's type) columns.
+// the address of a float tensor, or of a double tensor plus one, or 0.
 struct Launch {
-  int dtype, device, threads, shared_bytes, num_tiles, num_groups;
+  int dtype, device, num_tiles, num_groups;
   int32_t count, shared_count;
   Flat shared, heads;
   const Tile* tiles;

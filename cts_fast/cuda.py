@@ -19,9 +19,6 @@ except ImportError as error:
     raise ImportError(f"the native module is not there ({error}); reinstall with CTS_FAST_BUILD=cuda and nvcc to see why") from error
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-THREADS, COLUMN_BYTES = 128, 16  # threads of a block; bytes of phi that one of them owns
-IN_REGISTERS = 16  # tasks
-SHARED_RESERVE = 2048  # bytes of shared memory that a block needs for other things
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
@@ -40,32 +37,21 @@ def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, grou
     return None
 
 
-def block_shape(tasks: int, shared_memory: int) -> tuple[int, int]:
-    """(threads of a block, bytes of shared memory that hold its theta); two blocks a multiprocessor, where that many threads fit.
-
-    shared_memory: bytes that a block can have. No bytes: theta stays in registers, or waits in global memory where a warp's does not fit.
-    """
-    if tasks <= IN_REGISTERS:
-        return THREADS, 0
-    room = shared_memory - SHARED_RESERVE
-    for threads in (THREADS, THREADS // 2, THREADS // 4):
-        needed = threads * tasks * COLUMN_BYTES
-        if 2 * needed <= room or (threads == THREADS // 4 and needed <= room):
-            return threads, needed
-    return THREADS, 0
-
-
-def make_tiles(flats: Sequence[Flat], columns: int) -> Tensor:
-    """The tiles of all segments as csrc/launch.h lays them out, int64 [tiles, 4]; columns: the most that one has."""
+def make_tiles(flats: Sequence[Flat]) -> Tensor:
+    """The tiles of all segments as csrc/launch.h lays them out, int64 [tiles, 4], the largest first: small ones fill the gaps at the end."""
+    tasks = flats[0].rows if flats[0].shared else 1
+    columns, head_columns = _cuda.tile_columns(tasks, flats[0].work_dtype.itemsize)
     tiles, first = [], 0
     for flat in flats:
+        most = columns if flat.shared else head_columns
         for segment in flat.segments:
-            at = torch.arange(0, segment.numel, columns, device="cpu")
-            count = (segment.numel - at).clamp(max=columns)
+            at = torch.arange(0, segment.numel, most, device="cpu")
+            count = (segment.numel - at).clamp(max=most)
             place = torch.full_like(at, first | (not flat.shared) << 32)
             tiles.append(torch.stack([segment.offset + at, at, count | segment.group << 32, place], dim=1))
             first += flat.rows
-    return torch.cat(tiles)
+    tiles = torch.cat(tiles)
+    return tiles[(tiles[:, 2] & 0xFFFFFFFF).argsort(descending=True, stable=True)]
 
 
 class Launcher(Passes):
@@ -76,10 +62,7 @@ class Launcher(Passes):
     def __init__(self, flats: Sequence[Flat]) -> None:
         self.flats, device = flats, flats[0].device
         on_gpu = device.type == "cuda"
-        shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin if on_gpu else 48 << 10
-        tasks = flats[0].rows if flats[0].shared else 1
-        threads, shared_bytes = block_shape(tasks, shared_memory)
-        tiles = make_tiles(flats, threads * COLUMN_BYTES // flats[0].work_dtype.itemsize)
+        tiles = make_tiles(flats)
         self.num_tiles = len(tiles)
         self.tiles = (tiles if len(tiles) else torch.zeros(1, 4, dtype=torch.int64, device="cpu")).to(device)
         groups = [segment.group for flat in flats for segment in flat.segments for _ in range(flat.rows)]
@@ -92,8 +75,7 @@ class Launcher(Passes):
         heads = (0, 0, 0, 0, 0, 1) if flats[-1].shared else _buffers(flats[-1])
         shared_count = len(flats[0].params) if flats[0].shared else 0
         self.plan = _cuda.Plan(
-            DTYPES[flats[0].dtype], self.index, shared, heads, self.tiles.data_ptr(), max(self.num_tiles, 1), threads, shared_bytes,
-            len(groups), shared_count,
+            DTYPES[flats[0].dtype], self.index, shared, heads, self.tiles.data_ptr(), max(self.num_tiles, 1), len(groups), shared_count,
         )  # fmt: skip
 
     def __call__(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
