@@ -297,7 +297,7 @@ def table(results: dict) -> str:
             lines.append(f"{row['network']:10} {row['tasks']:4} {row['variant']:26} {row.get('error') or row.get('left out')}")
     lines.append("")
     for name, result in sections.get("training", {}).get("loops", {}).items():
-        lines.append(f"training, {name}: {result['steps_per_second']:.2f} steps/s")
+        lines.append(f"training, {name}: " + (f"{result['steps_per_second']:.2f} steps/s" if "steps_per_second" in result else result["left out"]))
     lines += [f"FAILED {name}: {result['error']}" for name, result in sections.items() if "error" in result]
     return "\n".join(lines) + "\n"
 

@@ -46,10 +46,7 @@ template <> struct Narrow<__half> { static __device__ __forceinline__ __half of(
 
 namespace {
 
-#ifndef CTS_LOADED
-#define CTS_LOADED 4
-#endif
-constexpr int LOADED = CTS_LOADED;  // tasks whose numbers are in flight at a time
+template <class P, bool SLICED> constexpr int LOADED = SLICED || sizeof(P) < 4 ? 2 : 4;  // tasks whose numbers are in flight at a time
 
 template <class P> struct Work { using type = float; };
 template <> struct Work<double> { using type = double; };
@@ -199,7 +196,7 @@ __device__ __forceinline__ void add_slices(C (&sum)[W]) {
 template <bool LEAN, bool PRESENT, int N, bool SLICED, bool EXACT, int W, class P, class C, class Launch>
 __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, const Rule<C>& rule, int column, bool active) {
   const Buffers<P>& b = p.shared;
-  constexpr int BATCH = N < LOADED ? N : LOADED;
+  constexpr int BATCH = N < LOADED<P, SLICED> ? N : LOADED<P, SLICED>;
   const int64_t spot = tile.column + column, at = tile.at + column;
   const int from = SLICED ? threadIdx.y * p.share : 0, to = EXACT ? N : SLICED ? min(from + p.share, p.tasks) : p.tasks;
   int begin = from;
@@ -216,7 +213,8 @@ __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, c
         CTS_UNROLL
         for (int i = 0; i < W; ++i) sum[i] = t == 0 && begin == from ? theta[0][i] - phi[i] : sum[i] + (theta[t][i] - phi[i]);
       }
-      if (!SLICED || begin + N >= to) break;
+      if constexpr (!SLICED) break;
+      if (begin + N >= to) break;
       CTS_UNROLL
       for (int t = 0; t < N; ++t) store_theta(b, (begin + t) * b.stride + spot, theta[t]);
     }
@@ -344,7 +342,7 @@ __device__ __forceinline__ unsigned take_ticket(const Counting& c) {
 }
 
 // Blocks that share a multiprocessor, which bounds the registers.
-template <bool LEAN, int N, bool SLICED> constexpr int MIN_BLOCKS = SLICED ? 1 : N <= 2 ? 8 : N <= 4 ? (LEAN ? 6 : 5) : LEAN ? 4 : 3;
+template <bool LEAN, int N, bool SLICED> constexpr int MIN_BLOCKS = SLICED ? 1 : N <= 2 ? 8 : N <= 4 ? 5 : LEAN ? 4 : 3;
 
 template <bool LEAN, int N, bool SLICED, class P, int POINTERS, int GROUPS>
 __global__ void __launch_bounds__(SLICED ? MAX_SLICES * 32 : THREADS, MIN_BLOCKS<LEAN, N, SLICED>)

@@ -1,6 +1,7 @@
 """Batches of one task as tensors: resized once, then cropped, flipped and normalised a whole batch at a time."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ def task_seed(seed: int, *names: object) -> int:
     """A 63-bit seed that depends on `seed` and on every name, the same in every process."""
     digest = hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def draw_together(streams: Sequence["TaskBatches"]) -> Tensor:
+    """The next draws of all tasks, int64 [T, 4, B], pinned where their images are on a GPU, so that one copy takes them there."""
+    drawn = torch.stack([stream.draw() for stream in streams])
+    return drawn.pin_memory() if streams[0].images.is_cuda else drawn
 
 
 class TaskBatches:
@@ -77,16 +84,24 @@ class TaskBatches:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
+        return self.batch(self.draw().to(self.images.device, non_blocking=True))
+
+    def draw(self) -> Tensor:
+        """What the next batch is made of, int64 [4, B] on the CPU: image numbers, rows and columns of the crop, whether it is flipped."""
         index = self._indices()
         n = len(index)
         offsets = torch.randint(2 * self.padding + 1, (2, n, 1), generator=self.generator)
-        rows, columns = (offset + torch.arange(side) for offset, side in zip(offsets, self.shape))
+        flipped = torch.rand(n, 1, generator=self.generator) < 0.5 if self.flip else torch.zeros(n, 1, dtype=torch.bool)
+        return torch.cat([index[None], offsets.squeeze(2), flipped.squeeze(1)[None]])
+
+    def batch(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of a draw that lies on the images' device; waits for nothing, so that a CUDA graph may hold it."""
+        index, top, left, flipped = drawn[..., None]
+        rows, columns = (offset + torch.arange(side, device=drawn.device) for offset, side in zip((top, left), self.shape))
         if self.flip:
-            flipped = torch.rand(n, 1, generator=self.generator) < 0.5
-            columns = torch.where(flipped, columns.flip(1), columns)
-        index, rows, columns = (i.to(self.images.device) for i in (index, rows, columns))
-        x = self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-        return normalize(x.permute(0, 3, 1, 2)), self.labels[index]
+            columns = torch.where(flipped > 0, columns.flip(1), columns)
+        x = self.images[index[:, None], rows[:, :, None], columns[:, None, :]]
+        return normalize(x.permute(0, 3, 1, 2)), self.labels[index[:, 0]]
 
     def _indices(self) -> Tensor:
         """The next `batch_size` image numbers; begins a new epoch as often as needed."""

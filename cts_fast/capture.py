@@ -7,39 +7,52 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from cts_fast.batch_counts import BatchCounts
+
 EAGER_STEPS = 3  # before the capture: libraries choose algorithms and allocate, which a capture may not
 
 
 class CapturedStep:
     """``losses = step(batches)``: one training step of every task; after a few eager ones, the replay of a CUDA graph.
 
-    Tasks run on streams of their own, so small networks fill the GPU together. Every call is a real training step. Numbers that are not tensors
-    (a float lr) are what they were at the capture; give `lr` as a tensor to change it.
+    Tasks run on a few streams side by side, so small networks fill the GPU together. Every call is a real training step. Numbers that are not
+    tensors (a float lr) are what they were at the capture; give `lr` as a tensor to change it.
 
     Args:
         nets: T networks on one CUDA device; optimizer: over their parameters, made with ``capturable=True``.
         loss: (net, *batch) → a scalar with its graph; must not wait for the device.
+        prepare: T functions that make a task's batch of what is given for it, on the device and inside the graph (gather, crop, normalise);
+            None: what is given are the batches.
+        streams: on which the tasks take turns.
+        benchmark: let cuDNN try its algorithms in the eager steps and keep the fastest; results then differ from run to run by rounding.
 
     Raises:
         ValueError: an optimizer that cannot be captured, a network that is not on a CUDA device, or batches of another shape than the first.
     """
 
-    def __init__(self, nets: Sequence[nn.Module], optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor]) -> None:
-        self.nets, self.optimizer, self.loss = list(nets), optimizer, loss
+    def __init__(
+        self, nets: Sequence[nn.Module], optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor],
+        prepare: Sequence[Callable[..., tuple[Tensor, ...]]] | None = None, streams: int = 4, benchmark: bool = False,
+    ) -> None:  # fmt: skip
+        self.nets, self.optimizer, self.loss, self.benchmark = list(nets), optimizer, loss, benchmark
         self.device = next(nets[0].parameters()).device
         if self.device.type != "cuda":
             raise ValueError(f"a CUDA graph needs networks on a CUDA device, but these are on {self.device}")
         if not all(group.get("capturable") for group in optimizer.param_groups):
             raise ValueError("a CUDA graph needs an optimizer made with capturable=True")
-        self.streams = [torch.cuda.Stream(self.device) for _ in self.nets]
-        self.inputs: list[tuple[Tensor, ...]] | None = None
+        if streams < 1:
+            raise ValueError(f"Invalid streams value: {streams}; at least one is needed")
+        self.prepare = prepare or [lambda *batch: batch] * len(self.nets)
+        self.streams = [torch.cuda.Stream(self.device) for _ in range(min(streams, len(self.nets)))]
+        self.counts = BatchCounts(self.nets)
+        self.inputs: Tensor | list[tuple[Tensor, ...]] | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager_steps = 0
         self.losses: Tensor | None = None
 
-    def __call__(self, batches: Sequence[tuple[Tensor, ...]]) -> Tensor:
-        """One training step on a batch of tensors for each task; the T losses, detached."""
-        with torch.cuda.device(self.device):
+    def __call__(self, batches: Tensor | Sequence[tuple[Tensor, ...]]) -> Tensor:
+        """One training step on a batch of tensors for each task, or on one tensor [T, …] of what is given for all; the T losses, detached."""
+        with torch.cuda.device(self.device), torch.backends.cudnn.flags(**self._cudnn()):
             self._fill(batches)
             if self.graph is None and self.eager_steps < EAGER_STEPS:
                 self.eager_steps += 1
@@ -50,30 +63,45 @@ class CapturedStep:
             self.graph.replay()
             return self.losses.clone()
 
-    def _fill(self, batches: Sequence[tuple[Tensor, ...]]) -> None:
+    def _cudnn(self) -> dict[str, bool]:
+        cudnn = torch.backends.cudnn
+        return {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic, "benchmark": self.benchmark or cudnn.benchmark}
+
+    def _fill(self, batches: Tensor | Sequence[tuple[Tensor, ...]]) -> None:
         """Copy the batches to where the graph reads them."""
+        together = isinstance(batches, Tensor)  # one copy for all tasks
         if self.inputs is None:
-            self.inputs = [tuple(torch.empty_like(tensor, device=self.device) for tensor in batch) for batch in batches]
-        for task, (inputs, batch) in enumerate(zip(self.inputs, batches, strict=True)):
-            for here, tensor in zip(inputs, batch, strict=True):
-                if here.shape != tensor.shape or here.dtype != tensor.dtype:
-                    raise ValueError(
-                        f"task {task}: a batch of {tensor.dtype} {tuple(tensor.shape)}, but the first one had {here.dtype} {tuple(here.shape)}; "
-                        "a CUDA graph takes batches of one shape"
-                    )
-                here.copy_(tensor, non_blocking=True)
+            self.inputs = (
+                torch.empty_like(batches, device=self.device) if together
+                else [tuple(torch.empty_like(tensor, device=self.device) for tensor in batch) for batch in batches]
+            )  # fmt: skip
+        given = [("all tasks", self.inputs, batches)] if together else [
+            (f"task {task}", here, tensor)
+            for task, (inputs, batch) in enumerate(zip(self.inputs, batches, strict=True))
+            for here, tensor in zip(inputs, batch, strict=True)
+        ]  # fmt: skip
+        for whose, here, tensor in given:
+            if here.shape != tensor.shape or here.dtype != tensor.dtype:
+                raise ValueError(
+                    f"{whose}: a batch of {tensor.dtype} {tuple(tensor.shape)}, but the first one had {here.dtype} {tuple(here.shape)}; "
+                    "a CUDA graph takes batches of one shape"
+                )
+            here.copy_(tensor, non_blocking=True)
 
     def _step(self) -> Tensor:
         main = torch.cuda.current_stream()
         losses = []
-        for net, batch, stream in zip(self.nets, self.inputs, self.streams, strict=True):
-            stream.wait_stream(main)
-            with torch.cuda.stream(stream):
-                loss = self.loss(net, *batch)
-                loss.backward()
-                losses.append(loss.detach())
         for stream in self.streams:
-            main.wait_stream(stream)
+            stream.wait_stream(main)
+        with self.counts.together():
+            for task, (net, prepare, inputs) in enumerate(zip(self.nets, self.prepare, self.inputs, strict=True)):
+                with torch.cuda.stream(self.streams[task % len(self.streams)]):
+                    batch = prepare(inputs) if isinstance(self.inputs, Tensor) else prepare(*inputs)
+                    loss = self.loss(net, *batch)
+                    loss.backward()
+                    losses.append(loss.detach())
+            for stream in self.streams:
+                main.wait_stream(stream)
         self.optimizer.step()
         return torch.stack(losses)
 

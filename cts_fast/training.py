@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batches import TaskBatches, task_seed
+from .batch_counts import BatchCounts
+from .batches import TaskBatches, draw_together, task_seed
 from .capture import CapturedStep
 from .models import ResNet20
 
@@ -62,7 +63,9 @@ class MetaTrainer:
         tasks: `cts_fast.data.Task`s; their training images are used.
         meta_lr: the method's beta.
         map: runs a function for every task, as `cts_fast.parallel.task_map` yields it.
-        capture: replay the whole of `inner_step` as a CUDA graph (`cts_fast.capture`); only for methods with no needs.
+        capture: replay the whole of a step, its batches included, as a CUDA graph (`cts_fast.capture`); only for methods with no needs.
+        streams: of a captured step; benchmark: whether cuDNN may choose algorithms by trying them in a captured step.
+        precision: "fp32", or "bf16" for forward passes under autocast; parameters, gradients and batch-norm statistics stay float32.
     """
 
     def __init__(
@@ -76,6 +79,9 @@ class MetaTrainer:
         device: torch.device | str = "cpu",
         map: Callable[..., Any] = map,
         capture: bool = False,
+        streams: int = 4,
+        benchmark: bool = False,
+        precision: str = "fp32",
         **options: Any,
     ):
         if not tasks:
@@ -128,7 +134,12 @@ class MetaTrainer:
             raise ValueError(
                 f"{method.__name__} needs {', '.join(sorted(self.needs))}, which a CUDA graph cannot give it"
             )
-        self.captured = CapturedStep(self.nets, self.optimizer, _loss) if capture else None
+        self.loss = LOSSES[precision]
+        self.counts = BatchCounts(self.nets)
+        self.captured = None
+        if capture:
+            prepare = [stream.batch for stream in self.streams]
+            self.captured = CapturedStep(self.nets, self.optimizer, self.loss, prepare, streams, benchmark)
 
     @property
     def initialization(self) -> dict[str, Tensor]:
@@ -137,24 +148,32 @@ class MetaTrainer:
 
     def train_step(self) -> Tensor:
         """One inner step of every task and what the method does with it; returns the T training losses, detached."""
-        batches = [next(stream) for stream in self.streams]
-        losses = self.inner_step(batches)
+        drawn = draw_together(self.streams)
+        losses = self.captured(drawn) if self.captured else self.inner_step(drawn)
         self.step += 1
         return losses
 
-    def inner_step(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The work on given batches: T forward and backward passes and the optimizer's step; reads nothing back."""
-        if self.captured:
-            return self.captured(batches)
+    def inner_step(self, drawn: Tensor) -> Tensor:
+        """The work on what `draw_together` drew: T forward and backward passes and the optimizer's step; reads nothing back."""
+        drawn = drawn.to(self.streams[0].images.device, non_blocking=True)
         self.optimizer.zero_grad()
-        losses = list(self.map(_backward, self.nets, batches))
+        with self.counts.together():
+            losses = list(self.map(self._backward, self.nets, self.streams, drawn))
         needed: dict[str, Any] = {}
         if "losses" in self.needs:
             needed["losses"] = losses
         if "heldout" in self.needs:
-            needed["heldout"] = [_HeldOutLoss(net, stream) for net, stream in zip(self.nets, self.held_back)]
+            needed["heldout"] = [
+                _HeldOutLoss(self.loss, net, stream) for net, stream in zip(self.nets, self.held_back)
+            ]
         self.optimizer.step(**needed)
         return torch.stack(losses)
+
+    def _backward(self, net: ResNet20, stream: TaskBatches, drawn: Tensor) -> Tensor:
+        """Adds the gradients of one task's batch; returns its loss, detached."""
+        loss = self.loss(net, *stream.batch(drawn))
+        loss.backward()
+        return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-equal continuation needs; loads with `torch.load(weights_only=True)`."""
@@ -183,19 +202,21 @@ class MetaTrainer:
 class _HeldOutLoss:
     """Calling it returns the loss, with its graph, of the next batch of images that no inner step sees."""
 
-    def __init__(self, net: ResNet20, stream: TaskBatches):
-        self.net, self.stream = net, stream
+    def __init__(self, loss: Callable[..., Tensor], net: ResNet20, stream: TaskBatches):
+        self.loss, self.net, self.stream = loss, net, stream
 
     def __call__(self) -> Tensor:
-        return _loss(self.net, *next(self.stream))
+        return self.loss(self.net, *next(self.stream))
 
 
 def _loss(net: ResNet20, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(net(x), y)
 
 
-def _backward(net: ResNet20, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Adds the gradients of one task's batch; returns its loss, detached."""
-    loss = _loss(net, *batch)
-    loss.backward()
-    return loss.detach()
+def _bf16_loss(net: ResNet20, x: Tensor, y: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # a weight is cast once a pass in any case
+        logits = net(x)
+    return F.cross_entropy(logits.float(), y)
+
+
+LOSSES = {"fp32": _loss, "bf16": _bf16_loss}  # precision → (net, x, y) → loss
