@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import datetime
 import json
 import os
@@ -27,7 +28,7 @@ sys.path = [*(path for path in sys.path if Path(path or ".").resolve() != ROOT /
 
 from benchmarks.gpu_measure import so_far  # noqa: E402
 
-SECTIONS = {"tests": 160, "sanitizers": 65, "counts": 50, "bandwidth": 20, "steps": 125, "training": 60}  # their shares of the time
+SECTIONS = {"bandwidth": 15, "steps": 75, "tests": 75, "training": 70, "counts": 20, "profiler": 25, "sanitizers": 27}  # their shares of the time
 LIMIT = "GPU_CHECK_SECONDS"  # what is left for a section, in its process's environment
 LOGS = "GPU_CHECK_LOGS"  # where the tests' whole output goes
 
@@ -36,7 +37,7 @@ def main() -> int:
     """Run all sections, or with --section one of them here, which prints its result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a dry run on small problems")
-    parser.add_argument("--section", choices=(*SECTIONS, "small"), help="run one section in this process")
+    parser.add_argument("--section", choices=(*SECTIONS, "small", "profiled"), help="run one section in this process")
     parser.add_argument("--only", nargs="*", choices=tuple(SECTIONS), default=tuple(SECTIONS), help="the sections to run")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--seconds", type=float, default=300, help="for all sections together; later ones share what earlier ones left")
@@ -45,7 +46,7 @@ def main() -> int:
     if arguments.section:
         from benchmarks import gpu_measure
 
-        own = {"tests": tests, "sanitizers": sanitizers, "small": small}
+        own = {"tests": tests, "sanitizers": sanitizers, "small": small, "profiler": profiler}
         result = (own.get(arguments.section) or getattr(gpu_measure, arguments.section))(arguments.device)
         so_far(result)
         return 0
@@ -55,7 +56,7 @@ def main() -> int:
 def run_all(arguments) -> int:
     """The machine, then each section; writes after each one."""
     deadline = time.monotonic() + arguments.seconds
-    results = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "device": arguments.device, "sections": {}}
+    results = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "device": arguments.device, "revision": revision(), "sections": {}}
     results["machine"] = subprocess_json("machine", "cuda" if arguments.device == "cuda" else "cpu", 60)
     if arguments.build_log:
         results["build"] = {"log_tail": arguments.build_log.read_text(errors="replace")[-3000:]}
@@ -80,6 +81,12 @@ def run_all(arguments) -> int:
     print(text)
     print(f"written: {path}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
+
+
+def revision() -> str | None:
+    """The revision that is checked: the environment's REVISION, else git's."""
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return os.environ.get("REVISION") or (described.stdout.strip() if described.returncode == 0 else None)
 
 
 def last_result(output: str) -> dict | None:
@@ -131,7 +138,7 @@ def ended(process: subprocess.Popen, seconds: float) -> bool:
 
 
 MACHINE = """
-import json, platform, shutil, subprocess, sys, torch
+import json, os, platform, shutil, subprocess, sys, torch
 facts = {"name": sys.argv[1], "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
 try:
     import triton
@@ -143,6 +150,9 @@ facts["off"] = {n: w for n in ops.BACKENDS if (w := ops.unavailable(n, torch.dev
 if sys.argv[1] == "cuda":
     p = torch.cuda.get_device_properties(0)
     facts.update(name=p.name, capability=[p.major, p.minor], multiprocessors=p.multi_processor_count, l2_bytes=p.L2_cache_size)
+    facts.update(tf32_convolutions=torch.backends.cudnn.allow_tf32, tf32_matmul=torch.backends.cuda.matmul.allow_tf32)
+    facts.update(cudnn=torch.backends.cudnn.version(), cudnn_benchmark=torch.backends.cudnn.benchmark)
+    facts.update(connections=os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit", "--format=csv,noheader"]
     facts["driver, clocks, power"] = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which(query[0]) else None
 print("RESULT " + json.dumps(facts))
@@ -156,7 +166,7 @@ def tests(device: str) -> dict:
     """The step's tests on every backend, in a few processes side by side; a failure of one is a failure of the section."""
     on = device
     jobs = {
-        "cuda": (["test_shifting_step.py", "test_counted_steps.py", "test_cuda_backend.py"], f"cuda-{on}", "60"),
+        "cuda": (["test_shifting_step.py", "test_counted_steps.py", "test_cuda_backend.py"], f"cuda-{on}", "15"),
         # Triton compiles a kernel for every number of tasks, dtype and set of options: several processes
         "triton, float32": (["test_shifting_step.py"], f"triton-{on} and any_number and float32", "1"),
         "triton, float64": (["test_shifting_step.py"], f"triton-{on} and any_number and float64", "1"),
@@ -240,6 +250,28 @@ def sanitizers(device: str) -> dict:
     return {"tools": results, **({"error": f"sanitizer reports: {', '.join(broken)}"} if broken else {})}
 
 
+def profiler(device: str) -> dict:
+    """What Nsight Compute counts in one step of a few set-ups; where the machine refuses it, that is the result."""
+    from benchmarks.gpu_measure import METRICS, PROFILED
+
+    tool = shutil.which("ncu") or next(map(str, Path("/usr/local").glob("cuda*/bin/ncu")), None)
+    if tool is None or device == "cpu":
+        return {"refused": "ncu was not found" if tool is None else "a dry run"}
+    command = [tool, "--profile-from-start", "off", "--clock-control", "none", "--csv", "--print-units", "base", "--metrics", ",".join(METRICS)]
+    command += ["--kernel-name", "regex:shifting_step", sys.executable, str(Path(__file__).resolve()), "--section", "profiled"]
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        in_time = ended(started(command, log), float(os.environ[LIMIT]) - 5)
+        log.seek(0)
+        lines = log.read().splitlines()
+    table = list(csv.DictReader(line for line in lines if line.startswith('"')))
+    launches: dict[str, dict] = {}
+    for row in table:
+        launches.setdefault(row["ID"], {})[METRICS[row["Metric Name"]]] = float(row["Metric Value"].replace(",", ""))
+    if not launches:
+        return {"refused": "\n".join(lines)[-1500:] if in_time else "took too long"}
+    return {"launches": {f"{network}, T = {tasks}": launch for (network, tasks), launch in zip(PROFILED, launches.values(), strict=False)}}
+
+
 def small(device: str) -> dict:
     """A few steps of the cuda backend with everything in them; what the sanitizers watch."""
     import torch
@@ -281,20 +313,30 @@ def table(results: dict) -> str:
     rate = sections.get("bandwidth", {}).get("bytes_per_second")
     if rate:
         lines += [f"copy bandwidth: {rate / 1e12:.3f} TB/s", ""]
-    rows = [row for row in sections.get("steps", {}).get("rows", []) if "us" in row]
-    lines.append("cold, warm: device time with cold and warm L2; host: until the call returns; row: a step in a row of steps; of copy: the bytes that a")
-    lines.append("step must move, in the cold time, over the copy bandwidth; times: cold time over that of the first variant of its network and T")
-    lines.append(f"{'network':10} {'T':>4} {'variant':26} {'cold µs':>10} {'warm µs':>10} {'host µs':>10} {'row µs':>10} {'of copy':>8} {'times':>8}")
+    rows, l2 = sections.get("steps", {}).get("rows", []), results["machine"].get("l2_bytes", 0)
+    lines += [
+        "cold, warm: device time with cold and warm L2; host: until the call returns; row: a step in a row of steps; of copy: the bytes that a",
+        "step must move, in the cold time, over the copy bandwidth; times: cold time over that of the first variant of its network and T.",
+        "notes: L2: part of these bytes stays in the L2 cache from step to step, also in cold ones, so its share of copy is no share of memory's;",
+        "host: the host takes longer to launch a step than the device to run it, so a row of steps is bound by it.",
+        f"{'network':10} {'T':>4} {'variant':26} {'cold µs':>10} {'warm µs':>10} {'host µs':>10} {'row µs':>10} {'of copy':>8} {'times':>8}  notes",
+    ]
     ours: dict[tuple, float] = {}
     for row in rows:
-        cold = row["us"]["device_cold"]
-        share = f"{row['floor_bytes'] / (1e-6 * cold) / rate:8.1%}" if rate else f"{'':8}"
+        start = f"{row['network']:10} {row['tasks']:4} {row['variant']:26}"
+        if "us" not in row:
+            lines.append(f"{start} {row.get('error') or row.get('left out')}")
+            continue
+        cold, bytes_ = row["us"]["device_cold"], row.get("floor_bytes")
+        share = f"{bytes_ / (1e-6 * cold) / rate:8.1%}" if rate and bytes_ else f"{'':8}"
         us = " ".join(f"{row['us'][key]:10.1f}" for key in ("device_cold", "device_warm", "host", "in_a_row"))
         times = cold / ours.setdefault((row["network"], row["tasks"]), cold)
-        lines.append(f"{row['network']:10} {row['tasks']:4} {row['variant']:26} {us} {share} {times:8.2f}")
-    for row in sections.get("steps", {}).get("rows", []):
-        if "us" not in row:
-            lines.append(f"{row['network']:10} {row['tasks']:4} {row['variant']:26} {row.get('error') or row.get('left out')}")
+        notes = ["L2"] * bool(bytes_ and bytes_ < 2 * l2) + ["host"] * (row["us"]["host"] > cold)
+        lines.append(f"{start} {us} {share} {times:8.2f}  {', '.join(notes)}")
+    for name, counted in sections.get("profiler", {}).get("launches", {}).items():
+        lines += ["", f"Nsight Compute, {name}: " + ", ".join(f"{key} {value:g}" for key, value in counted.items())]
+    if "refused" in sections.get("profiler", {}):
+        lines += ["", f"Nsight Compute: {sections['profiler']['refused'][-200:]}"]
     lines.append("")
     for name, result in sections.get("training", {}).get("loops", {}).items():
         lines.append(f"training, {name}: " + (f"{result['steps_per_second']:.2f} steps/s" if "steps_per_second" in result else result["left out"]))

@@ -9,6 +9,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 
 def so_far(result: dict) -> None:
@@ -27,7 +28,7 @@ def counts(device: str) -> dict:
     steps, results = 3, {}  # the naive loop makes thousands of events a step, which take the profiler seconds
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     for name, make in variants(device).items():
-        if name in ("compiled unrolled + copy",):
+        if name in ("compiled unrolled + copy", "step(), cuda, captured"):
             continue
         variant = make(problem("resnet20", 8 if device == "cuda" else 2, device))
         for _ in range(3):
@@ -67,46 +68,74 @@ def bandwidth(device: str) -> dict:
 
 
 def steps(device: str) -> dict:
-    """One step's device and host time: four networks at 8 tasks, then ResNet20 at other numbers of tasks; every variant is checked first."""
+    """One step's device and host time, ours on all networks first; every variant is checked on the first two."""
     from benchmarks.variants import check
 
-    began, rows = time.monotonic(), []
-    networks = [("resnet20", 8), ("resnet18", 8), ("resnet20", 1), ("resnet20", 2), ("resnet20", 32), ("resnet50", 8)]
-    networks += [("resnet20", 128), ("gpt124m", 8)]
+    began, rows, kinds = time.monotonic(), [], variants(device)
+    ours = [name for name in kinds if name.startswith("step()") and "torch" not in name]
+    theirs = [name for name in kinds if name not in ours]
+    main = [("resnet20", 8), ("resnet18", 8)]
+    more = [("resnet20", tasks) for tasks in (16, 32, 128, 1, 2, 4)] + [("resnet50", 8), ("gpt124m", 8)]
+    plan = [(problem, name) for problems, names in ((main, ours), (more, ours), (main, theirs)) for problem in problems for name in names]
+    plan += [(problem, name) for problem in [("resnet20", 32), ("resnet50", 8), ("gpt124m", 8)] for name in ("foreach", "fused + foreach")]
     if device == "cpu":
-        networks = [("resnet20", 2)]
-    for network, tasks in networks:
-        for name, make in variants(device).items():
-            row = {"network": network, "tasks": tasks, "variant": name}
-            rows.append(row)
-            if time.monotonic() - began > float(os.environ["GPU_CHECK_SECONDS"]) - 20:
-                row["left out"] = "no time left"
-                continue
-            if name == "compiled unrolled + copy" and (tasks != 8 or network not in ("resnet20", "resnet18")):
-                row["left out"] = "compiling it takes too long for this check"
-                continue
-            if network == "gpt124m" and name not in ("step(), cuda", "step(), triton", "foreach", "fused + foreach"):
-                row["left out"] = "too slow for this check"
-                continue
-            try:
-                p = problem(network, tasks, device)
-                row["floor_bytes"] = p.setup.floor_bytes
-                variant = make(p)
-                if network in ("resnet20", "resnet18"):
-                    check(variant, p)
-                p.__dict__.pop("expected", None), p.__dict__.pop("flat_gradients", None)
-                row |= measure(variant.step, device)
-                del variant, p
-            except Exception as error:  # one variant's failure is its row's, and the section's
-                row["error"] = f"{type(error).__name__}: {error}"[:500]
-                traceback.print_exc()
-            if device == "cuda":
-                import torch
+        plan = [(("resnet20", 2), name) for name in kinds]
+    else:
+        import torch
 
-                torch.cuda.empty_cache()
-            so_far({"rows": rows})
+        rows.append({"network": "none", "tasks": 0, "variant": "an empty kernel", **measure(lambda: torch.cuda._sleep(0), device)})
+    for (network, tasks), name in plan:
+        row = {"network": network, "tasks": tasks, "variant": name}
+        rows.append(row)
+        if time.monotonic() - began > float(os.environ["GPU_CHECK_SECONDS"]) - 12:
+            row["left out"] = "no time left"
+            continue
+        try:
+            p = problem(network, tasks, device)
+            row["floor_bytes"] = p.setup.floor_bytes
+            variant = kinds[name](p)
+            if (network, tasks) in main or device == "cpu":
+                check(variant, p)
+            p.__dict__.pop("expected", None), p.__dict__.pop("flat_gradients", None)
+            row |= measure(variant.step, device)
+            del variant, p
+        except Exception as error:  # one variant's failure is its row's, and the section's
+            row["error"] = f"{type(error).__name__}: {error}"[:500]
+            traceback.print_exc()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        so_far({"rows": rows})
     broken = [f"{row['variant']} ({row['network']}, T = {row['tasks']})" for row in rows if "error" in row]
     return {"rows": rows, **({"error": f"failed: {', '.join(broken)}"} if broken else {})}
+
+
+PROFILED = [("resnet20", 8), ("resnet20", 32), ("resnet20", 128), ("resnet18", 8)]
+METRICS = {  # the profiler's name → ours
+    "gpu__time_duration.sum": "time",
+    "dram__bytes.sum.pct_of_peak_sustained_elapsed": "memory, % of peak",
+    "dram__bytes_read.sum": "read",
+    "dram__bytes_write.sum": "written",
+    "smsp__inst_executed.sum": "instructions of warps",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "warps, % of most",
+    "launch__registers_per_thread": "registers",
+    "launch__grid_size": "blocks",
+}
+
+
+def profiled(device: str) -> dict:
+    """One step of each of PROFILED for a profiler that watches between start and stop."""
+    import torch
+
+    for network, tasks in PROFILED:
+        step = variants(device)["step(), cuda"](problem(network, tasks, device)).step
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+    return {}
 
 
 def measure(step: Callable[[], object], device: str) -> dict:
@@ -185,12 +214,11 @@ def training(device: str) -> dict:
         for backend in ("cuda", "triton"):
             loops[f"step(), {backend}, eager"] = lambda backend=backend: ours(tasks, x, y, backend)
         captured = {f"{streams} streams": dict(streams=streams) for streams in (1, 2, 4, 8)}
-        captured |= {"4 streams, cudnn.benchmark": dict(benchmark=True), "4 streams, bf16": dict(bf16=True)}
-        captured |= {"4 streams, cudnn.benchmark, bf16": dict(benchmark=True, bf16=True)}
-        captured |= {"8 streams, cudnn.benchmark, bf16": dict(streams=8, benchmark=True, bf16=True)}
+        captured |= {"8 streams, cudnn.benchmark": dict(benchmark=True), "8 streams, bf16": dict(bf16=True)}
+        captured |= {"8 streams, cudnn.benchmark, bf16": dict(benchmark=True, bf16=True)}
         for name, how in captured.items():
             loops[f"captured, {name}"] = lambda how=how: ours(tasks, x, y, "cuda", True, **how)
-        loops["captured, triton, 4 streams"] = lambda: ours(tasks, x, y, "triton", True)
+        loops["captured, triton, 8 streams"] = lambda: ours(tasks, x, y, "triton", True)
     else:
         loops["step(), torch, eager"] = lambda: ours(tasks, x, y, "torch")
     results, expected, began = {}, None, time.monotonic()
@@ -262,15 +290,15 @@ def by_hand(tasks: int, x: list, y: list, form: str, compiled: bool) -> tuple:
     return step, nets
 
 
-def ours(tasks: int, x: list, y: list, backend: str, captured: bool = False, streams: int = 4, benchmark: bool = False, bf16: bool = False) -> tuple:
+def ours(tasks: int, x: list, y: list, backend: str, captured: bool = False, streams: int = 8, benchmark: bool = False, bf16: bool = False) -> tuple:
     """(step, nets) with ShiftingMetaOptimizer, as a CUDA graph if captured."""
     from benchmarks.variants import BETA, SGD
     from cts_fast import ShiftingMetaOptimizer
     from cts_fast.capture import CapturedStep
-    from cts_fast.training import LOSSES
+    from cts_fast.training import loss as loss_in
 
     nets = replicas_on(x[0].device, tasks)
-    loss = LOSSES["bf16" if bf16 else "fp32"]
+    loss = partial(loss_in, precision="bf16" if bf16 else "fp32")
     opt = ShiftingMetaOptimizer(
         [net.body.named_parameters() for net in nets], heads=[net.head.parameters() for net in nets], meta_lr=BETA, horizon=None,
         backend=backend, capturable=captured, **SGD,
@@ -306,7 +334,29 @@ def variants(device: str) -> dict[str, type]:
     def ours(name: str) -> type:
         return type(f"Ours{name.title()}", (Ours,), {"backend": name, "__doc__": f"`step()` on the {name} backend."})
 
+    class Captured(Ours):
+        """`step()` in a CUDA graph, the step alone."""
+
+        backend = "cuda"
+
+        def __init__(self, problem) -> None:
+            import torch
+
+            super().__init__(problem, capturable=True)
+            self.graph, self.steps = torch.cuda.CUDAGraph(), 0
+
+        def step(self) -> None:
+            import torch
+
+            self.steps += 1
+            if self.steps == 2:  # the first one is eager; a capture does nothing yet
+                with torch.cuda.graph(self.graph):
+                    super().step()
+            self.graph.replay() if self.steps > 1 else super().step()
+
     own = {f"step(), {name}": ours(name) for name in (("cuda", "triton", "torch") if device == "cuda" else ("torch",))}
+    if device == "cuda":
+        own = {"step(), cuda": own.pop("step(), cuda"), "step(), cuda, captured": Captured} | own
     return own | {
         "naive loop": NaiveLoop,
         "foreach": Foreach,

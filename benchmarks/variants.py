@@ -241,11 +241,11 @@ class Ours(Replicas):
 
     backend = "cpu"
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, **options) -> None:
         self.tasks = problem.replicas()
         self.optimizer = ShiftingMetaOptimizer(
             [zip(problem.names, task, strict=True) for task in self.tasks],
-            meta_lr=BETA, horizon=None, backend=self.backend, **SGD,
+            meta_lr=BETA, horizon=None, backend=self.backend, **SGD, **options,
         )  # fmt: skip
 
     @classmethod

@@ -130,6 +130,8 @@ inline __half __float2half_rn(float x) { return {shim::narrow(x, 10, 15)}; }
 
 template <class T> T __ldcs(const T* from) { return *from; }
 template <class T> void store_raw(T* to, T value) { *to = value; }
+template <class T> void store_raw_once(T* to, T value) { *to = value; }
+inline void forget(int64_t&) {}
 inline void __syncthreads() { shim::leave(false); }
 inline void __threadfence() {}
 inline unsigned atomicAdd(unsigned* at, unsigned more) { return (*at += more) - more; }

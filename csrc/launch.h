@@ -29,7 +29,7 @@ constexpr int NEEDS_DRIVER = NEEDS_PARAMETERS;
 
 // How a block divides its work among its threads: `lanes` columns' threads, each 16 bytes of phi wide, and as many slices of the tasks as it
 // takes for a slice's share to be HELD, or MAX_SLICES. A shared tile has up to `lanes` such columns, a head's, of one task, lanes * slices.
-constexpr int THREADS = 128, HELD = 8, MAX_SLICES = 16;
+constexpr int THREADS = 128, HELD = 16, MAX_SLICES = 8;
 
 struct Shape {
   int lanes, slices, share;

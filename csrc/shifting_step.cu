@@ -16,14 +16,22 @@
 
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 
-// Plain stores, in assembly because the compiler would split some of them.
-__device__ __forceinline__ void store_raw(uint4* to, uint4 x) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-}
-__device__ __forceinline__ void store_raw(uint2* to, uint2 x) {
-  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y) : "memory");
-}
-template <class T> __device__ __forceinline__ void store_raw(T* to, T x) { *to = x; }
+// Stores in assembly, because the compiler would split some of them. Momentum is not read before the next step, so it may leave the caches
+// first (.cs); the next forward pass reads theta.
+#define CTS_STORES(name, kind)                                                                                                              \
+  __device__ __forceinline__ void name(uint4* to, uint4 x) {                                                                                \
+    asm volatile("st.global" kind ".v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y), "r"(x.z),       \
+                 "r"(x.w) : "memory");                                                                                                      \
+  }                                                                                                                                         \
+  __device__ __forceinline__ void name(uint2* to, uint2 x) {                                                                                \
+    asm volatile("st.global" kind ".v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y) : "memory");             \
+  }                                                                                                                                         \
+  template <class T> __device__ __forceinline__ void name(T* to, T x) { *to = x; }
+CTS_STORES(store_raw, "")
+CTS_STORES(store_raw_once, ".cs")
+
+// The compiler forgets where x came from, so it computes addresses anew instead of keeping those of all tasks in registers.
+__device__ __forceinline__ void forget(int64_t& x) { asm volatile("" : "+l"(x)); }
 #endif
 
 #include "launch.h"
@@ -46,7 +54,8 @@ template <> struct Narrow<__half> { static __device__ __forceinline__ __half of(
 
 namespace {
 
-template <class P, bool SLICED> constexpr int LOADED = SLICED || sizeof(P) < 4 ? 2 : 4;  // tasks whose numbers are in flight at a time
+// Tasks of a thread whose numbers are in flight at a time: more of them cost registers and so blocks.
+template <bool SLICED> constexpr int LOADED = SLICED ? 1 : 2;
 
 template <class P> struct Work { using type = float; };
 template <> struct Work<double> { using type = double; };
@@ -64,11 +73,12 @@ __device__ __forceinline__ void load(P (&out)[W], const P* from) {
   memcpy(out, &raw, sizeof raw);
 }
 
-template <int W, class P>
+template <bool ONCE = false, int W, class P>
 __device__ __forceinline__ void store(P* to, const P (&in)[W]) {
   typename Raw<W * sizeof(P)>::type raw;
   memcpy(&raw, in, sizeof raw);
-  store_raw(reinterpret_cast<decltype(raw)*>(to), raw);
+  if (ONCE) store_raw_once(reinterpret_cast<decltype(raw)*>(to), raw);
+  else store_raw(reinterpret_cast<decltype(raw)*>(to), raw);
 }
 
 // A gradient: read once, so it may leave the caches first.
@@ -78,12 +88,12 @@ __device__ __forceinline__ void load_once(P (&out)[W], const P* from) {
   memcpy(out, &raw, sizeof raw);
 }
 
-template <int W, class P, class C>
+template <bool ONCE = false, int W, class P, class C>
 __device__ __forceinline__ void narrow_and_store(P* to, const C (&in)[W]) {
   P out[W];
   CTS_UNROLL
   for (int i = 0; i < W; ++i) out[i] = Narrow<P>::of(in[i]);
-  store(to, out);
+  store<ONCE>(to, out);
 }
 
 template <class P>
@@ -159,7 +169,7 @@ __device__ __forceinline__ void inner_steps(C (*theta)[W], const Launch& p, cons
       CTS_UNROLL
       for (int i = 0; i < W; ++i) momentum[i] = 0;
     }
-    if (rule.reset_momentum || (present && rule.has_momentum)) narrow_and_store(b.momentum + place + t * b.stride, momentum);
+    if (rule.reset_momentum || (present && rule.has_momentum)) narrow_and_store<true>(b.momentum + place + t * b.stride, momentum);
   }
 }
 
@@ -196,7 +206,7 @@ __device__ __forceinline__ void add_slices(C (&sum)[W]) {
 template <bool LEAN, bool PRESENT, int N, bool SLICED, bool EXACT, int W, class P, class C, class Launch>
 __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, const Rule<C>& rule, int column, bool active) {
   const Buffers<P>& b = p.shared;
-  constexpr int BATCH = N < LOADED<P, SLICED> ? N : LOADED<P, SLICED>;
+  constexpr int BATCH = N < LOADED<SLICED> ? N : LOADED<SLICED>;
   const int64_t spot = tile.column + column, at = tile.at + column;
   const int from = SLICED ? threadIdx.y * p.share : 0, to = EXACT ? N : SLICED ? min(from + p.share, p.tasks) : p.tasks;
   int begin = from;
@@ -204,9 +214,12 @@ __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, c
   if (active) {
     load(phi, b.phi + spot);
     for (;; begin += N) {
+      int64_t place = begin * b.stride + spot;
       CTS_UNROLL
-      for (int t = 0; t < N; t += BATCH)
-        inner_steps<LEAN, PRESENT, BATCH>(theta + t, p, b, rule, tile.first + begin + t, to - begin - t, (begin + t) * b.stride + spot, at);
+      for (int t = 0; t < N; t += BATCH, place += BATCH * b.stride) {
+        if (N > 8) forget(place);
+        inner_steps<LEAN, PRESENT, BATCH>(theta + t, p, b, rule, tile.first + begin + t, to - begin - t, place, at);
+      }
       CTS_UNROLL
       for (int t = 0; t < N; ++t) {
         if (begin + t >= to) continue;
@@ -221,28 +234,31 @@ __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, c
   }
   C delta[W] = {};
   if (rule.meta_update) {
-    if (SLICED) add_slices(sum);
+    if (SLICED && blockDim.y > 1) add_slices(sum);
     CTS_UNROLL
     for (int i = 0; i < W; ++i) delta[i] = meta_update(phi[i], sum[i], rule);
   }
   if (!active) return;
   if (rule.meta_update && (!SLICED || threadIdx.y == 0)) store(b.phi + spot, phi);
-  const auto finish = [&](C (&one)[W], int t) {
+  const auto finish = [&](C (&one)[W], int64_t place) {
     CTS_UNROLL
     for (int i = 0; i < W; ++i) {
       if (rule.meta_update) shift(one[i], delta[i], rule);
       if (rule.reset) one[i] = phi[i];
     }
-    store_theta(b, t * b.stride + spot, one);
+    store_theta(b, place, one);
   };
+  int64_t place = begin * b.stride + spot;
   CTS_UNROLL
-  for (int t = 0; t < N; ++t)
-    if (begin + t < to) finish(theta[t], begin + t);
+  for (int t = 0; t < N; ++t, place += b.stride) {
+    if (N > 8) forget(place);
+    if (begin + t < to) finish(theta[t], place);
+  }
   if (SLICED) {
     for (int t = from; t < begin; ++t) {
       C one[W];
       load_theta(one, b, t * b.stride + spot);
-      finish(one, t);
+      finish(one, t * b.stride + spot);
     }
   }
 }
@@ -342,10 +358,11 @@ __device__ __forceinline__ unsigned take_ticket(const Counting& c) {
 }
 
 // Blocks that share a multiprocessor, which bounds the registers.
-template <bool LEAN, int N, bool SLICED> constexpr int MIN_BLOCKS = SLICED ? 1 : N <= 2 ? 8 : N <= 4 ? 5 : LEAN ? 4 : 3;
+template <class P, bool LEAN, int N, bool SLICED>
+constexpr int MIN_BLOCKS = SLICED ? (LEAN ? 2 : 1) : N <= 2 ? 8 : N <= 4 ? 6 : LEAN && sizeof(P) >= 4 ? 5 : 4;
 
 template <bool LEAN, int N, bool SLICED, class P, int POINTERS, int GROUPS>
-__global__ void __launch_bounds__(SLICED ? MAX_SLICES * 32 : THREADS, MIN_BLOCKS<LEAN, N, SLICED>)
+__global__ void __launch_bounds__(SLICED ? MAX_SLICES * 32 : THREADS, MIN_BLOCKS<P, LEAN, N, SLICED>)
     shifting_step(const __grid_constant__ Params<P, POINTERS, GROUPS> p) {
   const Counting& c = p.counting;
   const Tile tile = p.tiles[blockIdx.x];
@@ -402,7 +419,7 @@ void launch_kernel(const Launch& l, const Step& step, const Counting& counting) 
   if (l.table == nullptr) memcpy(p.gradients, step.gradients, l.count * sizeof(void*));
   void* arguments[] = {&p};
   check(cudaLaunchKernel(shifting_step<LEAN, N, SLICED, P, POINTERS, GROUPS>, dim3(l.num_tiles), dim3(shape.lanes, shape.slices), arguments,
-                         SLICED ? shape.lanes * shape.slices * 16 : 0, static_cast<cudaStream_t>(l.stream)),
+                         shape.slices > 1 ? shape.lanes * shape.slices * 16 : 0, static_cast<cudaStream_t>(l.stream)),
         "launch of the step");
 }
 
@@ -438,7 +455,7 @@ void CTS_DTYPE::launch(const Launch& l, const Step& step, const Counting& counti
   if (tasks <= 1) launch_sized<P, 1>(l, step, counting);
   else if (tasks <= 2) launch_sized<P, 2>(l, step, counting);
   else if (tasks <= 4) launch_sized<P, 4>(l, step, counting);
-  else if (tasks <= HELD) launch_sized<P, HELD>(l, step, counting);
+  else if (tasks <= 8) launch_sized<P, 8>(l, step, counting);
   else launch_sized<P, HELD, true>(l, step, counting);
 }
 

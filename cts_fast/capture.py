@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cts_fast.batch_counts import BatchCounts
 
+STREAMS = 8
 EAGER_STEPS = 3  # before the capture: libraries choose algorithms and allocate, which a capture may not
 
 
@@ -32,7 +33,7 @@ class CapturedStep:
 
     def __init__(
         self, nets: Sequence[nn.Module], optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor],
-        prepare: Sequence[Callable[..., tuple[Tensor, ...]]] | None = None, streams: int = 4, benchmark: bool = False,
+        prepare: Sequence[Callable[..., tuple[Tensor, ...]]] | None = None, streams: int = STREAMS, benchmark: bool = False,
     ) -> None:  # fmt: skip
         self.nets, self.optimizer, self.loss, self.benchmark = list(nets), optimizer, loss, benchmark
         self.device = next(nets[0].parameters()).device

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .batches import task_seed
+from .capture import STREAMS
 from .metatest import MetaTester
 from .parallel import task_map
 from .progress import Progress
@@ -113,11 +114,13 @@ class Experiment:
         resume: bool = False,
         tensorboard: bool = False,
         capture: bool = False,
+        streams: int = STREAMS,
+        precision: str = "fp32",
     ):
         self.out, self.config, self.entries, self.targets = out, config, entries, targets
         self.train, self.test, self.seed, self.device = train, test, seed, device
         self.snapshot_steps = frozenset(snapshots) | {train.steps}
-        self.tensorboard, self.capture = tensorboard, capture
+        self.tensorboard, self.capture, self.streams, self.precision = tensorboard, capture, streams, precision
         self.curves: dict[str, Curve] = {}
         self.snapshots: dict[str, dict[int, dict[str, Tensor]]] = {}  # method to step to phi
         self.accuracy: dict[tuple[str, int, str, int], float] = {}  # (method, step, target, seed)
@@ -154,6 +157,8 @@ class Experiment:
             device=self.device,
             map=map_tasks,
             capture=self.capture,
+            streams=self.streams,
+            precision=self.precision,
             **entry.options,
         )
         curve = self.curves[name] = Curve(trainer.tasks)
@@ -211,7 +216,7 @@ class Experiment:
     def _meta_test(self, stop: Callable[[], bool], map_tasks: Callable[..., list]) -> None:
         phis = {(name, step): phi for name, kept in self.snapshots.items() for step, phi in kept.items()}
         phis["scratch", 0] = {}  # every seed draws a body of its own
-        testers = {task.name: MetaTester(task, self.test, device=self.device) for task in self.targets}
+        testers = {task.name: MetaTester(task, self.test, device=self.device, precision=self.precision) for task in self.targets}
         jobs = [
             (method, step, target, seed)
             for seed in range(self.test.seeds)
@@ -266,11 +271,12 @@ class Experiment:
 
     def _load(self, path: Path, trainer: MetaTrainer, curve: Curve, kept: dict) -> list[Tensor]:
         try:
-            state = torch.load(path, weights_only=True, map_location=self.device)
+            # on the CPU, where generators and data orders live; what belongs on the device is copied into place
+            state = torch.load(path, weights_only=True, map_location="cpu")
             trainer.load_state_dict(state["trainer"])
             curve.steps, curve.losses = state["steps"], state["losses"]
             kept.update(state["snapshots"])
-            return state["pending"]
+            return [losses.to(self.device) for losses in state["pending"]]
         except (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"the checkpoint {path} is damaged ({str(error).splitlines()[0]}): delete it to "

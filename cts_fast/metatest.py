@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .batches import TaskBatches, normalize, resize, task_seed
-from .training import new_net
+from .training import logits, loss, new_net
 
 # Student's t: 97.5 % quantiles for 1 to 10 degrees of freedom.
 _T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
@@ -40,8 +39,15 @@ class MetaTestSettings:
 class MetaTester:
     """Fine-tunes initializations on one task; equal seeds give equal images, batches and heads to each of them."""
 
-    def __init__(self, task: Any, settings: MetaTestSettings, *, device: torch.device | str = "cpu"):
-        self.task, self.settings, self.device = task, settings, device
+    def __init__(
+        self,
+        task: Any,
+        settings: MetaTestSettings,
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+    ):
+        self.task, self.settings, self.device, self.precision = task, settings, device, precision
         self.train_images = resize(task.train.images, settings.size)
         self.test_images = resize(task.test.images, settings.size).to(device)
         self.test_labels = task.test.labels.to(device)
@@ -83,7 +89,7 @@ class MetaTester:
         for _ in range(settings.steps):
             x, y = next(stream)
             optimizer.zero_grad()
-            F.cross_entropy(net(x), y).backward()
+            loss(net, x, y, self.precision).backward()
             optimizer.step()
             schedule.step()
         return self._test(net)
@@ -92,7 +98,9 @@ class MetaTester:
     def _test(self, net: torch.nn.Module) -> float:
         net.eval()
         parts = zip(self.test_images.split(500), self.test_labels.split(500))
-        correct = sum((net(normalize(images)).argmax(1) == labels).sum() for images, labels in parts)
+        correct = sum(
+            (logits(net, normalize(images), self.precision).argmax(1) == labels).sum() for images, labels in parts
+        )
         return int(correct) / len(self.test_labels)
 
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from .batch_counts import BatchCounts
 from .batches import TaskBatches, draw_together, task_seed
-from .capture import CapturedStep
+from .capture import STREAMS, CapturedStep
 from .models import ResNet20
 
+PRECISIONS = ("fp32", "bf16")
 _GLOBAL_GENERATOR = threading.Lock()  # modules draw from torch's one generator, and nets are made in many threads
 
 
@@ -64,7 +66,7 @@ class MetaTrainer:
         meta_lr: the method's beta.
         map: runs a function for every task, as `cts_fast.parallel.task_map` yields it.
         capture: replay the whole of a step, its batches included, as a CUDA graph (`cts_fast.capture`); only for methods with no needs.
-        streams: of a captured step; benchmark: whether cuDNN may choose algorithms by trying them in a captured step.
+        streams: of a captured step.
         precision: "fp32", or "bf16" for forward passes under autocast; parameters, gradients and batch-norm statistics stay float32.
     """
 
@@ -79,8 +81,7 @@ class MetaTrainer:
         device: torch.device | str = "cpu",
         map: Callable[..., Any] = map,
         capture: bool = False,
-        streams: int = 4,
-        benchmark: bool = False,
+        streams: int = STREAMS,
         precision: str = "fp32",
         **options: Any,
     ):
@@ -134,12 +135,12 @@ class MetaTrainer:
             raise ValueError(
                 f"{method.__name__} needs {', '.join(sorted(self.needs))}, which a CUDA graph cannot give it"
             )
-        self.loss = LOSSES[precision]
+        self.loss = partial(loss, precision=precision)
         self.counts = BatchCounts(self.nets)
         self.captured = None
         if capture:
             prepare = [stream.batch for stream in self.streams]
-            self.captured = CapturedStep(self.nets, self.optimizer, self.loss, prepare, streams, benchmark)
+            self.captured = CapturedStep(self.nets, self.optimizer, self.loss, prepare, streams)
 
     @property
     def initialization(self) -> dict[str, Tensor]:
@@ -209,14 +210,14 @@ class _HeldOutLoss:
         return self.loss(self.net, *next(self.stream))
 
 
-def _loss(net: ResNet20, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(net(x), y)
+def logits(net: torch.nn.Module, x: Tensor, precision: str = "fp32") -> Tensor:
+    """What a net says of images, in float32; "bf16" runs it under autocast, with parameters and statistics in float32."""
+    if precision == "fp32":
+        return net(x)
+    with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # each weight is cast once a pass anyway
+        return net(x).float()
 
 
-def _bf16_loss(net: ResNet20, x: Tensor, y: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # a weight is cast once a pass in any case
-        logits = net(x)
-    return F.cross_entropy(logits.float(), y)
-
-
-LOSSES = {"fp32": _loss, "bf16": _bf16_loss}  # precision → (net, x, y) → loss
+def loss(net: torch.nn.Module, x: Tensor, y: Tensor, precision: str = "fp32") -> Tensor:
+    """Mean cross-entropy of a batch."""
+    return F.cross_entropy(logits(net, x, precision), y)

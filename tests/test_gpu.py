@@ -1,12 +1,17 @@
 """What only a GPU can show: graphs, streams, scalers, launches and synchronisations, and more than 2³¹ elements."""
 
 import copy
+import json
+import signal
 
 import pytest
 import torch
+from image_tasks import make_suite, make_task
 from torch import nn
 
 from cts_fast import ShiftingMetaOptimizer, ops
+from cts_fast.baselines import METHODS
+from cts_fast.training import MetaTrainer, MetaTrainSettings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 BACKENDS = [name for name in ("cuda", "triton") if torch.cuda.is_available() and ops.unavailable(name, torch.device("cuda"), torch.float32) is None]
@@ -243,6 +248,91 @@ def test_a_table_larger_than_a_launch_holds_waits_for_nobody_and_can_be_captured
     for task, twin in zip(tasks, twins, strict=True):
         for p, q in zip(task, twin, strict=True):
             assert torch.equal(p, q)
+
+
+@each
+def test_a_graph_holds_more_addresses_than_4_kilobytes(backend):
+    tasks, twins = ([[nn.Parameter(torch.ones(5 + i % 3, device="cuda")) for i in range(100)] for _ in range(8)] for _ in range(2))
+    opt, other = (ShiftingMetaOptimizer(p, **OPTIONS, backend=backend, capturable=True) for p in (tasks, twins))
+    random_gradients(opt)
+    for task, twin in zip(tasks, twins, strict=True):
+        for p, q in zip(task, twin, strict=True):
+            q.grad = p.grad.clone()
+    other.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        other.step()
+    for _ in range(6):  # over a reset
+        graph.replay()
+    for _ in range(7):
+        opt.step()
+    assert (opt.round, opt.inner_step) == (other.round, other.inner_step) == (1, 2)
+    assert all(torch.equal(p, q) for task, twin in zip(tasks, twins, strict=True) for p, q in zip(task, twin, strict=True))
+
+
+TRAIN = MetaTrainSettings(horizon=4, rounds=2, batch_size=16, padding=1)
+
+
+def trainer(**options):
+    tasks = [make_task("a"), make_task("b", classes=5, channels=3, seed=1), make_task("c", classes=6, seed=2)]
+    return MetaTrainer(METHODS["cts"], tasks, TRAIN, meta_lr=0.1, seed=0, device="cuda", **options)
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("streams", [1, 2, 8])
+def test_captured_training_equals_eager_training_with_its_resets_and_snapshots(streams, deterministic):
+    eager, captured = trainer(), trainer(capture=True, streams=streams)
+    for _ in range(TRAIN.steps):
+        losses = eager.train_step(), captured.train_step()
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+        for name, phi in eager.initialization.items():  # what a snapshot keeps
+            torch.testing.assert_close(captured.initialization[name], phi, rtol=1e-4, atol=1e-5)
+    assert (captured.optimizer.round, captured.optimizer.inner_step) == (2, 0) and captured.captured.graph is not None
+    counts = [[m.num_batches_tracked.item() for m in net.modules() if isinstance(m, nn.BatchNorm2d)] for net in captured.nets]
+    assert all(count == TRAIN.steps for net in counts for count in net)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_training_goes_on_exactly_from_a_checkpoint_that_was_written_on_the_gpu(capture, deterministic, tmp_path):
+    whole, first, second = (trainer(capture=capture) for _ in range(3))
+    expected = [whole.train_step() for _ in range(TRAIN.steps)][5:]
+    for _ in range(5):  # into the second round
+        first.train_step()
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True, map_location="cpu"))
+    got = [second.train_step() for _ in range(TRAIN.steps - 5)]
+    assert torch.equal(torch.stack(expected), torch.stack(got))
+    for name, phi in whole.initialization.items():
+        assert torch.equal(second.initialization[name], phi)
+
+
+def test_the_program_resumes_on_the_gpu_what_it_was_stopped_in(deterministic, tmp_path, monkeypatch):
+    from cts_fast.data import suite
+    from cts_fast.examples import resnet20
+
+    monkeypatch.setitem(suite.SUITES, "tiny", make_suite)
+    arguments = ["--suite", "tiny", "--horizon", "3", "--rounds", "2", "--test-steps", "2", "--test-seeds", "2", "--methods", "cts", "--device", "cuda"]
+    assert resnet20.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    step = MetaTrainer.train_step
+
+    def stopped_in_the_middle(self):
+        if self.step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetaTrainer, "train_step", stopped_in_the_middle)
+        assert resnet20.main([*arguments, "--out", str(tmp_path / "stopped")]) == 130
+    assert resnet20.main([*arguments, "--out", str(tmp_path / "stopped"), "--resume"]) == 0
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "stopped")]
+    assert results[0] == results[1]
 
 
 @each

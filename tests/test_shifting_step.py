@@ -37,7 +37,7 @@ def test_every_backend_is_as_exact_as_the_reference(backend, device, case):
 
 
 @everywhere
-@pytest.mark.parametrize("tasks", [1, 2, 5, 8, 16, 17, 32, 128])
+@pytest.mark.parametrize("tasks", [1, 2, 3, 5, 8, 9, 16, 17, 32, 128, 133])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_any_number_of_tasks_and_odd_sizes(backend, device, tasks, dtype):
     options = dict(lr=0.1, momentum=0.9, weight_decay=0.01, meta_lr=0.3, horizon=3)

@@ -20,10 +20,12 @@ from pathlib import Path
 import torch
 
 from cts_fast.baselines import METHODS
+from cts_fast.capture import STREAMS
 from cts_fast.data import DamagedFile, Task, load_suite
 from cts_fast.examples.presets import PRESETS
 from cts_fast.examples.report import report
 from cts_fast.experiment import CheckpointError, Entry, Experiment, Interrupted
+from cts_fast.training import PRECISIONS
 
 PSEUDO_METHODS = ("finetune", "scratch")
 
@@ -75,6 +77,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     p.add_argument("--capture", action="store_true", help="replay each training step as one CUDA graph")
+    p.add_argument("--streams", type=_positive, default=STREAMS, metavar="N", help="of a captured step (default: 8)")
+    p.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="of the networks' passes: fp32 (default) or bf16 autocast"
+    )
     p.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into --out as well")
     return p
@@ -137,6 +143,7 @@ def prepare(args: argparse.Namespace) -> Experiment:
         "preset": args.preset,
         "methods": [*entries, "scratch"],
         "seed": args.seed,
+        "precision": args.precision,
         "tasks": [task.name for task in tasks],
         "targets": [task.name for task in targets],
         "source": source.name if "finetune" in entries else None,
@@ -158,6 +165,8 @@ def prepare(args: argparse.Namespace) -> Experiment:
         resume=args.resume,
         tensorboard=args.tensorboard,
         capture=args.capture,
+        streams=args.streams,
+        precision=args.precision,
     )
 
 
