@@ -24,6 +24,7 @@ def describe() -> dict[str, object]:
         "last_level_cache_bytes": last_level_cache(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "vectors": torch.backends.cpu.get_cpu_capability(),
+        "bf16": "avx512_bf16" in cpu.get("flags", "").split(),
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "load_average": round(os.getloadavg()[0], 1),
         "system": f"{platform.system()} {platform.machine()}",

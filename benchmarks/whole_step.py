@@ -1,17 +1,17 @@
-"""The update's share of a whole training step: forward, backward, update."""
+"""The update's share of a whole training step: forward (in float32 and under bf16 autocast), backward, update."""
 
 from __future__ import annotations
 
 from time import perf_counter
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.measure import summary
 from benchmarks.setups import HYPER, NETWORKS
 from benchmarks.variants import SGD, shift_by_name
 from cts_fast import ShiftingMetaOptimizer
+from cts_fast.training import PRECISIONS, loss
 
 WHOLE = {  # network → (features, images a task, side of the images)
     "resnet20": (64, 128, 32),
@@ -58,13 +58,15 @@ def whole_step(network: str, backend: str, repeats: int, tasks: int = 8, classes
     loop = _Loop(twins)
     images = torch.randn(batch, 3, side, side).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(classes, (batch,))
-    seconds: dict[str, list[float]] = {"forward and backward": [], "update, step()": [], "update, naive loop": []}
+    passes = {"fp32": "forward and backward", "bf16": "forward and backward, bf16"}
+    seconds: dict[str, list[float]] = {name: [] for name in (*passes.values(), "update, step()", "update, naive loop")}
     for _ in range(repeats + 1):
-        optimizer.zero_grad()
-        start = perf_counter()
-        for net in nets:
-            F.cross_entropy(net(images), labels).backward()
-        seconds["forward and backward"].append(perf_counter() - start)
+        for precision in reversed(PRECISIONS):  # the step takes the gradients of the last one, float32
+            optimizer.zero_grad()
+            start = perf_counter()
+            for net in nets:
+                loss(net, images, labels, precision).backward()
+            seconds[passes[precision]].append(perf_counter() - start)
         start = perf_counter()
         optimizer.step()
         seconds["update, step()"].append(perf_counter() - start)

@@ -22,13 +22,14 @@ using CountingTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uin
 struct Plan {
   cts::Launch launch;
 
-  Plan(int dtype, int device, FlatTuple shared, FlatTuple heads, uintptr_t tiles, int num_tiles, int count, int shared_count) {
+  Plan(int dtype, int device, FlatTuple shared, FlatTuple heads, uintptr_t tiles, int num_tiles, int count, int shared_count,
+       bool streams) {
     auto flat = [](FlatTuple f) {
       auto [phi, theta, momentum, master, stride, rows] = f;
       return cts::Flat{pointer<void>(phi), pointer<void>(theta), pointer<void>(momentum), pointer<void>(master), stride, rows, 0, nullptr};
     };
     launch = {dtype, device, num_tiles, 0, count, shared_count, flat(shared), flat(heads), pointer<cts::Tile>(tiles),
-              nullptr, nullptr, nullptr, nullptr, nullptr};
+              nullptr, nullptr, nullptr, nullptr, nullptr, streams};
   }
 
   void step(uintptr_t gradients, uintptr_t table, uintptr_t started, uintptr_t nonfinite, const std::vector<GroupTuple>& hyper,
@@ -68,9 +69,10 @@ PYBIND11_MODULE(_cuda, m) {
   }, "tasks"_a, "itemsize"_a, "The most columns of a shared tile and of a head's; itemsize: bytes of a number of phi.");
   m.attr("needs_driver") = cts::NEEDS_DRIVER;
   py::class_<Plan>(m, "Plan", "Buffers of one device and dtype and their tiles; all of it must outlive the plan.")
-      .def(py::init<int, int, FlatTuple, FlatTuple, uintptr_t, int, int, int>(), "dtype"_a, "device"_a, "shared"_a, "heads"_a, "tiles"_a,
-           "num_tiles"_a, "count"_a, "shared_count"_a,
-           "dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. shared, heads: (phi, theta, momentum, master, stride, rows), addresses or 0.")
+      .def(py::init<int, int, FlatTuple, FlatTuple, uintptr_t, int, int, int, bool>(), "dtype"_a, "device"_a, "shared"_a, "heads"_a, "tiles"_a,
+           "num_tiles"_a, "count"_a, "shared_count"_a, "streams"_a,
+           "dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. shared, heads: (phi, theta, momentum, master, stride, rows), addresses or 0. "
+           "streams: what is stored may leave the caches first.")
       .def("step", &Plan::step, "gradients"_a, "table"_a, "started"_a, "nonfinite"_a, "hyper"_a, "lr"_a, "meta_lr"_a, "meta_update"_a, "reset"_a,
            "reset_momentum"_a, "inverse_scale"_a, "counting"_a, "stream"_a,
            "Queue one step. gradients: address of the table in host memory; table: of its copy on the device, or 0. lr, meta_lr: addresses "

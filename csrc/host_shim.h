@@ -129,12 +129,10 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {shim::narrow(x, 7, 1
 inline __half __float2half_rn(float x) { return {shim::narrow(x, 10, 15)}; }
 
 template <class T> T __ldcs(const T* from) { return *from; }
-template <class T> void store_raw(T* to, T value) { *to = value; }
-template <class T> void store_raw_once(T* to, T value) { *to = value; }
-inline void forget(int64_t&) {}
+template <class T> void store_raw(T* to, T value, bool) { *to = value; }
+
+inline unsigned add_after_reads(unsigned* at, unsigned more) { return (*at += more) - more; }
 inline void __syncthreads() { shim::leave(false); }
-inline void __threadfence() {}
-inline unsigned atomicAdd(unsigned* at, unsigned more) { return (*at += more) - more; }
 using std::min;
 
 using cudaError_t = int;

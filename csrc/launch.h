@@ -29,7 +29,7 @@ constexpr int NEEDS_DRIVER = NEEDS_PARAMETERS;
 
 // How a block divides its work among its threads: `lanes` columns' threads, each 16 bytes of phi wide, and as many slices of the tasks as it
 // takes for a slice's share to be HELD, or MAX_SLICES. A shared tile has up to `lanes` such columns, a head's, of one task, lanes * slices.
-constexpr int THREADS = 128, HELD = 16, MAX_SLICES = 8;
+constexpr int THREADS = 128, HELD = 8, MAX_SLICES = 16;
 
 struct Shape {
   int lanes, slices, share;
@@ -60,7 +60,7 @@ struct Counting {
 
 // Buffers and tiles of one device and dtype (0 float32, 1 float64, 2 bfloat16, 3 float16), all in device memory. count: of gradients, those
 // of shared tensors first. table: the gradients' addresses on the device; null: they travel with the launch. lr, meta_lr: one a group,
-// the address of a float tensor, or of a double tensor plus one, or 0.
+// the address of a float tensor, or of a double tensor plus one, or 0. streams: the buffers are too large for the L2 cache to keep.
 struct Launch {
   int dtype, device, num_tiles, num_groups;
   int32_t count, shared_count;
@@ -70,6 +70,7 @@ struct Launch {
   uint8_t* started;
   const uintptr_t *lr, *meta_lr;
   void* stream;
+  bool streams;
 };
 
 // The CUDA version that the driver supports, as 1000 major + 10 minor; 0 without a driver.

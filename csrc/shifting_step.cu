@@ -5,8 +5,8 @@
 // shared memory; a slice with more than 8 tasks takes them one after the other and lets theta wait in global memory. Heads are tiles of one
 // task that take the inner step alone.
 //
-// The usual rule (momentum, no Nesterov, no maximize, no scale, no flags) has lean kernels, in which a tile whose gradients are all there and
-// aligned goes through a short path without a choice a number; others go through the general kernels.
+// The usual rule (1, 2, 4, 8 or more tasks, momentum, no dampening, no Nesterov, no maximize, no scale, no flags) has lean kernels, in which
+// a tile whose gradients are all there and aligned goes through a short path without a choice for each number.
 //
 // Compiled once for each dtype, -DCTS_DTYPE=float32 and so on.
 #ifndef CTS_HOST_SHIM
@@ -16,22 +16,29 @@
 
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 
-// Stores in assembly, because the compiler would split some of them. Momentum is not read before the next step, so it may leave the caches
-// first (.cs); the next forward pass reads theta.
-#define CTS_STORES(name, kind)                                                                                                              \
-  __device__ __forceinline__ void name(uint4* to, uint4 x) {                                                                                \
-    asm volatile("st.global" kind ".v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y), "r"(x.z),       \
-                 "r"(x.w) : "memory");                                                                                                      \
-  }                                                                                                                                         \
-  __device__ __forceinline__ void name(uint2* to, uint2 x) {                                                                                \
-    asm volatile("st.global" kind ".v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y) : "memory");             \
-  }                                                                                                                                         \
-  template <class T> __device__ __forceinline__ void name(T* to, T x) { *to = x; }
-CTS_STORES(store_raw, "")
-CTS_STORES(store_raw_once, ".cs")
+// Stores in assembly, because the compiler would split some of them. streams: what is stored leaves the caches first.
+__device__ __forceinline__ void store_raw(uint4* to, uint4 x, bool streams) {
+  asm volatile(
+      "{\n .reg .pred s;\n setp.ne.s32 s, %5, 0;\n @s st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};\n"
+      " @!s st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(__cvta_generic_to_global(to)),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(int(streams))
+      : "memory");
+}
+__device__ __forceinline__ void store_raw(uint2* to, uint2 x, bool streams) {
+  asm volatile(
+      "{\n .reg .pred s;\n setp.ne.s32 s, %3, 0;\n @s st.global.cs.v2.u32 [%0], {%1, %2};\n @!s st.global.v2.u32 [%0], {%1, %2};\n}" ::"l"(
+          __cvta_generic_to_global(to)),
+      "r"(x.x), "r"(x.y), "r"(int(streams))
+      : "memory");
+}
+template <class T> __device__ __forceinline__ void store_raw(T* to, T x, bool) { *to = x; }
 
-// The compiler forgets where x came from, so it computes addresses anew instead of keeping those of all tasks in registers.
-__device__ __forceinline__ void forget(int64_t& x) { asm volatile("" : "+l"(x)); }
+// atomicAdd that comes after all that this thread, and those it has met at a barrier, have read.
+__device__ __forceinline__ unsigned add_after_reads(unsigned* at, unsigned more) {
+  unsigned before;
+  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(__cvta_generic_to_global(at)), "r"(more) : "memory");
+  return before;
+}
 #endif
 
 #include "launch.h"
@@ -54,8 +61,9 @@ template <> struct Narrow<__half> { static __device__ __forceinline__ __half of(
 
 namespace {
 
-// Tasks of a thread whose numbers are in flight at a time: more of them cost registers and so blocks.
-template <bool SLICED> constexpr int LOADED = SLICED ? 1 : 2;
+// Tasks of a thread whose numbers are in flight at a time. More of them cost registers, and so blocks on a multiprocessor: on an H100, 1 and 2
+// with 6 and 5 blocks took equally long, 4 with 4 blocks longer.
+template <class P, bool SLICED> constexpr int LOADED = SLICED && sizeof(P) == 8 ? 1 : 2;
 
 template <class P> struct Work { using type = float; };
 template <> struct Work<double> { using type = double; };
@@ -73,12 +81,11 @@ __device__ __forceinline__ void load(P (&out)[W], const P* from) {
   memcpy(out, &raw, sizeof raw);
 }
 
-template <bool ONCE = false, int W, class P>
-__device__ __forceinline__ void store(P* to, const P (&in)[W]) {
+template <int W, class P>
+__device__ __forceinline__ void store(P* to, const P (&in)[W], bool streams) {
   typename Raw<W * sizeof(P)>::type raw;
   memcpy(&raw, in, sizeof raw);
-  if (ONCE) store_raw_once(reinterpret_cast<decltype(raw)*>(to), raw);
-  else store_raw(reinterpret_cast<decltype(raw)*>(to), raw);
+  store_raw(reinterpret_cast<decltype(raw)*>(to), raw, streams);
 }
 
 // A gradient: read once, so it may leave the caches first.
@@ -88,12 +95,12 @@ __device__ __forceinline__ void load_once(P (&out)[W], const P* from) {
   memcpy(out, &raw, sizeof raw);
 }
 
-template <bool ONCE = false, int W, class P, class C>
-__device__ __forceinline__ void narrow_and_store(P* to, const C (&in)[W]) {
+template <int W, class P, class C>
+__device__ __forceinline__ void narrow_and_store(P* to, const C (&in)[W], bool streams) {
   P out[W];
   CTS_UNROLL
   for (int i = 0; i < W; ++i) out[i] = Narrow<P>::of(in[i]);
-  store<ONCE>(to, out);
+  store(to, out, streams);
 }
 
 template <class P>
@@ -105,7 +112,8 @@ struct Buffers {
 };
 
 // What a launch is given. `table` is the device's copy of the gradients' addresses, or null: `gradients` holds them. wide: all gradients are
-// aligned and, in a lean kernel, there. A slice of a block takes `share` of the tasks.
+// aligned and, in a lean kernel, there. dampened: some group's first gradients differ, so steps read the flags. A slice of a block takes
+// `share` of the tasks.
 template <class P, int POINTERS, int GROUPS>
 struct Params {
   Buffers<P> shared, heads;
@@ -114,7 +122,7 @@ struct Params {
   uint8_t *started, *nonfinite;
   Counting counting;
   int32_t tasks, share, count, shared_count;
-  bool reset_momentum, wide;
+  bool reset_momentum, wide, streams, dampened;
   Rule<typename Work<P>::type> rules[GROUPS];
   uintptr_t lr[GROUPS], meta_lr[GROUPS];  // where a tensor's value is: a float's address, or a double's plus one; 0: it is in the rule
   const P* gradients[POINTERS];
@@ -127,25 +135,26 @@ __device__ __forceinline__ double value_at(uintptr_t address) {
 }
 
 // The inner step of the first `tasks` of N tasks at W columns: theta [N][W] holds the result, momentum is stored. first: the first one's gradient
-// in the table; place: of the columns in its row; at: of the columns in its gradient. LEAN: no flags. PRESENT: no gradient is missing.
+// in the table; place: of the tile in its row; at: of the tile in its gradient; column: of the thread in the tile, apart from what the whole block
+// shares, so that one register holds it for all addresses. LEAN: no flags. PRESENT: no gradient is missing.
 template <bool LEAN, bool PRESENT, int N, int W, class P, class C, class Launch>
 __device__ __forceinline__ void inner_steps(C (*theta)[W], const Launch& p, const Buffers<P>& b, const Rule<C>& rule, int first, int tasks,
-                                            int64_t place, int64_t at) {
+                                            int64_t place, int64_t at, unsigned column) {
   P x[N][W], v[N][W], g[N][W];
   const P* from[N];
   CTS_UNROLL
   for (int t = 0; t < N; ++t) {
     if (t >= tasks) continue;
     const int64_t here = place + t * b.stride;
-    load(x[t], b.theta + here);
-    if (sizeof(P) < sizeof(C)) load(theta[t], reinterpret_cast<const C*>(b.master) + here);
-    if (rule.has_momentum) load(v[t], b.momentum + here);
+    load(x[t], b.theta + here + column);
+    if (sizeof(P) < sizeof(C)) load(theta[t], reinterpret_cast<const C*>(b.master) + here + column);
+    if (rule.has_momentum) load(v[t], b.momentum + here + column);
   }
   CTS_UNROLL
   for (int t = 0; t < N; ++t) {
     if (t >= tasks) continue;
     from[t] = p.gradient(first + t);
-    if (PRESENT || from[t] != nullptr) load_once(g[t], from[t] + at);
+    if (PRESENT || from[t] != nullptr) load_once(g[t], from[t] + at + column);
   }
   CTS_UNROLL
   for (int t = 0; t < N; ++t) {
@@ -169,19 +178,20 @@ __device__ __forceinline__ void inner_steps(C (*theta)[W], const Launch& p, cons
       CTS_UNROLL
       for (int i = 0; i < W; ++i) momentum[i] = 0;
     }
-    if (rule.reset_momentum || (present && rule.has_momentum)) narrow_and_store<true>(b.momentum + place + t * b.stride, momentum);
+    if (rule.reset_momentum || (present && rule.has_momentum))
+      narrow_and_store(b.momentum + place + t * b.stride + column, momentum, p.streams);
   }
 }
 
 template <int W, class P, class C>
-__device__ __forceinline__ void store_theta(const Buffers<P>& b, int64_t place, const C (&theta)[W]) {
-  narrow_and_store(b.theta + place, theta);
-  if (sizeof(P) < sizeof(C)) store(reinterpret_cast<C*>(b.master) + place, theta);
+__device__ __forceinline__ void store_theta(const Buffers<P>& b, int64_t place, unsigned column, const C (&theta)[W], bool streams) {
+  narrow_and_store(b.theta + place + column, theta, streams);
+  if (sizeof(P) < sizeof(C)) store(reinterpret_cast<C*>(b.master) + place + column, theta, streams);
 }
 
 template <int W, class P, class C>
-__device__ __forceinline__ void load_theta(C (&theta)[W], const Buffers<P>& b, int64_t place) {
-  load(theta, reinterpret_cast<const C*>(sizeof(P) < sizeof(C) ? static_cast<const void*>(b.master) : b.theta) + place);
+__device__ __forceinline__ void load_theta(C (&theta)[W], const Buffers<P>& b, int64_t place, unsigned column) {
+  load(theta, reinterpret_cast<const C*>(sizeof(P) < sizeof(C) ? static_cast<const void*>(b.master) : b.theta) + place + column);
 }
 
 // sum <- the sum over all slices, in their order.
@@ -204,22 +214,19 @@ __device__ __forceinline__ void add_slices(C (&sum)[W]) {
 // One step of W columns of a shared tensor. A thread takes all tasks, or those of its slice; one that is not active only keeps the others
 // company at their barriers. EXACT: there are N tasks.
 template <bool LEAN, bool PRESENT, int N, bool SLICED, bool EXACT, int W, class P, class C, class Launch>
-__device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, const Rule<C>& rule, int column, bool active) {
+__device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, const Rule<C>& rule, unsigned column, bool active) {
   const Buffers<P>& b = p.shared;
-  constexpr int BATCH = N < LOADED<SLICED> ? N : LOADED<SLICED>;
-  const int64_t spot = tile.column + column, at = tile.at + column;
+  constexpr int BATCH = N < LOADED<P, SLICED> ? N : LOADED<P, SLICED>;
   const int from = SLICED ? threadIdx.y * p.share : 0, to = EXACT ? N : SLICED ? min(from + p.share, p.tasks) : p.tasks;
   int begin = from;
   C theta[N][W], phi[W], sum[W] = {};
   if (active) {
-    load(phi, b.phi + spot);
+    load(phi, b.phi + tile.column + column);
     for (;; begin += N) {
-      int64_t place = begin * b.stride + spot;
       CTS_UNROLL
-      for (int t = 0; t < N; t += BATCH, place += BATCH * b.stride) {
-        if (N > 8) forget(place);
-        inner_steps<LEAN, PRESENT, BATCH>(theta + t, p, b, rule, tile.first + begin + t, to - begin - t, place, at);
-      }
+      for (int t = 0; t < N; t += BATCH)
+        inner_steps<LEAN, PRESENT, BATCH>(theta + t, p, b, rule, tile.first + begin + t, to - begin - t, (begin + t) * b.stride + tile.column,
+                                          tile.at, column);
       CTS_UNROLL
       for (int t = 0; t < N; ++t) {
         if (begin + t >= to) continue;
@@ -229,7 +236,7 @@ __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, c
       if constexpr (!SLICED) break;
       if (begin + N >= to) break;
       CTS_UNROLL
-      for (int t = 0; t < N; ++t) store_theta(b, (begin + t) * b.stride + spot, theta[t]);
+      for (int t = 0; t < N; ++t) store_theta(b, (begin + t) * b.stride + tile.column, column, theta[t], p.streams);
     }
   }
   C delta[W] = {};
@@ -239,36 +246,33 @@ __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, c
     for (int i = 0; i < W; ++i) delta[i] = meta_update(phi[i], sum[i], rule);
   }
   if (!active) return;
-  if (rule.meta_update && (!SLICED || threadIdx.y == 0)) store(b.phi + spot, phi);
-  const auto finish = [&](C (&one)[W], int64_t place) {
+  if (rule.meta_update && (!SLICED || threadIdx.y == 0)) store(b.phi + tile.column + column, phi, p.streams);
+  const auto finish = [&](C (&one)[W], int t) {
     CTS_UNROLL
     for (int i = 0; i < W; ++i) {
       if (rule.meta_update) shift(one[i], delta[i], rule);
       if (rule.reset) one[i] = phi[i];
     }
-    store_theta(b, place, one);
+    store_theta(b, t * b.stride + tile.column, column, one, p.streams);
   };
-  int64_t place = begin * b.stride + spot;
   CTS_UNROLL
-  for (int t = 0; t < N; ++t, place += b.stride) {
-    if (N > 8) forget(place);
-    if (begin + t < to) finish(theta[t], place);
-  }
+  for (int t = 0; t < N; ++t)
+    if (begin + t < to) finish(theta[t], begin + t);
   if (SLICED) {
     for (int t = from; t < begin; ++t) {
       C one[W];
-      load_theta(one, b, t * b.stride + spot);
-      finish(one, t * b.stride + spot);
+      load_theta(one, b, t * b.stride + tile.column, column);
+      finish(one, t);
     }
   }
 }
 
 // The inner step of W columns of a head.
 template <bool LEAN, bool PRESENT, int W, class P, class C, class Launch>
-__device__ __forceinline__ void step_head(const Launch& p, const Tile& tile, const Rule<C>& rule, int column) {
+__device__ __forceinline__ void step_head(const Launch& p, const Tile& tile, const Rule<C>& rule, unsigned column) {
   C theta[1][W];
-  inner_steps<LEAN, PRESENT, 1>(theta, p, p.heads, rule, tile.first, 1, tile.column + column, tile.at + column);
-  store_theta(p.heads, tile.column + column, theta[0]);
+  inner_steps<LEAN, PRESENT, 1>(theta, p, p.heads, rule, tile.first, 1, tile.column, tile.at, column);
+  store_theta(p.heads, tile.column, column, theta[0], p.streams);
 }
 
 // All of a tile. Its columns up to `packed` go 16 bytes (of phi) at a time, by way of the gradients' alignment; the rest one by one.
@@ -292,16 +296,12 @@ __device__ __forceinline__ void step_tile(const Launch& p, const Tile& tile, con
     for (int column = packed + thread; column < tile.columns; column += threads) step_head<LEAN, false, 1, P>(p, tile, rule, column);
     return;
   }
-  constexpr bool ALWAYS = !SLICED && N <= 2;  // N tasks
+  constexpr bool EXACT = !SLICED && (LEAN || N <= 2);  // there are N tasks
   const int lane = threadIdx.x, lanes = blockDim.x;
   const bool active = lane * W < packed;
-  if (LEAN && !SLICED && (ALWAYS || p.tasks == N)) {
-    if (active) step_shared<LEAN, LEAN, N, SLICED, true, W, P>(p, tile, rule, lane * W, true);
-  } else if (active || (SLICED && packed > 0)) {
-    step_shared<LEAN, LEAN, N, SLICED, ALWAYS, W, P>(p, tile, rule, lane * W, active);
-  }
+  if (active || (SLICED && packed > 0)) step_shared<LEAN, LEAN, N, SLICED, EXACT, W, P>(p, tile, rule, lane * W, active);
   for (int column = packed + lane; column - (SLICED ? lane : 0) < tile.columns; column += lanes)
-    step_shared<LEAN, false, N, SLICED, ALWAYS, 1, P>(p, tile, rule, column, column < tile.columns);
+    step_shared<LEAN, false, N, SLICED, EXACT, 1, P>(p, tile, rule, column, column < tile.columns);
 }
 
 // What a captured step decides on the device, before anything is counted.
@@ -328,38 +328,41 @@ __device__ __forceinline__ Rule<C> rule_of(const Launch& p, const Tile& tile, co
     rule.reset_momentum = rule.reset && p.reset_momentum;
   }
   if (tile.head) rule.meta_update = rule.reset = rule.reset_momentum = false;
-  if (LEAN) rule.has_momentum = true, rule.nesterov = rule.maximize = rule.scaled = false;
+  if (LEAN) rule.has_momentum = true, rule.gain = 1, rule.nesterov = rule.maximize = rule.scaled = false;
   return rule;
 }
 
-// What the last block to finish does: first-gradient flags and counters for the next step.
-template <class Launch>
-__device__ __forceinline__ void advance(const Launch& p, const Decision& decision) {
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
-  if (thread == 0) *p.counting.ticket = 0;
-  if (!decision.works) return;
-  for (int i = thread; i < p.count; i += threads) {
-    if (p.gradient(i) != nullptr && p.rules[p.counting.groups[i]].has_momentum) p.started[i] = 1;
-    if (decision.reset && p.reset_momentum && i < p.shared_count) p.started[i] = 0;
-  }
-  if (thread != 0 || !p.counting.advances) return;
-  int64_t* counters = p.counting.counters;  // inner_step, round, meta_updates
+// The flag of a gradient for the next step.
+template <class C, class Launch>
+__device__ __forceinline__ void advance_flag(const Launch& p, const Rule<C>& rule, int i, bool clears) {
+  if (clears) p.started[i] = 0;
+  else if (rule.has_momentum && p.gradient(i) != nullptr) p.started[i] = 1;
+}
+
+// The counters, and the ticket for the next launch. One thread of the block with the last ticket calls it.
+__device__ __forceinline__ void advance_counters(const Counting& c, const Decision& decision) {
+  *c.ticket = 0;
+  if (!decision.works || !c.advances) return;
+  int64_t* counters = c.counters;  // inner_step, round, meta_updates
   counters[0] = decision.reset ? 0 : counters[0] + 1;
   counters[1] += decision.reset;
   counters[2] += decision.meta_update;
 }
 
-// A block's turn among those that have read what the last one will write. All threads call it.
-__device__ __forceinline__ unsigned take_ticket(const Counting& c) {
+// Whether this is the last block to have read what the last one writes. All threads call it; one, of the warp with the least to do, knows.
+__device__ __forceinline__ bool is_last(const Counting& c) {
   __syncthreads();
-  if (threadIdx.x != 0 || threadIdx.y != 0) return 0;
-  __threadfence();
-  return atomicAdd(c.ticket, 1u);
+  return threadIdx.x == blockDim.x - 1 && threadIdx.y == blockDim.y - 1 && add_after_reads(c.ticket, 1) == gridDim.x - 1;
 }
 
-// Blocks that share a multiprocessor, which bounds the registers.
+// Blocks that share a multiprocessor, which bounds the registers; what an H100 is fastest with, where that spills nothing.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+template <class P> constexpr int MOST_BLOCKS = sizeof(P) >= 4 ? 5 : 4;
+#else
+template <class P> constexpr int MOST_BLOCKS = 4;
+#endif
 template <class P, bool LEAN, int N, bool SLICED>
-constexpr int MIN_BLOCKS = SLICED ? (LEAN ? 2 : 1) : N <= 2 ? 8 : N <= 4 ? 6 : LEAN && sizeof(P) >= 4 ? 5 : 4;
+constexpr int MIN_BLOCKS = SLICED ? 1 : N <= 2 ? (LEAN ? 8 : 7) : N <= 4 ? 5 : LEAN ? MOST_BLOCKS<P> : 4;
 
 template <bool LEAN, int N, bool SLICED, class P, int POINTERS, int GROUPS>
 __global__ void __launch_bounds__(SLICED ? MAX_SLICES * 32 : THREADS, MIN_BLOCKS<P, LEAN, N, SLICED>)
@@ -367,20 +370,24 @@ __global__ void __launch_bounds__(SLICED ? MAX_SLICES * 32 : THREADS, MIN_BLOCKS
   const Counting& c = p.counting;
   const Tile tile = p.tiles[blockIdx.x];
   const bool counts = c.counters != nullptr;
-  const Decision decision = counts ? decide(c) : Decision{true, false, false};
+  const Decision decision = counts ? decide(c) : Decision{};
   const auto rule = rule_of<LEAN, typename Work<P>::type>(p, tile, decision);
-  const bool reads_flags = !LEAN && rule.gain != 1;  // as it goes: then its ticket has to wait until it is through
-  unsigned turn = 0;
-  if (counts && !reads_flags) turn = take_ticket(c);
-  if (decision.works) step_tile<LEAN, N, SLICED, P>(p, tile, rule);
-  if (!counts) return;
-  if (reads_flags) turn = take_ticket(c);
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  const bool late = !LEAN && p.dampened;  // steps read the flags, so they are written when all blocks are through
+  if (counts && !late) {  // the counters have been read; a tensor's first block writes its flags
+    if (is_last(c)) advance_counters(c, decision);
+    for (int t = thread; decision.works && tile.at == 0 && t < (tile.head ? 1 : p.tasks); t += threads)
+      advance_flag(p, rule, tile.first + t, rule.reset_momentum);
+  }
+  if (decision.works || !counts) step_tile<LEAN, N, SLICED, P>(p, tile, rule);
+  if (!counts || !late) return;
   __shared__ int last;
-  if (threadIdx.x == 0 && threadIdx.y == 0) last = turn == gridDim.x - 1;
+  const bool mine = is_last(c);
+  if (thread == threads - 1) last = mine;
   __syncthreads();
-  if (!last) return;
-  __threadfence();
-  advance(p, decision);
+  if (mine) advance_counters(c, decision);
+  for (int i = thread; last && decision.works && i < p.count; i += threads)
+    advance_flag(p, p.rules[c.groups[i]], i, decision.reset && p.reset_momentum && i < p.shared_count);
 }
 
 void check(cudaError_t error, const char* what) {
@@ -412,6 +419,7 @@ void launch_kernel(const Launch& l, const Step& step, const Counting& counting) 
   p.started = l.started, p.nonfinite = step.nonfinite;
   p.tasks = l.shared.rows, p.share = shape.share, p.count = l.count, p.shared_count = l.shared_count;
   p.reset_momentum = step.reset_momentum, p.wide = are_wide(l, step, 16 / sizeof(C) * sizeof(P), LEAN);
+  p.streams = l.streams, p.dampened = std::any_of(step.groups, step.groups + l.num_groups, [](const Group& g) { return g.dampening != 0; });
   for (int i = 0; i < l.num_groups; ++i) {
     p.rules[i] = make_rule<C>(step.groups[i], step, l.shared.rows, true);
     p.lr[i] = l.lr[i], p.meta_lr[i] = l.meta_lr[i];
@@ -423,22 +431,24 @@ void launch_kernel(const Launch& l, const Step& step, const Counting& counting) 
         "launch of the step");
 }
 
-// Whether all groups have the rule that lean kernels are made for.
+// Whether all groups have the rule that lean kernels are made for, of N tasks or any number.
+template <int N, bool SLICED>
 bool is_usual(const Launch& l, const Step& step, const Counting& counting) {
-  if (step.nonfinite != nullptr || step.inverse_scale != 1 || counting.grad_scale != nullptr) return false;
+  if ((!SLICED && l.shared.rows != N) || step.nonfinite != nullptr || step.inverse_scale != 1 || counting.grad_scale != nullptr) return false;
   return std::all_of(step.groups, step.groups + l.num_groups, [&](const Group& g) {
-    return g.momentum != 0 && !g.nesterov && !g.maximize && (l.started == nullptr || g.dampening == 0);
+    return g.momentum != 0 && !g.nesterov && !g.maximize && g.dampening == 0;
   });
 }
 
 template <class P, int N, bool SLICED = false>
 void launch_sized(const Launch& l, const Step& step, const Counting& counting) {
-  const bool usual = is_usual(l, step, counting);
+  const bool usual = is_usual<N, SLICED>(l, step, counting);
   if constexpr (sizeof(P) == 4) {  // small nets count microseconds; the other types do without these kernels
     if (usual && l.num_groups <= SMALL_GROUPS && (l.table != nullptr || l.count <= SMALL_POINTERS))
       return launch_kernel<true, N, SLICED, P, SMALL_POINTERS, SMALL_GROUPS>(l, step, counting);
   }
-  (usual ? launch_kernel<true, N, SLICED, P, MAX_POINTERS, MAX_GROUPS> : launch_kernel<false, N, SLICED, P, MAX_POINTERS, MAX_GROUPS>)(l, step, counting);
+  if (usual) launch_kernel<true, N, SLICED, P, MAX_POINTERS, MAX_GROUPS>(l, step, counting);
+  else launch_kernel<false, N, SLICED, P, MAX_POINTERS, MAX_GROUPS>(l, step, counting);
 }
 
 }  // namespace

@@ -71,11 +71,13 @@ class Launcher(Passes):
         self.table = DeviceTable(device) if len(groups) > _cuda.max_pointers else None
         self.flags = DeviceTable(device)
         self.index = (device.index or 0) if on_gpu else 0
+        cache = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else 0
+        streams = sum(flat.theta.nbytes + flat.momentum.nbytes for flat in flats) > cache
         shared = _buffers(flats[0]) if flats[0].shared else (0, 0, 0, 0, 0, 1)
         heads = (0, 0, 0, 0, 0, 1) if flats[-1].shared else _buffers(flats[-1])
         shared_count = len(flats[0].params) if flats[0].shared else 0
         self.plan = _cuda.Plan(
-            DTYPES[flats[0].dtype], self.index, shared, heads, self.tiles.data_ptr(), max(self.num_tiles, 1), len(groups), shared_count,
+            DTYPES[flats[0].dtype], self.index, shared, heads, self.tiles.data_ptr(), max(self.num_tiles, 1), len(groups), shared_count, streams,
         )  # fmt: skip
 
     def __call__(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:

@@ -1,6 +1,6 @@
 """Gradients as autograd left them: checked, and their addresses in one table for native kernels, without a copy.
 
-The table is filled in C (csrc/gradients.cpp) where the native module is built, else in Python.
+The table is filled in C (csrc/gradients.cpp) where the native module is built and torch has DLPack's C functions, else in Python.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Collector:
         self.params = [param for flat in flats for param in flat.params]
         self.addresses = [_address(*place) for place in self.places]
         like = flats[0].theta
-        if GradientTable is not None and like.device.type in ("cpu", "cuda"):
+        if GradientTable is not None and hasattr(Tensor, "__dlpack_c_exchange_api__") and like.device.type in ("cpu", "cuda"):
             layouts = [(tuple(flat.segments[n].shape), flat.segments[n].stride) for flat, n, _ in self.places]
             self.table = GradientTable(self.params, self.addresses, layouts, like)
             self.collect, self.set, self.address = self.table.collect, self.table.set, self.table.address

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from nets import assert_same, backward, make_nets, make_optimizer, train, values
+from step_cases import Case, build, places, run
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -217,3 +218,14 @@ def test_step_inside_torch_compile_is_a_graph_break_with_the_same_result():
             backward(these, step)
             act()
     assert_same(values(nets, opt), values(twins, other))
+
+
+def test_gradients_are_found_in_python_where_torch_has_no_c_functions_for_them(monkeypatch):
+    case = Case(3, ((5, 3), (7,)), (((2,),),) * 3, missing=frozenset({(1, 0, 0)}), options=dict(lr=0.1, momentum=0.9, meta_lr=0.3, horizon=3))
+    for backend in {place[0] for place in places() if place[1] == "cpu"} | {"reference"}:
+        expected = run(case, backend)
+        with monkeypatch.context() as patch:
+            patch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+            opt, _ = build(case, backend)
+            assert isinstance(opt._collectors[0].table, torch.Tensor)
+            assert all(torch.equal(a, b) for a, b in zip(expected, run(case, backend), strict=True))

@@ -9,10 +9,11 @@ import torch
 from image_tasks import make_task
 
 from cts_fast.baselines import METHODS
-from cts_fast.batches import TaskBatches, normalize, resize, task_seed
+from cts_fast.batch_counts import BatchCounts
+from cts_fast.batches import TaskBatches, draw_together, normalize, resize, task_seed
 from cts_fast.metatest import MetaTester, MetaTestSettings, _balanced_subset, _t_quantile, mean_and_interval
 from cts_fast.parallel import task_map
-from cts_fast.training import MetaTrainer, MetaTrainSettings, new_net
+from cts_fast.training import MetaTrainer, MetaTrainSettings, logits, loss, new_net
 
 SETTINGS = MetaTrainSettings(horizon=2, rounds=2, batch_size=4, padding=1, held_back=0.2)
 
@@ -65,6 +66,51 @@ def test_crops_move_by_up_to_the_padding_and_flips_mirror():
         x, _ = next(TaskBatches(image, torch.zeros(1, dtype=torch.int64), 400, seed=0, padding=1, flip=flip))
         pixels = ((x[:, 0] + 1) * 127.5).round().int().flatten(1).tolist()
         assert set(map(tuple, pixels)) == expected
+
+
+def test_a_batch_is_made_of_its_draw_alone_and_draws_of_all_tasks_lie_together():
+    streams = [TaskBatches(numbers(10 + i), torch.arange(10 + i), 4, seed=i, padding=1, flip=i > 0) for i in range(3)]
+    twins = [TaskBatches(numbers(10 + i), torch.arange(10 + i), 4, seed=i, padding=1, flip=i > 0) for i in range(3)]
+    for _ in range(4):
+        drawn = draw_together(streams)
+        assert drawn.shape == (3, 4, 4) and drawn.dtype == torch.int64
+        for stream, twin, one in zip(streams, twins, drawn):
+            for a, b in zip(stream.batch(one), next(twin)):
+                assert torch.equal(a, b)
+
+
+def test_batch_norms_that_are_counted_together_count_as_they_do_alone():
+    def made():
+        torch.manual_seed(0)
+        kinds = [torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3, momentum=None)]
+        return [torch.nn.Sequential(*kinds, torch.nn.BatchNorm2d(3, track_running_stats=False)) for _ in range(2)]
+
+    alone, together = made(), made()
+    alone[1][0].eval(), together[1][0].eval()  # a frozen layer counts nothing
+    counts = BatchCounts(together)
+    for step in range(3):
+        x = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(step))
+        with counts.together():
+            results = [net(x) for net in together]
+        for net, result in zip(alone, results):
+            assert torch.equal(net(x), result)
+    for a, b in zip(alone, together):
+        assert a.state_dict().keys() == b.state_dict().keys()
+        assert all(torch.equal(a.state_dict()[name], b.state_dict()[name]) for name in a.state_dict())
+
+
+def test_bf16_keeps_parameters_gradients_and_statistics_in_float32_and_learns_about_the_same():
+    full, half = make_trainer(), make_trainer(precision="bf16")
+    for _ in range(4):
+        torch.testing.assert_close(full.train_step(), half.train_step(), rtol=0.05, atol=0.05)
+    for net in half.nets:
+        assert {tensor.dtype for tensor in net.state_dict().values()} == {torch.float32, torch.int64}
+        assert {p.grad.dtype for p in net.parameters()} == {torch.float32}
+    assert {phi.dtype for phi in half.optimizer.initialization} == {torch.float32}
+    x = torch.randn(2, 3, 8, 8)
+    assert logits(half.nets[0], x, "bf16").dtype == torch.float32
+    assert not torch.equal(logits(half.nets[0], x, "bf16"), logits(half.nets[0], x))
+    assert loss(half.nets[0], x, torch.tensor([0, 1]), "bf16").requires_grad
 
 
 def test_a_stream_goes_on_exactly_from_its_state():
