@@ -167,16 +167,12 @@ def test_numbers_move_16_bytes_at_a_time_and_never_in_bytes(code):
 @pytest.mark.slow
 def test_the_lean_path_of_8_tasks_is_short(code):
     for kernel, found in code.items():
-        if not kernel.lean or kernel.sliced or kernel.held != 8 or kernel.dtype != "float32":
+        if not kernel.lean or kernel.sliced or kernel.held != 8 or kernel.dtype not in ("float32", "float64"):
             continue
-        wide = [i for i, one in enumerate(found) if re.match(r"(LDG|STG)\S*\.128", one)]
-        paths = [[wide[0]]]
-        for i in wide[1:]:  # a path's accesses follow each other closely
-            paths[-1].append(i) if i - paths[-1][-1] < 80 else paths.append([i])
-        longest = max(paths, key=len)
-        assert len(longest) >= 3 * 8 + 1 + 2 * (2 * 8 + 1), kernel
-        assert longest[-1] - longest[0] <= 600, kernel
-        assert len(found) <= 2000, kernel  # with the columns left over, heads, and what a captured step decides
+        # from the kernel's first instruction to the last wide store; behind it come the columns left over and those of heads, one by one
+        last = max(i for i, one in enumerate(found) if re.match(r"STG\S*\.128", one))
+        assert last <= 1200, kernel
+        assert len(found) <= 1750, kernel
 
 
 @pytest.mark.slow
