@@ -74,7 +74,7 @@ def _store(theta, master, spot, mask, x):
 @triton.jit
 def _inner_step(
     theta, v, master, stride, rows, here, gradients, started, nonfinite, h, scale, column, at, inside, clear,
-    BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WORK: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WORK: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """θ′ [ROWS, BLOCK] of the tasks `rows`; writes their momentum. clear: momentum ends at zero."""
     numbers = tl.arange(0, BLOCK)
@@ -85,26 +85,30 @@ def _inner_step(
     gradient = address.to(tl.pointer_type(theta.dtype.element_ty))[:, None] + (at + numbers)[None, :]
     if ALIGNED:
         gradient = tl.multiple_of(gradient, [1, 16])
-    mu = tl.load(h + 1).to(WORK)
-    has_momentum = tl.full([1], mu, WORK) != 0  # masks have a shape, since the interpreter cannot broadcast a scalar one
     g = tl.load(gradient, mask=mask & has, other=0).to(WORK)
     x = _stored(theta, master, spot, mask, WORK)
-    old = tl.load(v + spot, mask=mask & has_momentum, other=0).to(WORK)
-
-    lr = _learning_rate(h, h + 9)
-    gain = (1 - tl.load(h + 2)).to(WORK)
-    weight_decay = tl.load(h + 3).to(WORK)
-    nesterov, maximize = tl.full([1], tl.load(h + 4), tl.float64) != 0, tl.full([1], tl.load(h + 5), tl.float64) != 0
-    g = g * scale.to(WORK)
-    if nonfinite is not None:
-        bad = tl.max((tl.abs(g) < float("inf")).to(tl.int32) ^ 1, axis=1)
-        tl.store(nonfinite + rows, bad.to(tl.uint8), mask=here & (bad != 0))
-    d = tl.where(maximize, -g, g)
-    d = tl.where(tl.full([1], weight_decay, WORK) != 0, tl.fma(weight_decay, x, d), d)
-    new = tl.fma(gain, d, mu * old)
-    if started is not None:
-        new = tl.where((tl.load(started + rows, mask=here, other=1) != 0)[:, None], new, d)
-    u = tl.where(has_momentum, tl.where(nesterov, tl.fma(mu, new, d), new), d)
+    mu, lr, weight_decay = tl.load(h + 1).to(WORK), _learning_rate(h, h + 9), tl.load(h + 3).to(WORK)
+    decays = tl.full([1], weight_decay, WORK) != 0  # masks have a shape, since the interpreter cannot broadcast a scalar one
+    if PLAIN:
+        has_momentum = tl.full([1], 1, tl.int1)
+        old = tl.load(v + spot, mask=mask, other=0).to(WORK)
+        new = tl.where(decays, tl.fma(weight_decay, x, g), g) + mu * old
+        u = new
+    else:
+        has_momentum = tl.full([1], mu, WORK) != 0
+        old = tl.load(v + spot, mask=mask & has_momentum, other=0).to(WORK)
+        gain = (1 - tl.load(h + 2)).to(WORK)
+        nesterov, maximize = tl.full([1], tl.load(h + 4), tl.float64) != 0, tl.full([1], tl.load(h + 5), tl.float64) != 0
+        g = g * scale.to(WORK)
+        if nonfinite is not None:
+            bad = tl.max((tl.abs(g) < float("inf")).to(tl.int32) ^ 1, axis=1)
+            tl.store(nonfinite + rows, bad.to(tl.uint8), mask=here & (bad != 0))
+        d = tl.where(maximize, -g, g)
+        d = tl.where(decays, tl.fma(weight_decay, x, d), d)
+        new = tl.fma(gain, d, mu * old)
+        if started is not None:
+            new = tl.where((tl.load(started + rows, mask=here, other=1) != 0)[:, None], new, d)
+        u = tl.where(has_momentum, tl.where(nesterov, tl.fma(mu, new, d), new), d)
     new = tl.where(clear, 0.0, tl.where(has, new, old))
     tl.store(v + spot, _rounded(new, v.dtype.element_ty), mask=mask & (clear | (has & has_momentum)))
     return tl.where(has, tl.fma((-lr).to(WORK), u, x), x), spot, mask
@@ -114,6 +118,7 @@ def _inner_step(
 def _step(
     theta, v, master, phi, stride, gradients, started, nonfinite, h, scale, column, at, left, mode,
     T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr, ALIGNED: tl.constexpr, WORK: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):  # fmt: skip
     """One step of BLOCK columns of all T tasks. FULL: none of them lies behind the tensor's end."""
     numbers = tl.arange(0, BLOCK)
@@ -121,8 +126,9 @@ def _step(
     rows = tl.arange(0, ROWS)
     if phi is None:
         x, spot, mask = _inner_step(
-            theta, v, master, stride, rows, rows < T, gradients, started, nonfinite, h, scale, column, at, inside, rows < 0, BLOCK, ALIGNED, WORK
-        )
+            theta, v, master, stride, rows, rows < T, gradients, started, nonfinite, h, scale, column, at, inside, rows < 0, BLOCK, ALIGNED, WORK,
+            PLAIN,
+        )  # fmt: skip
         _store(theta, master, spot, mask, x)
     else:
         bits = tl.full([1], mode, tl.int32)
@@ -132,8 +138,9 @@ def _step(
         meta_lr, shift = _learning_rate(h + 6, h + 10), tl.load(h + 7).to(WORK)
         if T <= ROWS:
             x, spot, mask = _inner_step(
-                theta, v, master, stride, rows, rows < T, gradients, started, nonfinite, h, scale, column, at, inside, clear, BLOCK, ALIGNED, WORK
-            )
+                theta, v, master, stride, rows, rows < T, gradients, started, nonfinite, h, scale, column, at, inside, clear, BLOCK, ALIGNED, WORK,
+                PLAIN,
+            )  # fmt: skip
             total = tl.sum(tl.where((rows < T)[:, None], x - p[None, :], 0.0), axis=0)
         else:
             total = tl.full([BLOCK], 0, WORK)
@@ -141,7 +148,7 @@ def _step(
                 here = t + rows < T
                 x, spot, mask = _inner_step(
                     theta, v, master, stride, t + rows, here, gradients, started, nonfinite, h, scale, column, at, inside, clear, BLOCK, ALIGNED,
-                    WORK,
+                    WORK, PLAIN,
                 )  # fmt: skip
                 total += tl.sum(tl.where(here[:, None], x - p[None, :], 0.0), axis=0)
                 _store(theta, master, spot, mask, x)
@@ -185,12 +192,14 @@ def shifting_step_kernel(
     tiles, gradients, groups, hyper, started, nonfinite, theta, v, master, phi, stride, head_theta, head_v, head_master,
     shared_tiles, shared_count, count, mode, counters, ticket, horizon, meta_interval, found_inf, grad_scale, counts,
     T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WORK: tl.constexpr, DAMPENED: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):  # fmt: skip
     """See the module. Grid: one program a tile, those of shared tensors first.
 
     tiles: int64 [tiles, TILE]. gradients: int64 [count] addresses, 0 for none; those of shared tensors first. groups: int32 [count].
     hyper: float64 [groups, HYPER]. started, nonfinite: uint8 [count]. theta, v: [T, stride]; master: the same in float32 or None;
     phi: [stride]; head_*: [1, columns] or None. counters: int64 [4], and what follows it: only where the device counts, else None.
+    DAMPENED: flags are read. PLAIN: momentum everywhere, and no Nesterov, maximize, dampening, factor of the gradients or flags.
     """
     tile = tl.program_id(0)
     mine = tiles + tile.to(tl.int64) * TILE
@@ -216,22 +225,24 @@ def shifting_step_kernel(
     if tile < shared_tiles:
         if left >= BLOCK:
             _step(
-                theta, v, master, phi, stride, gradients + first, flags, bad, h, scale, column, at, left, mode, T, ROWS, BLOCK, True, ALIGNED, WORK
-            )
+                theta, v, master, phi, stride, gradients + first, flags, bad, h, scale, column, at, left, mode, T, ROWS, BLOCK, True, ALIGNED, WORK,
+                PLAIN,
+            )  # fmt: skip
         else:
             _step(
-                theta, v, master, phi, stride, gradients + first, flags, bad, h, scale, column, at, left, mode, T, ROWS, BLOCK, False, ALIGNED, WORK
-            )
+                theta, v, master, phi, stride, gradients + first, flags, bad, h, scale, column, at, left, mode, T, ROWS, BLOCK, False, ALIGNED, WORK,
+                PLAIN,
+            )  # fmt: skip
     elif head_theta is not None:
         if left >= BLOCK:
             _step(
                 head_theta, head_v, head_master, None, 0, gradients + first, flags, bad, h, scale, column, at, left, mode,
-                1, 1, BLOCK, True, ALIGNED, WORK,
+                1, 1, BLOCK, True, ALIGNED, WORK, PLAIN,
             )  # fmt: skip
         else:
             _step(
                 head_theta, head_v, head_master, None, 0, gradients + first, flags, bad, h, scale, column, at, left, mode,
-                1, 1, BLOCK, False, ALIGNED, WORK,
+                1, 1, BLOCK, False, ALIGNED, WORK, PLAIN,
             )  # fmt: skip
     if counters is not None:
         tl.debug_barrier()  # every thread has read the counters before this program hands in its ticket
@@ -271,6 +282,13 @@ def make_tiles(flats: Sequence[Flat], block: int) -> Tensor:
             tiles.append(torch.stack(rows, dim=1))
             first += flat.rows
     return torch.cat(tiles)
+
+
+def _plain(tasks: int, rows: int, hyper: Sequence[Hyper], control: Control) -> bool:
+    """Whether the usual rule is all that this step needs, with its tasks in registers: in the loop over more of them it would spill."""
+    scaled = control.inverse_scale != 1 or (control.counting is not None and control.counting.grad_scale is not None)
+    rule = all(h.momentum != 0 and not (h.nesterov or h.maximize or h.dampening) for h in hyper)
+    return tasks <= rows and rule and not scaled and control.nonfinite is None
 
 
 class Launcher(Passes):
@@ -319,7 +337,8 @@ class Launcher(Passes):
                 *((head.theta, head.momentum, head.master) if head else (None,) * 3),
                 self.shared_tiles, self.shared_count, self.count, mode, *on,
                 T=self.tasks, **self.shape, ALIGNED=not (addresses & 15).any(), WORK=tl.float64 if self.work_dtype == torch.float64 else tl.float32,
-                DAMPENED=dampened and started is not None, num_warps=4, enable_fp_fusion=False,
+                DAMPENED=dampened and started is not None,
+                PLAIN=_plain(self.tasks, self.shape["ROWS"], hyper[: self.num_groups], control), num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
 
     def _table(self, addresses: Tensor, hyper: Sequence[Hyper], control: Control) -> Tensor:

@@ -33,7 +33,7 @@ def source(T, dtype="fp32", aligned=True, dampened=False, counting=False, nonfin
         types |= dict(nonfinite="*u8")
     if counting:
         types |= dict(counters="*i64", ticket="*i32", horizon="i64", meta_interval="i32", found_inf="*fp32", grad_scale="*fp32", counts="i32")
-    given = dict(T=T, ALIGNED=aligned, WORK=tl.float64 if work == "fp64" else tl.float32, DAMPENED=dampened)
+    given = dict(T=T, PLAIN=T <= 8 and not (dampened or counting or nonfinite), ALIGNED=aligned, WORK=tl.float64 if work == "fp64" else tl.float32, DAMPENED=dampened)
     given |= step.tile_shape(T, torch.float64 if work == "fp64" else torch.float32)
     names = step.shifting_step_kernel.arg_names
     constants = {name: given.get(name) for name in names if name not in types}
