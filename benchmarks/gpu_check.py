@@ -28,7 +28,7 @@ sys.path = [*(path for path in sys.path if Path(path or ".").resolve() != ROOT /
 
 from benchmarks.gpu_measure import so_far  # noqa: E402
 
-SECTIONS = {"bandwidth": 15, "steps": 75, "tests": 75, "training": 70, "counts": 20, "profiler": 25, "sanitizers": 27}  # their shares of the time
+SECTIONS = {"bandwidth": 10, "steps": 70, "training": 70, "tests": 90, "counts": 25, "profiler": 35, "sanitizers": 40}  # their shares of the time
 LIMIT = "GPU_CHECK_SECONDS"  # what is left for a section, in its process's environment
 LOGS = "GPU_CHECK_LOGS"  # where the tests' whole output goes
 
@@ -59,7 +59,7 @@ def run_all(arguments) -> int:
     results = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "device": arguments.device, "revision": revision(), "sections": {}}
     results["machine"] = subprocess_json("machine", "cuda" if arguments.device == "cuda" else "cpu", 60)
     if arguments.build_log:
-        results["build"] = {"log_tail": arguments.build_log.read_text(errors="replace")[-3000:]}
+        results["build"] = arguments.build_log.read_text(errors="replace").rstrip().rpartition("\n")[2]
     name = re.sub(r"[^a-z0-9]+", "-", str(results["machine"].get("name", arguments.device)).lower()).strip("-")
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{name}-{results['date'][:10]}.json"
@@ -175,8 +175,9 @@ def tests(device: str) -> dict:
         "triton, the rest": (["test_shifting_step.py"], f"triton-{on} and not any_number", "3"),
         "triton, counted": (["test_counted_steps.py"], f"triton-{on}", "3"),
         "triton, table": (["test_triton_backend.py"], "table or alignment", "1"),
-        "torch": (["test_shifting_step.py"], f"torch-{on}", "20"),
-        "gpu": (["test_gpu.py"], "", "1"),
+        "torch": (["test_shifting_step.py"], f"torch-{on}", "8"),
+        "gpu": (["test_gpu.py"], "not triton", "1"),
+        "gpu, triton": (["test_gpu.py"], "triton", "1"),
         "source": (["test_cuda_source.py"], "not sanitizers", "1"),
     }
     if device == "cpu":
@@ -188,7 +189,7 @@ def tests(device: str) -> dict:
         code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # not -m pytest, which would put the checkout before the package
         command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}", *files]
         command += ["-k", which] if which else []
-        environment = {**os.environ, "CTS_FAST_EXAMPLES": examples, "OMP_NUM_THREADS": "4"}
+        environment = {**os.environ, "CTS_FAST_EXAMPLES": examples, "OMP_NUM_THREADS": "1"}
         with log.open("w") as output:
             running[name] = (started(command, output, cwd=ROOT / "tests", env=environment), report, log)
     deadline = time.monotonic() + float(os.environ[LIMIT]) - 8
@@ -229,25 +230,31 @@ def sanitizers(device: str) -> dict:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation, whose end a tool can see
     results = {}
     deadline = time.monotonic() + float(os.environ[LIMIT]) - 8
-    for name in ("memcheck", "racecheck", "initcheck"):  # one after the other: the first must not wait for the others' share of the device
-        # not CUDA's API errors: torch and the driver ask for functions that may not be there
-        command = [tool, "--tool", name, "--report-api-errors", "no", "--error-exitcode", "9", sys.executable, str(Path(__file__).resolve()), "--section", "small"]
-        with tempfile.TemporaryFile("w+", errors="replace") as log:
-            process = started(command, log, env=environment)
+    for names in (("memcheck",), ("racecheck", "initcheck")):  # the first alone, so that it surely ends
+        running = {}
+        for name in names:
+            # not CUDA's API errors: torch and the driver ask for functions that may not be there
+            command = [tool, "--tool", name, "--report-api-errors", "no", "--error-exitcode", "9", sys.executable, str(Path(__file__).resolve())]
+            log = tempfile.TemporaryFile("w+", errors="replace")
+            running[name] = started([*command, "--section", "small"], log, env=environment), log
+        for name, (process, log) in running.items():
             in_time = ended(process, deadline - time.monotonic())
-            log.seek(0)
-            output = log.read()
-        if not in_time:
-            results[name] = {"refused": "took too long", "tail": output[-1500:]}
-        elif process.returncode == 0 and re.search(r"ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards", output):
-            results[name] = {"errors": 0}
-        elif re.search(r"not supported|Unable to|Internal Sanitizer Error|Failed to initialize", output):
-            results[name] = {"refused": output[-1500:]}
-        else:
-            results[name] = {"exit code": process.returncode, "tail": output[-3000:]}
-        so_far({"tools": results})
+            with log:
+                log.seek(0)
+                output = log.read()
+            results[name] = sanitized(process.returncode, output) if in_time else {"refused": "took too long", "tail": output[-1500:]}
+            so_far({"tools": results})
     broken = [name for name, result in results.items() if "exit code" in result]
     return {"tools": results, **({"error": f"sanitizer reports: {', '.join(broken)}"} if broken else {})}
+
+
+def sanitized(status: int, output: str) -> dict:
+    """What a sanitizer found, or why the machine refused it."""
+    if status == 0 and re.search(r"ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards", output):
+        return {"errors": 0}
+    if re.search(r"not supported|Unable to|Internal Sanitizer Error|Failed to initialize", output):
+        return {"refused": output[-1500:]}
+    return {"exit code": status, "tail": output[-3000:]}
 
 
 def profiler(device: str) -> dict:
