@@ -1,15 +1,10 @@
 """One run in one folder: meta-train several methods, meta-test them, and go on exactly after an interruption."""
 
 import csv
-import json
 import math
-import os
-import pickle
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,18 +17,23 @@ from .capture import STREAMS
 from .metatest import MetaTester
 from .parallel import task_map
 from .progress import Progress
+from .run_folder import (
+    DAMAGE,
+    CheckpointError,
+    RunFolder,
+    Stop,
+    first_line,
+    load_state,
+    read_json,
+    save_state,
+    write_json,
+    written,
+)
 from .training import MetaTrainer
 
 SAVE_EVERY = 60.0  # seconds between checkpoints
+ACCURACY = "meta-test.json"
 POINTS = 2000  # a method's curve has at most twice as many points
-
-
-class Interrupted(Exception):
-    """The user asked to stop; everything is saved."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or of another run; the message names the file and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -65,30 +65,6 @@ class Curve:
         return [sum(losses) / len(losses) for losses in self.losses]
 
 
-@contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C was pressed; a second Ctrl-C stops at once."""
-    requested = threading.Event()
-    first = math.inf
-
-    def on_signal(number: int, frame: Any) -> None:
-        nonlocal first
-        now = time.monotonic()
-        first = min(first, now)
-        requested.set()
-        if now - first > 1:  # a wrapper may pass one Ctrl-C on twice
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield requested.is_set
-        return
-    previous = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield requested.is_set
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 class Experiment:
     """Meta-trains and meta-tests; keeps its state as files of the folder `out`.
 
@@ -96,7 +72,7 @@ class Experiment:
         config: what defines the run, ready for JSON; a resumed run must have the same.
         entries: method name to `Entry`. `targets`: tasks to meta-test on.
         train, test: settings; `snapshots`: meta-training steps at which phi is kept and meta-tested, beside the last.
-        resume: go on from the files in `out`; otherwise a run in `out` that was not finished raises `CheckpointError`.
+        resume: go on from the files in `out`; overwrite: replace the run in `out`; otherwise a run in `out` raises `CheckpointError`.
     """
 
     def __init__(
@@ -112,6 +88,7 @@ class Experiment:
         seed: int,
         device: str = "cpu",
         resume: bool = False,
+        overwrite: bool = False,
         tensorboard: bool = False,
         capture: bool = False,
         streams: int = STREAMS,
@@ -124,11 +101,14 @@ class Experiment:
         self.curves: dict[str, Curve] = {}
         self.snapshots: dict[str, dict[int, dict[str, Tensor]]] = {}  # method to step to phi
         self.accuracy: dict[tuple[str, int, str, int], float] = {}  # (method, step, target, seed)
-        self._prepare(resume)
+        self.folder = RunFolder(out, config, ("checkpoint-*.pt", ACCURACY), resume=resume, overwrite=overwrite)
+        if resume and (out / ACCURACY).exists():
+            saved = read_json(out / ACCURACY)
+            self.accuracy = {(method, step, target, seed): value for method, step, target, seed, value in saved}
 
-    def run(self) -> None:
-        """Does what is not done yet; raises `Interrupted` when Ctrl-C was pressed and everything is saved."""
-        with stop_on_interrupt() as stop, task_map(self.device) as map_tasks:
+    def run(self, stop: Stop) -> None:
+        """Does what is not done yet; raises `Interrupted` when `stop` was requested and everything is saved."""
+        with task_map(self.device) as map_tasks:
             for name in self.entries:
                 self._meta_train(name, stop, map_tasks)
             self._meta_test(stop, map_tasks)
@@ -146,7 +126,7 @@ class Experiment:
 
     # Meta-training
 
-    def _meta_train(self, name: str, stop: Callable[[], bool], map_tasks: Callable[..., list]) -> None:
+    def _meta_train(self, name: str, stop: Stop, map_tasks: Callable[..., list]) -> None:
         entry = self.entries[name]
         trainer = MetaTrainer(
             entry.method,
@@ -171,7 +151,7 @@ class Experiment:
         writer = self._tensorboard_writer(name)
 
         def save() -> None:
-            save_atomically(
+            save_state(
                 path,
                 {
                     "trainer": trainer.state_dict(),
@@ -197,7 +177,7 @@ class Experiment:
                 progress.advance(f"loss {curve.last:.3f}")
                 if stop():
                     save()
-                    raise Interrupted
+                    stop.check()
                 if time.monotonic() - saved > SAVE_EVERY or trainer.step == self.train.steps:
                     save()
                     saved = time.monotonic()
@@ -213,7 +193,7 @@ class Experiment:
 
     # Meta-test
 
-    def _meta_test(self, stop: Callable[[], bool], map_tasks: Callable[..., list]) -> None:
+    def _meta_test(self, stop: Stop, map_tasks: Callable[..., list]) -> None:
         phis = {(name, step): phi for name, kept in self.snapshots.items() for step, phi in kept.items()}
         phis["scratch", 0] = {}  # every seed draws a body of its own
         testers = {task.name: MetaTester(task, self.test, device=self.device, precision=self.precision) for task in self.targets}
@@ -239,7 +219,7 @@ class Experiment:
         with Progress("meta-test", len(jobs), len(jobs) - len(todo), unit="run") as progress:
             map_tasks(work, todo)
         if len(self.accuracy) < len(jobs):
-            raise Interrupted
+            stop.check()
 
     # Files
 
@@ -247,48 +227,26 @@ class Experiment:
         """Where the state of one method's meta-training is kept."""
         return self.out / f"checkpoint-{name}.pt"
 
-    def _prepare(self, resume: bool) -> None:
-        """Finds out what `out` holds: nothing, a finished run, or one to resume."""
-        config_file, accuracy_file = self.out / "config.json", self.out / "meta-test.json"
-        if resume:
-            check_same_config(config_file, self.config)
-            if accuracy_file.exists():
-                self.accuracy = {
-                    (method, step, target, seed): accuracy
-                    for method, step, target, seed, accuracy in read_json(accuracy_file)
-                }
-            return
-        stale = [*self.out.glob("checkpoint-*.pt"), accuracy_file]
-        if config_file.exists() and not (self.out / "results.json").exists() and any(map(Path.exists, stale)):
-            raise CheckpointError(
-                f"{self.out} holds a run that was interrupted: add --resume to go on with it, "
-                "or choose another --out, or delete the folder"
-            )
-        self.out.mkdir(parents=True, exist_ok=True)
-        for path in (*stale, self.out / "results.json"):
-            path.unlink(missing_ok=True)
-        write_text(config_file, json.dumps(self.config, indent=1))
-
     def _load(self, path: Path, trainer: MetaTrainer, curve: Curve, kept: dict) -> list[Tensor]:
         try:
             # on the CPU, where generators and data orders live; what belongs on the device is copied into place
-            state = torch.load(path, weights_only=True, map_location="cpu")
+            state = load_state(path)
             trainer.load_state_dict(state["trainer"])
             curve.steps, curve.losses = state["steps"], state["losses"]
             kept.update(state["snapshots"])
             return [losses.to(self.device) for losses in state["pending"]]
-        except (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        except DAMAGE as error:
             raise CheckpointError(
-                f"the checkpoint {path} is damaged ({str(error).splitlines()[0]}): delete it to "
+                f"the checkpoint {path} is damaged ({first_line(error)}): delete it to "
                 "meta-train this method anew, then resume"
             ) from error
 
     def _save_accuracy(self) -> None:
-        write_text(self.out / "meta-test.json", json.dumps([[*job, value] for job, value in self.accuracy.items()]))
+        write_json(self.out / ACCURACY, [[*job, value] for job, value in self.accuracy.items()])
 
     def write_metrics(self) -> None:
         """metrics.csv: one line per loss or accuracy."""
-        with open(self.out / "metrics.csv", "w", newline="") as file:
+        with written(self.out / "metrics.csv", "w") as file:
             writer = csv.writer(file)
             writer.writerow(["phase", "method", "step", "task", "seed", "loss", "accuracy"])
             for name, curve in self.curves.items():
@@ -300,39 +258,3 @@ class Experiment:
                 ["meta-test", method, step, target, seed, "", accuracy]
                 for (method, step, target, seed), accuracy in sorted(self.accuracy.items())
             )
-
-
-def save_atomically(path: Path, state: Any) -> None:
-    """Writes beside the old file and then takes its place, so that one of the two is always whole."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes beside the old file and then takes its place."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def check_same_config(path: Path, config: dict[str, Any]) -> None:
-    """Raises CheckpointError if the run whose config is in the file is not there or is another one."""
-    saved = read_json(path)
-    changed = [key for key in sorted({*saved, *config}) if saved.get(key) != config.get(key)]
-    if changed:
-        differences = ", ".join(f"{key} was {saved.get(key)!r}, now {config.get(key)!r}" for key in changed)
-        raise CheckpointError(
-            f"{path.parent} holds another run ({differences}): "
-            "give the same arguments, or another --out without --resume"
-        )
-
-
-def read_json(path: Path) -> Any:
-    """What a run left in a file; raises CheckpointError that says what to do where it is missing or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no run to resume: {path} is missing; start it without --resume") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): start anew in another --out") from error

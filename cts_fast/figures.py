@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .metatest import mean_and_interval
+from .run_folder import save_figure
 
 # Okabe and Ito's colours, which remain distinct to the colour-blind; one per method, the same in every figure.
 _COLOURS = (
@@ -75,7 +76,7 @@ def convergence(
     axes.margins(x=0.01)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    save_figure(path, figure)
 
 
 def accuracy_vs_steps(
@@ -113,7 +114,7 @@ def accuracy_vs_steps(
     axes.set_title("Held-out tasks: mean accuracy, 95 % intervals")
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(frameon=False, ncols=2 if len(points) < 6 else 4, loc="outside lower center")
-    figure.savefig(path)
+    save_figure(path, figure)
 
 
 def final_accuracy(
@@ -157,7 +158,7 @@ def final_accuracy(
     axes.set_title("Held-out tasks: accuracy by initialization, 95 % intervals")
     axes.grid(axis="x", visible=False)
     figure.legend(frameon=False, ncols=2 if len(methods) < 6 else 4, loc="outside lower center")
-    figure.savefig(path)
+    save_figure(path, figure)
 
 
 def _bars(halves: Sequence[float]) -> list[float] | None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,45 +190,129 @@ sys.exit(resnet20.main())
 """
 
 
-@pytest.mark.parametrize("moment", ["meta-train cts: 4/", "meta-test: 1/"])
-def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_result(moment, tmp_path, capsys):
-    arguments = [
-        "--suite",
-        "tiny",
-        "--horizon",
-        "10",
-        "--rounds",
-        "2",
-        "--test-steps",
-        "1",
-        "--test-seeds",
-        "3",
-        "--targets",
-        "rings",
-        "--methods",
-        "cts",
-    ]
+SLOW_ENOUGH = "--suite tiny --horizon 10 --rounds 2 --test-steps 1 --test-seeds 3 --targets rings --methods cts".split()
+
+
+def driven(*arguments, limit=None):
+    """The program as a process of its own; limit: bytes that a file of it may have."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", DRIVER, str(Path(__file__).parent), *arguments, "--out", str(tmp_path / "stopped")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, "-c", DRIVER, str(Path(__file__).parent), *arguments]
+    if limit is not None:
+        command = ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "bash", *command]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    "moment, number",
+    [("meta-train cts: 4/", signal.SIGINT), ("meta-train cts: 4/", signal.SIGHUP), ("meta-test: 1/", signal.SIGTERM)],
+)
+def test_a_signal_saves_and_resume_gives_the_uninterrupted_result(moment, number, tmp_path, capsys):
+    process = driven(*SLOW_ENOUGH, "--out", str(tmp_path / "stopped"))
     for line in process.stdout:
         if line.startswith(moment.split("/")[0].rstrip("0123456789")):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     process.stdout.read()
     message = process.stderr.read()
-    assert process.wait(timeout=120) == 130, message
+    assert process.wait(timeout=120) == 128 + number, message
     assert "--resume" in message and "Traceback" not in message
     assert not (tmp_path / "stopped" / "results.json").exists()
 
-    stopped = [*arguments, "--out", str(tmp_path / "stopped")]
+    stopped = [*SLOW_ENOUGH, "--out", str(tmp_path / "stopped")]
     with pytest.raises(SystemExit, match="2"):
         resnet20.main(stopped)
     assert "--resume" in capsys.readouterr().err
     assert resnet20.main([*stopped, "--resume"]) == 0
-    assert resnet20.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    assert resnet20.main([*SLOW_ENOUGH, "--out", str(tmp_path / "whole")]) == 0
     for file in ("results.json", "metrics.csv", "initialization.safetensors"):
         assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def test_a_signal_during_the_report_stops_it_and_resume_reports_anew(tmp_path, monkeypatch, capsys):
+    from cts_fast import figures
+
+    draw = figures.convergence
+
+    def signalled(*arguments):
+        draw(*arguments)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "convergence", signalled)
+        assert run(tmp_path, "--methods", "cts") == 128 + signal.SIGTERM
+    assert "--resume" in capsys.readouterr().err
+    assert not (tmp_path / "finished.json").exists() and (tmp_path / "checkpoint-cts.pt").exists()
+    assert run(tmp_path, "--methods", "cts", "--resume") == 0
+    assert (tmp_path / "finished.json").exists() and (tmp_path / "accuracy-vs-steps.png").exists()
+
+
+# What a folder keeps
+
+
+def test_a_run_whose_results_are_torn_is_not_finished_and_loses_nothing(tmp_path, capsys):
+    run(tmp_path, "--methods", "cts")
+    checkpoint = (tmp_path / "checkpoint-cts.pt").read_bytes()
+    (tmp_path / "finished.json").unlink()
+    (tmp_path / "results.json").write_text('{"config": {')
+    assert "interrupted" in refused(capsys, tmp_path, "--methods", "cts")
+    assert (tmp_path / "checkpoint-cts.pt").read_bytes() == checkpoint
+    assert run(tmp_path, "--methods", "cts", "--resume") == 0
+    assert json.loads((tmp_path / "results.json").read_text())["meta_test"]
+
+
+def test_a_finished_run_is_replaced_only_when_that_is_asked_for(tmp_path, capsys):
+    run(tmp_path, "--methods", "cts")
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    message = refused(capsys, tmp_path, "--methods", "cts", "--seed", "1")
+    assert "finished" in message and "--overwrite" in message and "--resume" in message
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert run(tmp_path, "--methods", "cts", "--seed", "1", "--overwrite") == 0
+    assert json.loads((tmp_path / "results.json").read_text())["config"]["seed"] == 1
+
+
+def test_a_full_disk_ends_with_one_line_and_leaves_the_old_checkpoint_whole(tmp_path):
+    out = tmp_path / "out"
+    process = driven(*SLOW_ENOUGH, "--out", str(out))
+    for line in process.stdout:
+        if line.startswith("meta-train cts"):
+            process.send_signal(signal.SIGINT)
+            break
+    process.communicate(timeout=120)
+    before = (out / "checkpoint-cts.pt").read_bytes()
+    process = driven(*SLOW_ENOUGH, "--out", str(out), "--resume", limit=64 << 10)  # the system's limit on a file's size
+    message = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and "Traceback" not in message, message
+    errors = [line for line in message.splitlines() if "error:" in line]
+    assert len(errors) == 1 and str(out / "checkpoint-cts.pt") in errors[0] and "cannot write" in errors[0], message
+    assert (out / "checkpoint-cts.pt").read_bytes() == before and not list(out.glob(".*tmp"))
+    assert resnet20.main([*SLOW_ENOUGH, "--out", str(out), "--resume"]) == 0
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path, capsys, monkeypatch):
+    step = resnet20.Experiment._meta_test
+
+    def removed(self, *arguments):
+        shutil.rmtree(self.out)
+        step(self, *arguments)
+
+    monkeypatch.setattr(resnet20.Experiment, "_meta_test", removed)
+    assert str(tmp_path / "out") in refused(capsys, tmp_path / "out", "--methods", "cts")
+
+
+def test_an_empty_checkpoint_is_named(tmp_path, capsys):
+    run(tmp_path, "--methods", "cts", "--targets", "rings")
+    checkpoint = tmp_path / "checkpoint-cts.pt"
+    checkpoint.write_bytes(b"")
+    message = refused(capsys, tmp_path, "--methods", "cts", "--targets", "rings", "--resume")
+    assert str(checkpoint) in message and "damaged" in message
+
+
+def test_a_python_without_lzma_gets_one_line(tmp_path):
+    code = "import sys; sys.modules['_lzma'] = None; from cts_fast.examples import resnet20; sys.exit(resnet20.main())"
+    command = [sys.executable, "-c", code, "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert process.returncode == 2 and "liblzma" in process.stderr and "Traceback" not in process.stderr, process.stderr
 
 
 # Tuning

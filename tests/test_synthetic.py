@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 
 import pytest
 import torch
@@ -96,6 +97,13 @@ def test_the_program_leaves_its_files_and_resumes(small, tmp_path, capsys):
     with pytest.raises(SystemExit):
         synthetic.main(["--out", str(out), "--resume", "--seed", "7"])
     assert "seed was 0, now 7" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_study_as_ctrl_c_does(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(synthetic, "trajectories", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+    assert synthetic.main(["--out", str(tmp_path / "run")]) == 128 + signal.SIGTERM
+    assert "--resume" in capsys.readouterr().err and not (tmp_path / "run" / "finished.json").exists()
+    assert (tmp_path / "run" / "stage-quality.pt").exists()
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(small, tmp_path, capsys, monkeypatch):

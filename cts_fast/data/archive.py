@@ -14,20 +14,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
 import struct
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 MAGIC = b"CTSDATA1"
 _PREFIX = struct.Struct("<8sI32s")
-_XZ = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0, "dict_size": 1 << 24}]
 
 
 class DamagedFile(RuntimeError):
     """A suite file or one of its members does not hold what its header promises."""
+
+
+def _lzma() -> ModuleType:
+    """Python's lzma, which a Python that was built without liblzma lacks."""
+    try:
+        import lzma
+    except ImportError as error:
+        raise OSError(f"this Python cannot read the suite's file: it was built without liblzma ({error}); install one that has it") from error
+    return lzma
+
+
+def _compress(data: bytes) -> bytes:
+    lzma = _lzma()
+    xz = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0, "dict_size": 1 << 24}
+    return lzma.compress(data, lzma.FORMAT_XZ, filters=[xz])
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -72,7 +86,7 @@ def pack_images(images: Tensor, labels: Tensor, filter: str | None = None) -> tu
     """Encode uint8 images [N, C, H, W] with labels [N]; returns the header's entries and the compressed member."""
     stored = _difference(images, 3) if filter == "left" else images
     entry = {"kind": "images", "filter": filter, "shape": list(images.shape)}
-    return entry, lzma.compress(_bytes(labels.to(torch.uint8)) + _bytes(stored), lzma.FORMAT_XZ, filters=_XZ)
+    return entry, _compress(_bytes(labels.to(torch.uint8)) + _bytes(stored))
 
 
 def pack_crops(pictures: list[Tensor], corners: Tensor, labels: Tensor, size: int) -> tuple[dict, bytes]:
@@ -82,7 +96,7 @@ def pack_crops(pictures: list[Tensor], corners: Tensor, labels: Tensor, size: in
              "shape": [len(labels), channels, size, size]}
     parts = [_bytes(labels.to(torch.uint8))] + [_bytes(_encode_picture(p)) for p in pictures]
     parts.append(_bytes(corners.to(torch.int16)))
-    return entry, lzma.compress(b"".join(parts), lzma.FORMAT_XZ, filters=_XZ)
+    return entry, _compress(b"".join(parts))
 
 
 def unpack(entry: dict, member: bytes) -> tuple[Tensor, Tensor]:
@@ -112,6 +126,7 @@ def read_corners(entry: dict, member: bytes) -> Tensor:
 
 def _decompress(entry: dict, member: bytes) -> bytes:
     count, channels, height, width = entry["shape"]
+    lzma = _lzma()
     try:
         data = lzma.decompress(member)
     except lzma.LZMAError as error:

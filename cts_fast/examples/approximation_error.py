@@ -22,6 +22,7 @@ from torch import Tensor
 from cts_fast.examples import study
 from cts_fast.examples.error_runs import Draw, Networks, errors, warmed_up
 from cts_fast.metatest import mean_and_interval
+from cts_fast.run_folder import save_figure
 
 DRAWS, TASKS = 10, 3
 ALPHA, BETA, K = 0.02, 0.02, 20  # what the other panels hold fixed
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> str:
         "grids": {n: list(g) for n, g in GRIDS.items()},
         "seed": args.seed,
     }
-    work = study.Study(args.out, config, resume=args.resume, device=args.device)
+    work = study.Study(args.out, config, resume=args.resume, overwrite=args.overwrite, device=args.device)
     draw = Draw.new(args.seed, DRAWS, TASKS, max(GRIDS["k"]), args.device)
     found = {}
     for activation, pool in COMBINATIONS:
@@ -146,7 +147,7 @@ def figure_3(path: Path, curves: dict, kinds: dict, orders: dict) -> None:
     axes[3].set_title(f"(d) α = {ALPHA}, β = {BETA}, k = {K}")
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    save_figure(path, figure)
 
 
 def table(curves: dict, kinds: dict, orders: dict) -> str:

@@ -1,28 +1,39 @@
 """What a run of `resnet20` leaves behind: results.json, initializations, figures and the printed table."""
 
-import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from cts_fast import figures
 from cts_fast.examples.presets import LABELS
 from cts_fast.experiment import Experiment
 from cts_fast.metatest import mean_and_interval
+from cts_fast.run_folder import Stop, save_tensors, write_json
 
 Accuracy = Mapping[str, Mapping[str, Sequence[float]]]  # method to held-out task to fractions, one per seed
 
 
-def report(experiment: Experiment, out: Path, seconds: float) -> None:
-    """Writes the files into `out` and prints the table; `seconds` is what this run of the program took."""
+def report(experiment: Experiment, out: Path, started: float, stop: Stop) -> None:
+    """Writes the files into `out`, marks the run as finished and prints the table; started: when the program was, time.monotonic().
+
+    Raises `Interrupted` between two files if `stop` was requested: a resumed run reports anew.
+    """
     accuracy = experiment.final_accuracy()
     best = "cts" if "cts" in experiment.entries else next(iter(experiment.entries), None)
-    written = [*save_initializations(experiment, best, out), *draw(experiment, accuracy, out)]
-    (out / "results.json").write_text(json.dumps(results(experiment, accuracy), indent=1, allow_nan=False))
+    names = []
+    for name, write in (*initializations(experiment, best), *drawings(experiment, accuracy)):
+        stop.check()
+        write(out / name)
+        names.append(name)
+    write_json(out / "results.json", results(experiment, accuracy), indent=1)
+    stop.check()
+    experiment.folder.finish()
     print(f"\n{table(accuracy)}\n\n{account(experiment)}\n")
-    files = ", ".join(["results.json", "metrics.csv", *written])
-    print(fill(f"In {out}: {files}. This took {seconds / 60:.1f} minutes."))
+    files = ", ".join(["results.json", "metrics.csv", *names])
+    print(fill(f"In {out}: {files}. This took {(time.monotonic() - started) / 60:.1f} minutes."))
 
 
 def results(experiment: Experiment, accuracy: Accuracy) -> dict:
@@ -40,33 +51,29 @@ def results(experiment: Experiment, accuracy: Accuracy) -> dict:
     }
 
 
-def save_initializations(experiment: Experiment, best: str | None, out: Path) -> list[str]:
-    """One file per method, and `initialization.safetensors` for the method `best`; returns the names."""
-    from safetensors.torch import save_file
-
+def initializations(experiment: Experiment, best: str | None) -> list[tuple[str, Callable[[Path], None]]]:
+    """(name, what writes it) of one file per method, and of `initialization.safetensors` for the method `best`."""
     files = [("initialization", best)] if best else []
     files += [(f"initialization-{name}", name) for name in experiment.entries]
-    for file, name in files:
-        phi = experiment.snapshots[name][experiment.train.steps]
-        tensors = {key: tensor.cpu().contiguous() for key, tensor in phi.items()}
-        save_file(tensors, out / f"{file}.safetensors", {"method": name})
-    return [f"{file}.safetensors" for file, _ in files]
+    return [
+        (f"{file}.safetensors", partial(save_tensors, tensors=experiment.snapshots[name][experiment.train.steps], metadata={"method": name}))
+        for file, name in files
+    ]
 
 
-def draw(experiment: Experiment, accuracy: Accuracy, out: Path) -> list[str]:
-    """The figures; returns their names."""
-    names = ["accuracy.png"]
-    figures.final_accuracy(out / "accuracy.png", accuracy, LABELS)
+def drawings(experiment: Experiment, accuracy: Accuracy) -> list[tuple[str, Callable[[Path], None]]]:
+    """(name, what draws it) of the figures."""
+    drawn = [("accuracy.png", lambda path: figures.final_accuracy(path, accuracy, LABELS))]
     if experiment.entries:
         curves = {name: (curve.steps, curve.mean) for name, curve in experiment.curves.items()}
-        figures.convergence(out / "convergence.png", curves, LABELS)
         points = {
             name: {step: per_seed_mean(experiment.accuracy_at(name, step)) for step in kept}
             for name, kept in experiment.snapshots.items()
         }
-        figures.accuracy_vs_steps(out / "accuracy-vs-steps.png", points, per_seed_mean(accuracy["scratch"]), LABELS)
-        names += ["convergence.png", "accuracy-vs-steps.png"]
-    return names
+        scratch = per_seed_mean(accuracy["scratch"])
+        drawn.append(("convergence.png", lambda path: figures.convergence(path, curves, LABELS)))
+        drawn.append(("accuracy-vs-steps.png", lambda path: figures.accuracy_vs_steps(path, points, scratch, LABELS)))
+    return drawn
 
 
 def per_seed_mean(by_target: Mapping[str, Sequence[float]]) -> list[float]:

@@ -24,7 +24,8 @@ from cts_fast.capture import STREAMS
 from cts_fast.data import DamagedFile, Task, load_suite
 from cts_fast.examples.presets import PRESETS
 from cts_fast.examples.report import report
-from cts_fast.experiment import CheckpointError, Entry, Experiment, Interrupted
+from cts_fast.experiment import Entry, Experiment
+from cts_fast.run_folder import CheckpointError, Interrupted, first_line, stop_on_signals
 from cts_fast.training import PRECISIONS
 
 PSEUDO_METHODS = ("finetune", "scratch")
@@ -82,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
         "--precision", choices=PRECISIONS, default="fp32", help="of the networks' passes: fp32 (default) or bf16 autocast"
     )
     p.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    p.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into --out as well")
     return p
 
@@ -96,13 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, DamagedFile) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
     try:
-        experiment.run()
-    except CheckpointError as error:
+        with stop_on_signals() as stop:
+            experiment.run(stop)
+            report(experiment, args.out, started, stop)
+    except (CheckpointError, OSError) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
-    except Interrupted:
+    except Interrupted as stopped:
         print(f"\nstopped; everything so far is in {args.out}. To go on:\n  {resume_command(argv)}", file=sys.stderr)
-        return 130
-    report(experiment, args.out, time.monotonic() - started)
+        return stopped.status
     return 0
 
 
@@ -163,6 +166,7 @@ def prepare(args: argparse.Namespace) -> Experiment:
         device=args.device,
         snapshots=[round(train.steps * (i + 1) / points) for i in range(points)],
         resume=args.resume,
+        overwrite=args.overwrite,
         tensorboard=args.tensorboard,
         capture=args.capture,
         streams=args.streams,
@@ -218,13 +222,14 @@ def check_device(name: str) -> None:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name} cannot be used: {first_line(error)}") from None
 
 
 def resume_command(argv: Sequence[str] | None, module: str = "cts_fast.examples.resnet20") -> str:
     """The command that goes on with this run of a program."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return shlex.join(["python", "-m", module, *arguments, *([] if "--resume" in arguments else ["--resume"])])
+    arguments = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
+    return shlex.join(["python", "-m", module, *arguments, "--resume"])
 
 
 def _names(text: str) -> list[str]:

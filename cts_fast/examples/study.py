@@ -4,43 +4,43 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import pickle
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cts_fast.examples.resnet20 import check_device, resume_command
-from cts_fast.experiment import CheckpointError, check_same_config, save_atomically, write_text
 from cts_fast.progress import Progress
+from cts_fast.run_folder import (
+    DAMAGE,
+    CheckpointError,
+    RunFolder,
+    first_line,
+    load_state,
+    mark_finished,
+    on_signals,
+    save_state,
+    save_tensors,
+    write_json,
+    written,
+)
 
 
 class Study:
     """One run in the folder `out`: stages of tensors, each kept as soon as it is computed.
 
     config: what defines the run, ready for JSON; a resumed run must have the same. Raises CheckpointError if `out`
-    holds an interrupted run and `resume` is not given, or another run and it is.
+    holds a run and neither `resume` nor `overwrite` is given, or another run and `resume` is.
     """
 
-    def __init__(self, out: Path, config: dict[str, Any], *, resume: bool = False, device: str = "cpu") -> None:
+    def __init__(
+        self, out: Path, config: dict[str, Any], *, resume: bool = False, overwrite: bool = False, device: str = "cpu"
+    ) -> None:
         self.out, self.config, self.device = out, config, device
-        config_file, stages = out / "config.json", list(out.glob("stage-*.pt"))
-        if resume:
-            check_same_config(config_file, config)
-            return
-        if stages and not (out / "results.json").exists():
-            raise CheckpointError(
-                f"{out} holds a run that was interrupted: add --resume to go on with it, or choose another --out"
-            )
-        out.mkdir(parents=True, exist_ok=True)
-        for path in (*stages, out / "results.json"):
-            path.unlink(missing_ok=True)
-        write_text(config_file, json.dumps(config, indent=1))
+        self.folder = RunFolder(out, config, ("stage-*.pt",), resume=resume, overwrite=overwrite)
 
     def stage(
         self, name: str, total: int, compute: Callable[[Callable[[], None]], dict[str, Tensor]]
@@ -49,14 +49,12 @@ class Study:
         path = self.out / f"stage-{name}.pt"
         if path.exists():
             try:
-                return torch.load(path, weights_only=True, map_location=self.device)
-            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-                raise CheckpointError(
-                    f"{path} is damaged ({str(error).splitlines()[0]}): delete it, then resume"
-                ) from error
+                return load_state(path, self.device)
+            except DAMAGE as error:
+                raise CheckpointError(f"{path} is damaged ({first_line(error)}): delete it, then resume") from error
         with Progress(name, total) as progress:
             result = compute(progress.advance)
-        save_atomically(path, result)
+        save_state(path, result)
         return result
 
     def write(
@@ -67,17 +65,12 @@ class Study:
         initialization: Mapping[str, Tensor],
     ) -> None:
         """results.json, metrics.csv and initialization.safetensors."""
-        from safetensors.torch import save_file
-
-        with open(self.out / "metrics.csv", "w", newline="") as file:
+        with written(self.out / "metrics.csv", "w") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
             writer.writerows(rows)
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in initialization.items()},
-            self.out / "initialization.safetensors",
-        )
-        write_text(self.out / "results.json", json.dumps({"config": self.config, **results}, indent=1, allow_nan=False))
+        save_tensors(self.out / "initialization.safetensors", dict(initialization))
+        write_json(self.out / "results.json", {"config": self.config, **results}, indent=1)
 
 
 def main(
@@ -98,6 +91,7 @@ def main(
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     p.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    p.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     args = p.parse_args(argv)
     started = time.monotonic()
     try:
@@ -105,17 +99,23 @@ def main(
     except ValueError as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
     try:
-        table = run(args)
-    except KeyboardInterrupt:
+        with on_signals(("SIGTERM", "SIGHUP"), _interrupt):  # as Ctrl-C: what is finished is kept
+            table = run(args)
+            mark_finished(args.out)
+    except KeyboardInterrupt as stopped:
         print(
             f"\nstopped; everything so far is in {args.out}. To go on:\n  {resume_command(argv, module)}",
             file=sys.stderr,
         )
-        return 130
+        return stopped.args[0] if stopped.args else 130
     except (CheckpointError, OSError) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
     print(f"{table}\n\nEverything is in {args.out}. It took {time.monotonic() - started:.0f} seconds.")
     return 0
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt(128 + number)
 
 
 def grid(rows: int, columns: int, width: float, height: float, layout: str = "constrained") -> tuple[Any, Any]:

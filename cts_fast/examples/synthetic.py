@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> str:
         "reptile_horizons": list(REPTILE_HORIZONS),
         "seed": args.seed,
     }
-    work = study.Study(args.out, config, resume=args.resume, device=args.device)
+    work = study.Study(args.out, config, resume=args.resume, overwrite=args.overwrite, device=args.device)
     landscape = Landscape(args.device)
     scored = square(torch.tensor(START_AXIS, dtype=torch.float64, device=args.device))
     everywhere = torch.cat(

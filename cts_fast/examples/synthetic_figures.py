@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cts_fast.examples.landscapes import ANGLES, MIDDLE, Landscape, centres, template
 from cts_fast.examples.study import grid
+from cts_fast.run_folder import save_figure
 
 COLOURS = {"reptile": "#0072B2", "cts": "#D55E00", "cts-accurate": "#009E73"}
 SHORT = {"reptile": "Reptile", "cts": "cts", "cts-accurate": "cts, exact"}
@@ -79,7 +80,7 @@ def figure_4(
     cost_axes.set_title("(d) cost of 300 meta-updates")
     for axes in (bias_axes, cost_axes):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    save_figure(path, figure)
 
 
 def figure_5(
@@ -124,7 +125,7 @@ def figure_5(
             xlim=(LOW - 0.7, HIGH + 0.7), ylim=(LOW - 0.7, HIGH + 0.7), aspect="equal", xlabel="φ, first coordinate"
         )
     panels[0].set_ylabel("φ, second coordinate")
-    figure.savefig(path)
+    save_figure(path, figure)
 
 
 def _surface(axes, axis: Tensor, loss: Tensor):

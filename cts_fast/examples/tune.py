@@ -16,7 +16,8 @@ from pathlib import Path
 from cts_fast.baselines import METHODS
 from cts_fast.data import DamagedFile, load_suite
 from cts_fast.examples.presets import PRESETS
-from cts_fast.experiment import Entry, Experiment, Interrupted
+from cts_fast.experiment import Entry, Experiment
+from cts_fast.run_folder import Interrupted, stop_on_signals, write_json
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=1000, help="default: 1000, apart from the seeds of final runs")
     p.add_argument("--device", default="cpu")
     p.add_argument("--resume", action="store_true")
+    p.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     return p
 
 
@@ -98,21 +100,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                 seed=args.seed,
                 device=args.device,
                 resume=args.resume and (args.out / f"fold{fold}").exists(),
+                overwrite=args.overwrite,
             )
-            experiment.run()
+            with stop_on_signals() as stop:
+                experiment.run(stop)
+            experiment.folder.finish()
             for key, by_task in experiment.final_accuracy().items():
                 accuracy.setdefault(key, {}).update(by_task)
             for key, curve in experiment.curves.items():
                 loss.setdefault(key, []).append(sum(curve.mean[-20:]) / len(curve.mean[-20:]))
-    except Interrupted:
+    except Interrupted as stopped:
         print("stopped; the same command with --resume goes on", file=sys.stderr)
-        return 130
+        return stopped.status
     except (ValueError, OSError, DamagedFile) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
     means = {
         key: sum(map(sum, by_task.values())) / sum(map(len, by_task.values())) for key, by_task in accuracy.items()
     }
-    (args.out / "tune.json").write_text(json.dumps({"accuracy": accuracy, "mean": means}, indent=1))
+    write_json(args.out / "tune.json", {"accuracy": accuracy, "mean": means}, indent=1)
     print(
         f"horizon {train.horizon}, rounds {train.rounds}, lr {train.lr}, batch {train.batch_size}: "
         f"mean accuracy on {len(tasks)} validation tasks, mean training loss of the last 20 steps"
