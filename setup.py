@@ -24,9 +24,14 @@ LINK_FLAGS = ["-shared", "-s", "-pthread", "-ldl"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"plain": []}  # instruction set → flags; one object of the kernel for each, chosen at run time
 if X86:
-    ISAS |= {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-mavx512f", "-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized"]}
+    ISAS |= {
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-mavx512f", "-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized"],
+    }
 VARIANTS = {  # sources that are compiled several times, in parallel: name → flags
-    **dict.fromkeys(("shifting_step.cpp", "passes.cpp"), {isa: [*flags, f"-DCTS_ISA={isa}"] for isa, flags in ISAS.items()}),
+    **dict.fromkeys(
+        ("shifting_step.cpp", "passes.cpp"), {isa: [*flags, f"-DCTS_ISA={isa}"] for isa, flags in ISAS.items()}
+    ),
     "shifting_step.cu": {dtype: [f"-DCTS_DTYPE={dtype}"] for dtype in ("float32", "float64", "bfloat16", "float16")},
 }
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
@@ -68,7 +73,9 @@ def gencode(compiler: str) -> list[str]:
     wanted = os.environ.get("CTS_FAST_CUDA_ARCHITECTURES", "").split()
     chosen = [arch for arch in wanted or map(str, CUDA_ARCHITECTURES) if f"compute_{arch}" in known]
     if not chosen or set(wanted) - set(chosen):
-        raise CompileError(f"{compiler} does not know all of the architectures {wanted or CUDA_ARCHITECTURES}; it knows {' '.join(known)}")
+        raise CompileError(
+            f"{compiler} does not know all of the architectures {wanted or CUDA_ARCHITECTURES}; it knows {' '.join(known)}"
+        )
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
     return [*flags, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
 
@@ -114,7 +121,9 @@ class Ninja(build_ext):
 
     def cpu_rules(self) -> dict[str, list[str]]:
         """Command lines: "cxx" compiles a file, "link" makes the module."""
-        compiler = shlex.split(os.environ.get("CXX", "")) or [next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), "")]
+        compiler = shlex.split(os.environ.get("CXX", "")) or [
+            next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), "")
+        ]
         if not shutil.which(compiler[0]):
             raise CompileError("no C++ compiler was found; install g++ or clang++, or set CXX")
         flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *(["-DCTS_X86"] if X86 else [])]
@@ -131,7 +140,16 @@ class Ninja(build_ext):
         flags = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(compiler), "-t1"]
         return {
             "cxx": [compiler, *flags, *self.includes(), "-MMD", "-MF", "$out.d", "$flags", "-c", "$in", "-o", "$out"],
-            "link": [compiler, "-shared", "-cudart=static", "$in", "-o", "$out", "-Xlinker=-s", "-Xlinker=--exclude-libs,ALL"],
+            "link": [
+                compiler,
+                "-shared",
+                "-cudart=static",
+                "$in",
+                "-o",
+                "$out",
+                "-Xlinker=-s",
+                "-Xlinker=--exclude-libs,ALL",
+            ],
         }
 
     def statements(self, rules: dict[str, list[str]], ext: Extension, target: Path) -> list[str]:
@@ -158,7 +176,9 @@ def extensions() -> list[Extension]:
     chosen, optional = mode(), mode() == "auto"
     modules = []
     if chosen != "none":
-        sources = [str(CSRC / name) for name in ("shifting_step.cpp", "cpu.cpp", "passes.cpp", "gradients.cpp", "bindings.cpp")]
+        sources = [
+            str(CSRC / name) for name in ("shifting_step.cpp", "cpu.cpp", "passes.cpp", "gradients.cpp", "bindings.cpp")
+        ]
         modules.append(Extension("cts_fast._cpu", sources, depends=HEADERS, optional=optional))
     if chosen == "cuda" or (chosen == "auto" and nvcc()):
         sources = [str(CSRC / name) for name in ("shifting_step.cu", "launch.cpp", "cuda_bindings.cpp")]

@@ -15,7 +15,10 @@ from time import perf_counter
 import torch
 
 SOURCE = Path(__file__).with_name("ceiling.c")
-PAGE, STAGGER = 1024, 160  # floats; streams or rows a whole number of pages apart would share cache sets and memory banks
+PAGE, STAGGER = (
+    1024,
+    160,
+)  # floats; streams or rows a whole number of pages apart would share cache sets and memory banks
 LARGE = 22_500_000  # numbers a stream: three streams of 90 MB
 # (rows, columns in a tile, prefetch distance): one row is plain 3-read-2-write, more rows interleave their streams
 SHAPES = (
@@ -57,7 +60,9 @@ class Read3Write2:
         columns = max(16, columns // 16 * 16)
         stride = columns if rows == 1 else -(-columns // PAGE) * PAGE + STAGGER
         length = rows * stride + ahead
-        self.buffer = torch.full((3 * (-(-length // PAGE) * PAGE + STAGGER),), 1e-3)  # written: untouched pages cost nothing
+        self.buffer = torch.full(
+            (3 * (-(-length // PAGE) * PAGE + STAGGER),), 1e-3
+        )  # written: untouched pages cost nothing
         starts = self.buffer.view(3, -1)
         self.arguments = [*(x.data_ptr() for x in starts), rows, columns, stride, tile, ahead]
         self.bytes = 5 * rows * columns * 4
@@ -81,7 +86,9 @@ def best_shape(repeats: int) -> tuple[tuple[int, int, int], dict[str, float]]:
             moved[rows, tile, ahead] = kernel.bytes
     rates = {shape: moved[shape] / statistics.median(times) / 1e9 for shape, times in seconds.items()}
     best = max(rates, key=rates.get)
-    return best, {f"{rows} rows, tiles of {tile}, prefetch {ahead}": rate for (rows, tile, ahead), rate in rates.items()}
+    return best, {
+        f"{rows} rows, tiles of {tile}, prefetch {ahead}": rate for (rows, tile, ahead), rate in rates.items()
+    }
 
 
 def reads_gb_per_s(repeats: int) -> float:
@@ -108,8 +115,8 @@ def gflops_per_thread(repeats: int = 5, n: int = 2_000_000) -> float:
 class CacheFlush:
     """Reads a buffer several times the last-level cache, so that the next run finds none of its data there."""
 
-    def __init__(self, bytes: int) -> None:
-        self.buffer = torch.ones(bytes // 256 * 64)  # written: untouched pages are all the same one
+    def __init__(self, nbytes: int) -> None:
+        self.buffer = torch.ones(nbytes // 256 * 64)  # written: untouched pages are all the same one
 
     def __reduce__(self) -> tuple:
         return CacheFlush, (self.buffer.nbytes,)  # another process makes its own

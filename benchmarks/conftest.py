@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory announces itself at every start otherwise
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "99"
+)  # the profiler that counts memory announces itself at every start otherwise
 
 import pytest
 

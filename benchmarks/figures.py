@@ -35,7 +35,15 @@ def draw(result: Mapping, stem: Path) -> list[Path]:
     for network in ("resnet20",):
         tables = sorted((t for t in cold if t["network"] == network), key=lambda t: t["tasks"])
         if len(tables) > 1:
-            made.append(_lines(tables, "tasks", f"tasks T ({TITLES[network]}, {tables[0]['parameters'] / 1e6:.2f} M)", stem, "time-against-tasks"))
+            made.append(
+                _lines(
+                    tables,
+                    "tasks",
+                    f"tasks T ({TITLES[network]}, {tables[0]['parameters'] / 1e6:.2f} M)",
+                    stem,
+                    "time-against-tasks",
+                )
+            )
     tables = sorted((t for t in cold if t["tasks"] == 8), key=lambda t: t["parameters"])
     if len(tables) > 1:
         made.append(_lines(tables, "parameters", "parameters P of one task (T = 8)", stem, "time-against-parameters"))
@@ -60,7 +68,14 @@ def _roofline(table: Mapping, result: Mapping, stem: Path) -> Path:
         if variant in table["variants"]:
             moved = 4 * table["parameters"] * (numbers * table["tasks"] + 2)
             colour, marker = SHOWN[variant]
-            axes.plot(flop / moved, flop / table["variants"][variant]["ms"] / 1e6, color=colour, marker=marker, linestyle="", label=variant)
+            axes.plot(
+                flop / moved,
+                flop / table["variants"][variant]["ms"] / 1e6,
+                color=colour,
+                marker=marker,
+                linestyle="",
+                label=variant,
+            )
     axes.set(
         xscale="log", yscale="log", xlabel="useful operations for each byte moved, op by op", ylabel="useful GFLOP/s",
         title=f"{TITLES[table['network']]}, T = {table['tasks']}, cold caches",
@@ -83,12 +98,19 @@ def _lines(tables: Iterable[Mapping], key: str, label: str, stem: Path, name: st
                 x, [row["ms"] for row in rows], color=colour, marker=marker, markersize=5,
                 linestyle="--" if marker is None else "-", linewidth=2.4 if variant == "step(), cpu" else 1.3, label=variant,
             )  # fmt: skip
-            axes.fill_between(x, [r["ms_low"] for r in rows], [r["ms_high"] for r in rows], color=colour, alpha=0.12, linewidth=0)
+            axes.fill_between(
+                x, [r["ms_low"] for r in rows], [r["ms_high"] for r in rows], color=colour, alpha=0.12, linewidth=0
+            )
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="one step, ms (cold caches)")
     ticks = [t[key] for t in tables]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([str(x) if key == "tasks" else f"{TITLES[t['network']]}\n{x / 1e6:.2f} M" for x, t in zip(ticks, tables, strict=True)])
+    axes.set_xticklabels(
+        [
+            str(x) if key == "tasks" else f"{TITLES[t['network']]}\n{x / 1e6:.2f} M"
+            for x, t in zip(ticks, tables, strict=True)
+        ]
+    )
     axes.yaxis.set_major_formatter(PLAIN)
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

@@ -24,11 +24,22 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path = [*(path for path in sys.path if Path(path or ".").resolve() != ROOT / "benchmarks"), str(ROOT)]  # the installed package comes first
+sys.path = [
+    *(path for path in sys.path if Path(path or ".").resolve() != ROOT / "benchmarks"),
+    str(ROOT),
+]  # the installed package comes first
 
 from benchmarks.gpu_measure import so_far  # noqa: E402
 
-SECTIONS = {"bandwidth": 10, "steps": 70, "training": 70, "tests": 90, "counts": 25, "profiler": 35, "sanitizers": 40}  # their shares of the time
+SECTIONS = {
+    "bandwidth": 10,
+    "steps": 70,
+    "training": 70,
+    "tests": 90,
+    "counts": 25,
+    "profiler": 35,
+    "sanitizers": 40,
+}  # their shares of the time
 LIMIT = "GPU_CHECK_SECONDS"  # what is left for a section, in its process's environment
 LOGS = "GPU_CHECK_LOGS"  # where the tests' whole output goes
 
@@ -38,9 +49,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a dry run on small problems")
     parser.add_argument("--section", choices=(*SECTIONS, "small", "profiled"), help="run one section in this process")
-    parser.add_argument("--only", nargs="*", choices=tuple(SECTIONS), default=tuple(SECTIONS), help="the sections to run")
+    parser.add_argument(
+        "--only", nargs="*", choices=tuple(SECTIONS), default=tuple(SECTIONS), help="the sections to run"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--seconds", type=float, default=300, help="for all sections together; later ones share what earlier ones left")
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="for all sections together; later ones share what earlier ones left"
+    )
     parser.add_argument("--build-log", type=Path, help="what the build said; kept with the results")
     arguments = parser.parse_args()
     if arguments.section:
@@ -56,7 +71,12 @@ def main() -> int:
 def run_all(arguments) -> int:
     """The machine, then each section; writes after each one."""
     deadline = time.monotonic() + arguments.seconds
-    results = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "device": arguments.device, "revision": revision(), "sections": {}}
+    results = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": arguments.device,
+        "revision": revision(),
+        "sections": {},
+    }
     results["machine"] = subprocess_json("machine", "cuda" if arguments.device == "cuda" else "cpu", 60)
     if arguments.build_log:
         results["build"] = arguments.build_log.read_text(errors="replace").rstrip().rpartition("\n")[2]
@@ -107,7 +127,10 @@ def subprocess_json(section: str, device: str, seconds: float) -> dict:
         command = [sys.executable, "-c", MACHINE, device]
     if seconds < 5:
         return {"error": "no time was left for it"}
-    with tempfile.TemporaryFile("w+", errors="replace") as stdout, tempfile.TemporaryFile("w+", errors="replace") as stderr:
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as stdout,
+        tempfile.TemporaryFile("w+", errors="replace") as stderr,
+    ):
         process = started(command, stdout, stderr, cwd=ROOT.anchor, env={**os.environ, LIMIT: str(seconds)})
         in_time = ended(process, seconds)
         output, errors = (file.seek(0) or file.read() for file in (stdout, stderr))
@@ -187,7 +210,17 @@ def tests(device: str) -> dict:
     for name, (files, which, examples) in jobs.items():
         report, log = folder / f"{len(running)}.xml", folder / f"{len(running)}.log"
         code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # not -m pytest, which would put the checkout before the package
-        command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}", *files]
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--tb=short",
+            f"--junitxml={report}",
+            *files,
+        ]
         command += ["-k", which] if which else []
         environment = {**os.environ, "CTS_FAST_EXAMPLES": examples, "OMP_NUM_THREADS": "1"}
         with log.open("w") as output:
@@ -197,7 +230,9 @@ def tests(device: str) -> dict:
         if not ended(process, max(1, deadline - time.monotonic())):
             results[name] = {"error": "took too long", "tail": log.read_text(errors="replace")[-1500:]}
             continue
-        results[name] = counts_of(report) | ({"tail": log.read_text(errors="replace")[-3000:]} if process.returncode else {})
+        results[name] = counts_of(report) | (
+            {"tail": log.read_text(errors="replace")[-3000:]} if process.returncode else {}
+        )
         if process.returncode or not results[name].get("tests"):
             results[name]["error"] = f"pytest exit code {process.returncode}"
         elif device == "cuda" and results[name]["skipped"] == results[name]["tests"]:
@@ -218,23 +253,40 @@ def counts_of(report: Path) -> dict:
         return {}
     tree = xml.etree.ElementTree.parse(report)
     suites = list(tree.iter("testsuite"))
-    numbers = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")}
+    numbers = {
+        name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
+    }
     return numbers | {"skips": sorted({skip.get("message", "")[:120] for skip in tree.iter("skipped")})}
 
 
 def sanitizers(device: str) -> dict:
     """compute-sanitizer's tools on a small case; where the machine refuses it, that is the result."""
-    tool = shutil.which("compute-sanitizer") or next(map(str, Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None)
+    tool = shutil.which("compute-sanitizer") or next(
+        map(str, Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None
+    )
     if tool is None or device == "cpu":
         return {"refused": "compute-sanitizer was not found" if tool is None else "a dry run"}
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation, whose end a tool can see
+    environment = {
+        **os.environ,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+    }  # each tensor an allocation, whose end a tool can see
     results = {}
     deadline = time.monotonic() + float(os.environ[LIMIT]) - 8
     for names in (("memcheck",), ("racecheck", "initcheck")):  # the first alone, so that it surely ends
         running = {}
         for name in names:
             # not CUDA's API errors: torch and the driver ask for functions that may not be there
-            command = [tool, "--tool", name, "--report-api-errors", "no", "--error-exitcode", "9", sys.executable, str(Path(__file__).resolve())]
+            command = [
+                tool,
+                "--tool",
+                name,
+                "--report-api-errors",
+                "no",
+                "--error-exitcode",
+                "9",
+                sys.executable,
+                str(Path(__file__).resolve()),
+            ]
             log = tempfile.TemporaryFile("w+", errors="replace")
             running[name] = started([*command, "--section", "small"], log, env=environment), log
         for name, (process, log) in running.items():
@@ -242,7 +294,11 @@ def sanitizers(device: str) -> dict:
             with log:
                 log.seek(0)
                 output = log.read()
-            results[name] = sanitized(process.returncode, output) if in_time else {"refused": "took too long", "tail": output[-1500:]}
+            results[name] = (
+                sanitized(process.returncode, output)
+                if in_time
+                else {"refused": "took too long", "tail": output[-1500:]}
+            )
             so_far({"tools": results})
     broken = [name for name, result in results.items() if "exit code" in result]
     return {"tools": results, **({"error": f"sanitizer reports: {', '.join(broken)}"} if broken else {})}
@@ -264,8 +320,26 @@ def profiler(device: str) -> dict:
     tool = shutil.which("ncu") or next(map(str, Path("/usr/local").glob("cuda*/bin/ncu")), None)
     if tool is None or device == "cpu":
         return {"refused": "ncu was not found" if tool is None else "a dry run"}
-    command = [tool, "--profile-from-start", "off", "--clock-control", "none", "--csv", "--print-units", "base", "--metrics", ",".join(METRICS)]
-    command += ["--kernel-name", "regex:shifting_step", sys.executable, str(Path(__file__).resolve()), "--section", "profiled"]
+    command = [
+        tool,
+        "--profile-from-start",
+        "off",
+        "--clock-control",
+        "none",
+        "--csv",
+        "--print-units",
+        "base",
+        "--metrics",
+        ",".join(METRICS),
+    ]
+    command += [
+        "--kernel-name",
+        "regex:shifting_step",
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--section",
+        "profiled",
+    ]
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         in_time = ended(started(command, log), float(os.environ[LIMIT]) - 5)
         log.seek(0)
@@ -276,7 +350,12 @@ def profiler(device: str) -> dict:
         launches.setdefault(row["ID"], {})[METRICS[row["Metric Name"]]] = float(row["Metric Value"].replace(",", ""))
     if not launches:
         return {"refused": "\n".join(lines)[-1500:] if in_time else "took too long"}
-    return {"launches": {f"{network}, T = {tasks}": launch for (network, tasks), launch in zip(PROFILED, launches.values(), strict=False)}}
+    return {
+        "launches": {
+            f"{network}, T = {tasks}": launch
+            for (network, tasks), launch in zip(PROFILED, launches.values(), strict=False)
+        }
+    }
 
 
 def small(device: str) -> dict:
@@ -287,13 +366,23 @@ def small(device: str) -> dict:
 
     for tasks, dtype, capturable in [(3, torch.float32, False), (8, torch.bfloat16, True), (17, torch.float32, True)]:
         shapes = [(5, 3), (129,), (1030,)]
-        params = [[torch.nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes] for _ in range(tasks)]
+        params = [
+            [torch.nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes] for _ in range(tasks)
+        ]
         heads = [[torch.nn.Parameter(torch.randn(t + 1, device=device).to(dtype))] for t in range(tasks)]
         for task in params[1:]:
             for p, q in zip(task, params[0], strict=True):
                 p.data.copy_(q)
         opt = ShiftingMetaOptimizer(
-            params, lr=0.1, momentum=0.9, dampening=0.5, meta_lr=0.1, horizon=2, heads=heads, capturable=capturable, backend="cuda"
+            params,
+            lr=0.1,
+            momentum=0.9,
+            dampening=0.5,
+            meta_lr=0.1,
+            horizon=2,
+            heads=heads,
+            capturable=capturable,
+            backend="cuda",
         )
         for step in range(3):
             for t, task in enumerate([*params, *heads]):
@@ -313,8 +402,13 @@ def table(results: dict) -> str:
     for name, result in sections.get("tests", {}).get("processes", {}).items():
         shown = [key for key in ("tests", "failures", "errors", "skipped", "error") if key in result]
         lines.append(f"tests, {name}: " + ", ".join(f"{key} {result[key]}" for key in shown))
-    for name, result in sections.get("sanitizers", {}).get("tools", {"compute-sanitizer": sections.get("sanitizers", {})}).items():
-        lines.append(f"sanitizer, {name}: " + json.dumps({key: str(value)[:100] for key, value in result.items() if key != "seconds"}))
+    for name, result in (
+        sections.get("sanitizers", {}).get("tools", {"compute-sanitizer": sections.get("sanitizers", {})}).items()
+    ):
+        lines.append(
+            f"sanitizer, {name}: "
+            + json.dumps({key: str(value)[:100] for key, value in result.items() if key != "seconds"})
+        )
     for name, result in sections.get("counts", {}).get("steps", {}).items():
         lines.append(f"a step, {name}: " + ", ".join(f"{key} {value:g}" for key, value in result.items()))
     rate = sections.get("bandwidth", {}).get("bytes_per_second")
@@ -346,7 +440,10 @@ def table(results: dict) -> str:
         lines += ["", f"Nsight Compute: {sections['profiler']['refused'][-200:]}"]
     lines.append("")
     for name, result in sections.get("training", {}).get("loops", {}).items():
-        lines.append(f"training, {name}: " + (f"{result['steps_per_second']:.2f} steps/s" if "steps_per_second" in result else result["left out"]))
+        lines.append(
+            f"training, {name}: "
+            + (f"{result['steps_per_second']:.2f} steps/s" if "steps_per_second" in result else result["left out"])
+        )
     lines += [f"FAILED {name}: {result['error']}" for name, result in sections.items() if "error" in result]
     return "\n".join(lines) + "\n"
 

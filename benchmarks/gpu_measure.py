@@ -38,7 +38,9 @@ def counts(device: str) -> dict:
             for _ in range(steps):
                 variant.step()
             synchronize(device)
-        events = [e for e in profiler.events() if not e.is_user_annotation]  # what a label of the host spans on the device is no launch
+        events = [
+            e for e in profiler.events() if not e.is_user_annotation
+        ]  # what a label of the host spans on the device is no launch
         on_device = [e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
         host = [e.name for e in events if e.device_type == torch.autograd.DeviceType.CPU]
         results[name] = {
@@ -64,7 +66,11 @@ def bandwidth(device: str) -> dict:
     numbers = (1 << 30) if device == "cuda" else 1 << 22  # 4 GiB of float32
     a, b = (torch.randn(numbers, device=device) for _ in range(2))
     seconds = timed(lambda: b.copy_(a), device, 15)
-    return {"bytes_per_second": 2 * 4 * numbers / statistics.median(seconds), "seconds": statistics.median(seconds), "bytes": 8 * numbers}
+    return {
+        "bytes_per_second": 2 * 4 * numbers / statistics.median(seconds),
+        "seconds": statistics.median(seconds),
+        "bytes": 8 * numbers,
+    }
 
 
 def steps(device: str) -> dict:
@@ -76,14 +82,30 @@ def steps(device: str) -> dict:
     theirs = [name for name in kinds if name not in ours]
     main = [("resnet20", 8), ("resnet18", 8)]
     more = [("resnet20", tasks) for tasks in (16, 32, 128, 1, 2, 4)] + [("resnet50", 8), ("gpt124m", 8)]
-    plan = [(problem, name) for problems, names in ((main, ours), (more, ours), (main, theirs)) for problem in problems for name in names]
-    plan += [(problem, name) for problem in [("resnet20", 32), ("resnet50", 8), ("gpt124m", 8)] for name in ("foreach", "fused + foreach")]
+    plan = [
+        (problem, name)
+        for problems, names in ((main, ours), (more, ours), (main, theirs))
+        for problem in problems
+        for name in names
+    ]
+    plan += [
+        (problem, name)
+        for problem in [("resnet20", 32), ("resnet50", 8), ("gpt124m", 8)]
+        for name in ("foreach", "fused + foreach")
+    ]
     if device == "cpu":
         plan = [(("resnet20", 2), name) for name in kinds]
     else:
         import torch
 
-        rows.append({"network": "none", "tasks": 0, "variant": "an empty kernel", **measure(lambda: torch.cuda._sleep(0), device)})
+        rows.append(
+            {
+                "network": "none",
+                "tasks": 0,
+                "variant": "an empty kernel",
+                **measure(lambda: torch.cuda._sleep(0), device),
+            }
+        )
     for (network, tasks), name in plan:
         row = {"network": network, "tasks": tasks, "variant": name}
         rows.append(row)
@@ -162,10 +184,17 @@ def measure(step: Callable[[], object], device: str) -> dict:
     row_of_steps = (time.perf_counter() - start) / repeats
     cold = timed(step, device, repeats, ahead=host, flush=True)
     warm = timed(step, device, repeats, ahead=host, flush=False)
-    medians = {name: statistics.median(times) for name, times in (("device_cold", cold), ("device_warm", warm), ("host", hosts))}
+    medians = {
+        name: statistics.median(times)
+        for name, times in (("device_cold", cold), ("device_warm", warm), ("host", hosts))
+    }
     values = medians | {"in_a_row": row_of_steps}
-    spread = [1e6 * x for x in statistics.quantiles(cold, n=10, method="inclusive")[:: 8]]
-    return {"us": {name: round(1e6 * value, 2) for name, value in values.items()}, "device_cold_10_90": spread, "repeats": repeats}
+    spread = [1e6 * x for x in statistics.quantiles(cold, n=10, method="inclusive")[::8]]
+    return {
+        "us": {name: round(1e6 * value, 2) for name, value in values.items()},
+        "device_cold_10_90": spread,
+        "repeats": repeats,
+    }
 
 
 def timed(run: Callable[[], object], device: str, repeats: int, ahead: float = 0.0, flush: bool = False) -> list[float]:
@@ -206,7 +235,10 @@ def training(device: str) -> dict:
     import torch
 
     tasks, batch, side, repeats = (8, 128, 32, 30) if device == "cuda" else (2, 4, 8, 2)
-    x = [torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last) for _ in range(tasks)]
+    x = [
+        torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+        for _ in range(tasks)
+    ]
     y = [torch.randint(10, (batch,), device=device) for _ in range(tasks)]
     loops = {"released form, eager": lambda: by_hand(tasks, x, y, "released", False)}
     if device == "cuda":
@@ -218,7 +250,9 @@ def training(device: str) -> dict:
         loops["captured, triton, 8 streams"] = lambda: ours(tasks, x, y, "triton", True)
         for backend in ("cuda", "triton"):
             loops[f"step(), {backend}, eager"] = lambda backend=backend: ours(tasks, x, y, backend)
-        loops["compiled + foreach"] = lambda: by_hand(tasks, x, y, "foreach", True)  # the last: compiling takes half a minute
+        loops["compiled + foreach"] = lambda: by_hand(
+            tasks, x, y, "foreach", True
+        )  # the last: compiling takes half a minute
     else:
         loops["step(), torch, eager"] = lambda: ours(tasks, x, y, "torch")
     results, expected, began = {}, None, time.monotonic()
@@ -244,7 +278,11 @@ def training(device: str) -> dict:
         }  # fmt: skip
         so_far({"loops": results})
         del step, replicas
-    wrong = [name for name, r in results.items() if "left out" not in r and not r["apart_from_first_after_5_steps"] < (0.1 if "bf16" in name else 1e-2)]
+    wrong = [
+        name
+        for name, r in results.items()
+        if "left out" not in r and not r["apart_from_first_after_5_steps"] < (0.1 if "bf16" in name else 1e-2)
+    ]
     return {"loops": results, **({"error": f"other parameters after 5 steps: {', '.join(wrong)}"} if wrong else {})}
 
 
@@ -271,7 +309,11 @@ def by_hand(tasks: int, x: list, y: list, form: str, compiled: bool) -> tuple:
 
     nets = replicas_on(x[0].device, tasks)
     torch.set_float32_matmul_precision("high")
-    loss = torch.compile(lambda net, x, y: cross_entropy(net(x), y)) if compiled else lambda net, x, y: cross_entropy(net(x), y)
+    loss = (
+        torch.compile(lambda net, x, y: cross_entropy(net(x), y))
+        if compiled
+        else lambda net, x, y: cross_entropy(net(x), y)
+    )
     if form == "released":
         named = [dict(net.body.named_parameters()) for net in nets]
         update = ReleasedForm.of([torch.optim.SGD(net.parameters(), foreach=False, **SGD) for net in nets], named)
@@ -290,7 +332,16 @@ def by_hand(tasks: int, x: list, y: list, form: str, compiled: bool) -> tuple:
     return step, nets
 
 
-def ours(tasks: int, x: list, y: list, backend: str, captured: bool = False, streams: int = 8, benchmark: bool = False, bf16: bool = False) -> tuple:
+def ours(
+    tasks: int,
+    x: list,
+    y: list,
+    backend: str,
+    captured: bool = False,
+    streams: int = 8,
+    benchmark: bool = False,
+    bf16: bool = False,
+) -> tuple:
     """(step, nets) with ShiftingMetaOptimizer, as a CUDA graph if captured."""
     from benchmarks.variants import BETA, SGD
     from cts_fast import ShiftingMetaOptimizer
@@ -322,7 +373,15 @@ def ours(tasks: int, x: list, y: list, backend: str, captured: bool = False, str
 
 def variants(device: str) -> dict[str, type]:
     """The ways to take a step that are compared, ours first."""
-    from benchmarks.variants import CompiledFlatGathered, CompiledUnrolledGathered, Flat, Foreach, FusedForeach, NaiveLoop, Ours
+    from benchmarks.variants import (
+        CompiledFlatGathered,
+        CompiledUnrolledGathered,
+        Flat,
+        Foreach,
+        FusedForeach,
+        NaiveLoop,
+        Ours,
+    )
 
     class FlatGathered(CompiledFlatGathered):
         """Flat tensors, the gradients copied to their places in them first."""
@@ -385,7 +444,14 @@ def problem(network: str, tasks: int, device: str):
             [nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, 4 * width),
              nn.Linear(4 * width, width)] for _ in range(layers)
         ]  # fmt: skip
-        return nn.ModuleList([nn.Embedding(50257, width), nn.Embedding(1024, width), *(m for block in blocks for m in block), nn.LayerNorm(width)])
+        return nn.ModuleList(
+            [
+                nn.Embedding(50257, width),
+                nn.Embedding(1024, width),
+                *(m for block in blocks for m in block),
+                nn.LayerNorm(width),
+            ]
+        )
 
     setups.NETWORKS.update(resnet50=resnet50, gpt124m=gpt124m)
     made = setups.Problem.__new__(setups.Problem)
@@ -397,7 +463,10 @@ def problem(network: str, tasks: int, device: str):
     made.names = [name for name, _, _ in layout]
 
     def tensors():
-        return [torch.empty_strided(shape, stride, device=device).normal_(0, 0.1, generator=draw) for _, shape, stride in layout]
+        return [
+            torch.empty_strided(shape, stride, device=device).normal_(0, 0.1, generator=draw)
+            for _, shape, stride in layout
+        ]
 
     made.start = tensors()
     made.gradients = [tensors() for _ in range(tasks)]

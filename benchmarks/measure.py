@@ -13,7 +13,6 @@ from time import perf_counter
 
 from benchmarks.ceiling import CacheFlush
 
-
 BUSY = 0.1  # of one core: a repeat in which other processes took more is no quiet one
 
 
@@ -35,9 +34,7 @@ class Paired:
     repeats: int
 
 
-def paired(
-    participants: Mapping[str, Callable[[], object]], budget: Budget, flush: CacheFlush | None
-) -> Paired:
+def paired(participants: Mapping[str, Callable[[], object]], budget: Budget, flush: CacheFlush | None) -> Paired:
     """Times every participant in every repeat; the order within a repeat is drawn anew each time.
 
     flush: walked before each run for cold caches; None for warm ones, where an untimed run of the same participant goes first.

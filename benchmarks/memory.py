@@ -22,7 +22,9 @@ def allocated(run: Callable[[], object]) -> tuple[int, int, object]:
     return held, peak, result
 
 
-def step_memory(make: Callable[[], object], settle: Callable[[object], object], parameter_bytes: int) -> dict[str, object]:
+def step_memory(
+    make: Callable[[], object], settle: Callable[[object], object], parameter_bytes: int
+) -> dict[str, object]:
     """Mebibytes beyond parameters and gradients: `kept` between steps, and the `peak` during one; and the `variant` measured.
 
     make: builds the variant. settle: takes its first steps, in which lazy state appears.

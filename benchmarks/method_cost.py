@@ -32,7 +32,10 @@ ADDED: dict[str, tuple[tuple[int, int], ...]] = {
     "fomaml++": ((1, 2), (3, 6)),
     "leap": ((8, 2),),
 }
-EVALUATES = {"fomaml": (False, True), "fomaml++": (True, True)}  # whether it takes held-out gradients in these two kinds of step
+EVALUATES = {
+    "fomaml": (False, True),
+    "fomaml++": (True, True),
+}  # whether it takes held-out gradients in these two kinds of step
 ALLOWANCE = 1.1
 LONG = 10**9
 
@@ -62,7 +65,9 @@ def heldout_gradients(problem: Problem) -> Callable[[], object]:
     """What autograd does for the held-out gradients of all tasks, and nothing else."""
     tasks = problem.replicas()
     losses = heldout_losses(problem, tasks)
-    return lambda: [torch.autograd.grad(loss(), task, allow_unused=True) for loss, task in zip(losses, tasks, strict=True)]
+    return lambda: [
+        torch.autograd.grad(loss(), task, allow_unused=True) for loss, task in zip(losses, tasks, strict=True)
+    ]
 
 
 def make_step(method: str, problem: Problem, horizon: int, **options) -> Callable[[], object]:
@@ -80,7 +85,9 @@ def make_step(method: str, problem: Problem, horizon: int, **options) -> Callabl
     return lambda: optimizer.step(**given)
 
 
-def method_cost(setup: Setup, budget: Budget, flush: CacheFlush | None, shape: tuple[int, int, int]) -> dict[str, object]:
+def method_cost(
+    setup: Setup, budget: Budget, flush: CacheFlush | None, shape: tuple[int, int, int]
+) -> dict[str, object]:
     """One row a method and kind of step: ms, bytes added, and the ratio to the inner step, the time of those bytes and the held-out gradients.
 
     The inner step is `step()` with no meta-update due. Everything is made twice, the second time in reverse order, and a time is the mean of
@@ -98,11 +105,16 @@ def method_cost(setup: Setup, budget: Budget, flush: CacheFlush | None, shape: t
         ceiling = Read3Write2(shape[0], tasks * columns // shape[0], *shape[1:])
         run = paired({**steps, "ceiling": ceiling.step}, budget, flush)
         del steps  # before the next ones are made
-        seconds = {name: [(a + b) / 2 for a, b in zip(run.seconds[name], run.seconds[f"{name} again"], strict=True)] for name in makers}
+        seconds = {
+            name: [(a + b) / 2 for a, b in zip(run.seconds[name], run.seconds[f"{name} again"], strict=True)]
+            for name in makers
+        }
         per_byte = [t / ceiling.bytes for t in run.seconds["ceiling"]]
         for name, (per_task, once) in added_now.items():
             added = 4 * columns * (per_task * tasks + once)
-            evaluations = seconds["held-out gradients"] if EVALUATES.get(name, (False, False))[kind] else [0.0] * len(per_byte)
+            evaluations = (
+                seconds["held-out gradients"] if EVALUATES.get(name, (False, False))[kind] else [0.0] * len(per_byte)
+            )
             allowed = [t + added * p + e for t, p, e in zip(seconds["inner step"], per_byte, evaluations, strict=True)]
             ratios = sorted(a / b for a, b in zip(seconds[name], allowed, strict=True))
             rows[f"{name}, {('within a round', 'that ends a round')[kind]}"] = {

@@ -14,7 +14,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory announces itself at every start otherwise
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "99"
+)  # the profiler that counts memory announces itself at every start otherwise
 
 from benchmarks import ceiling, machine
 from benchmarks.figures import draw
@@ -28,7 +30,10 @@ from benchmarks.variants import Ours
 from benchmarks.whole_step import whole_step
 
 RESULTS = Path(__file__).with_name("results")
-FULL = [*(Setup("resnet20", tasks) for tasks in TASKS), *(Setup(network, 8) for network in ("mlp", "transformer", "resnet18"))]
+FULL = [
+    *(Setup("resnet20", tasks) for tasks in TASKS),
+    *(Setup(network, 8) for network in ("mlp", "transformer", "resnet18")),
+]
 QUICK = [Setup("resnet20", 8), Setup("resnet20", 32), Setup("mlp", 8)]
 
 
@@ -38,7 +43,9 @@ def apart(study: Callable, *arguments):
         return pool.submit(study, *arguments).result()
 
 
-def measure(quick: bool, setups: list[Setup], say: Callable[[str], object], save: Callable[[dict], object]) -> dict[str, object]:
+def measure(
+    quick: bool, setups: list[Setup], say: Callable[[str], object], save: Callable[[dict], object]
+) -> dict[str, object]:
     """All numbers of the report, as one JSON-like dict; what there is so far is saved after each part."""
     began = perf_counter()
     budget = Budget(5, 30, 4) if quick else Budget(7, 300, 6)
@@ -46,10 +53,17 @@ def measure(quick: bool, setups: list[Setup], say: Callable[[str], object], save
     say("the machine's ceiling")
     shape, rates = ceiling.best_shape(3 if quick else 10)
     result: dict[str, object] = {
-        "command": "python -m benchmarks.report" + " --quick" * quick + f" --setups {','.join(map(str, setups))}" * (setups not in (QUICK, FULL)),
+        "command": "python -m benchmarks.report"
+        + " --quick" * quick
+        + f" --setups {','.join(map(str, setups))}" * (setups not in (QUICK, FULL)),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.describe(),
-        "ceiling": {"shape": shape, "gb_per_s": rates, "reads_gb_per_s": ceiling.reads_gb_per_s(3 if quick else 10), "gflops_per_thread": ceiling.gflops_per_thread()},
+        "ceiling": {
+            "shape": shape,
+            "gb_per_s": rates,
+            "reads_gb_per_s": ceiling.reads_gb_per_s(3 if quick else 10),
+            "gflops_per_thread": ceiling.gflops_per_thread(),
+        },
         "steps": [],
         "methods": [],
         "whole_steps": {},
@@ -99,7 +113,9 @@ def main(arguments: list[str] | None = None) -> None:
         stem, result = options.redraw.with_suffix(""), json.loads(options.redraw.read_text())
     else:
         options.out.mkdir(parents=True, exist_ok=True)
-        stem = options.out / f"{machine.name()}-{datetime.now(timezone.utc):%Y-%m-%d}{'-quick' if options.quick else ''}"
+        stem = (
+            options.out / f"{machine.name()}-{datetime.now(timezone.utc):%Y-%m-%d}{'-quick' if options.quick else ''}"
+        )
         result = measure(
             options.quick, options.setups or (QUICK if options.quick else FULL), lambda text: print(text, file=sys.stderr, flush=True),
             lambda so_far: stem.with_name(stem.name + ".json").write_text(json.dumps(so_far, indent=1) + "\n"),

@@ -13,7 +13,9 @@ from cts_fast.models import ResNet20
 from cts_fast.ops import Control, Hyper
 from cts_fast.reference import shifting_step_
 
-HYPER = Hyper(lr=0.01, momentum=0.9, dampening=0.0, weight_decay=5e-4, nesterov=False, maximize=False, meta_lr=0.01, shift=1.0)
+HYPER = Hyper(
+    lr=0.01, momentum=0.9, dampening=0.0, weight_decay=5e-4, nesterov=False, maximize=False, meta_lr=0.01, shift=1.0
+)
 TASKS = (1, 2, 8, 32, 128)
 CHECKED_STEPS = 3
 

@@ -18,23 +18,23 @@ SPARE = 4 << 30  # bytes of memory that stay free
 def build(setup: Setup) -> tuple[dict[str, object], dict[str, dict], dict[str, str]]:
     """Checked variants of a set-up, their memory in MiB, and why others are missing. Raises AssertionError for a wrong variant."""
     problem, parameter_bytes = Problem(setup), setup.tasks * setup.parameters * 4
-    problem.flat_gradients, problem.expected  # made before memory is counted
+    _ = problem.flat_gradients, problem.expected  # made before memory is counted
     variants, memory, missing = {}, {}, {}
     for name, kind in VARIANTS.items():
         reason = kind.unavailable(setup)
         if reason is None and machine.available_bytes() < 4 * parameter_bytes + SPARE:
             reason = "not enough free memory beside the other variants"
         if reason is None:
-            memory[name] = step_memory(lambda kind=kind: kind(problem), lambda made: check(made, problem), parameter_bytes)
+            memory[name] = step_memory(
+                lambda kind=kind: kind(problem), lambda made: check(made, problem), parameter_bytes
+            )
             variants[name] = memory[name].pop("variant")
         else:
             missing[name] = reason
     return variants, memory, missing
 
 
-def step_cost(
-    setup: Setup, budget: Budget, flush: CacheFlush, shape: tuple[int, int, int]
-) -> list[dict[str, object]]:
+def step_cost(setup: Setup, budget: Budget, flush: CacheFlush, shape: tuple[int, int, int]) -> list[dict[str, object]]:
     """One table for cold and one for warm caches; large set-ups, whose data no cache holds from step to step, have a cold one only.
 
     gb_per_s counts the floor's bytes whatever a variant really moves; of_ceiling compares with the large 3-read-2-write of the same

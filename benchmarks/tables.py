@@ -12,7 +12,11 @@ TARGETS = {
     ("resnet20", "step(), cpu"): {"ceiling": 0.70, "naive": 22, "foreach": 9, "fused": 5, "compiled": 2.2},
 }
 MANY_TASKS = {32: 1.1, 128: 1.2}  # T → at most that many times the 3-read-2-write time of the same bytes
-HOST = {"step, same gradients": 0.3, "step, same gradients, warm": 0.3, "step, fresh gradients": 0.6}  # ms beyond the native call
+HOST = {
+    "step, same gradients": 0.3,
+    "step, same gradients, warm": 0.3,
+    "step, fresh gradients": 0.6,
+}  # ms beyond the native call
 COMPILED = ("compiled flat + copy", "compiled unrolled + copy")
 
 
@@ -60,14 +64,18 @@ def _ceiling(ceiling: Mapping) -> str:
     rows = [(name, f"{rate:.1f}", "best" if rate == best else "") for name, rate in ceiling["gb_per_s"].items()]
     table = _table(("form", "GB/s", ""), rows)
     reads = f"\n\nReads alone, of 450 MB: {ceiling['reads_gb_per_s']:.1f} GB/s." if "reads_gb_per_s" in ceiling else ""
-    return f"## The machine's ceiling\n\nIn-place 3-read-2-write of 450 MB, threads as torch has them.\n\n{table}{reads}"
+    return (
+        f"## The machine's ceiling\n\nIn-place 3-read-2-write of 450 MB, threads as torch has them.\n\n{table}{reads}"
+    )
 
 
 def _goals(result: Mapping) -> list[str]:
     rows = []
     for (network, ours), targets in TARGETS.items():
         for table in result["steps"]:
-            if (table["network"], table["tasks"], table["caches"]) == (network, 8, "cold") and ours in table["variants"]:
+            if (table["network"], table["tasks"], table["caches"]) == (network, 8, "cold") and ours in table[
+                "variants"
+            ]:
                 rows.append(_goal(table, ours, targets))
     parts = []
     if rows:
@@ -120,7 +128,8 @@ def _steps(table: Mapping) -> str:
 
 def _host(host: Mapping) -> str:
     rows = [
-        (name, _ms(row), f"{row['host_ms']:.3f} / {HOST[name]}" if "host_ms" in row else "–") for name, row in host["rows"].items()
+        (name, _ms(row), f"{row['host_ms']:.3f} / {HOST[name]}" if "host_ms" in row else "–")
+        for name, row in host["rows"].items()
     ]
     return (
         f"## Host time, `{host['backend']}` backend\n\nEight ResNet20s with heads, {host['gradients']} gradients from real backward passes. "

@@ -1,8 +1,10 @@
-// Tiles for one thread, prefetched: the order in which memory is visited, apart from the order in which the kernel computes.
+// Tiles for one thread, prefetched: the order in which memory is visited, apart from the order in which the kernel
+// computes.
 //
-// DRAM and the processor's own prefetchers want long runs. A kernel that steps one coordinate of all rows at a time finds its tiles in the
-// second cache, where order costs little: memory is visited here stream by stream over a whole tile, some tiles before the kernel comes. A
-// kernel that steps row after row makes long runs itself: here the next row is visited in its pace, line by line of all streams.
+// DRAM and the processor's own prefetchers want long runs. A kernel that steps one coordinate of all rows at a time
+// finds its tiles in the second cache, where order costs little: memory is visited here stream by stream over a whole
+// tile, some tiles before the kernel comes. A kernel that steps row after row makes long runs itself: here the next row
+// is visited in its pace, line by line of all streams.
 #pragma once
 
 #include "cpu.h"
@@ -11,22 +13,24 @@
 namespace cts {
 inline namespace CTS_ISA {
 
-constexpr int64_t kLine = 64;          // bytes of a cache line
-// Up to so many rows are stepped together, one coordinate of all of them at a time, where there are registers for them and a vector is a
-// whole line; elsewhere rows are stepped in turn.
+constexpr int64_t kLine = 64;  // bytes of a cache line
+// Up to so many rows are stepped together, one coordinate of all of them at a time, where there are registers for them
+// and a vector is a whole line; elsewhere rows are stepped in turn.
 constexpr int kTogether = kVectorBytes < kLine ? 1 : 16;
 constexpr bool kInTurn = kTogether == 1;
 constexpr int64_t kBurst = kInTurn ? 1 : 8;  // lines of one stream that are asked for at a time
-// Bytes on their way or waiting: two rows of a page; or half of a small second cache, and more than a tile whose rows are stepped together.
+// Bytes on their way or waiting: two rows of a page; or half of a small second cache, and more than a tile whose rows
+// are stepped together.
 constexpr int64_t kAhead = (kInTurn ? 24 : 144) << 10;
 
-// S: elements of theta, momentum and gradients; C: of phi and the master. Lines are counted in columns: as many as fill a line with S.
-template <class S, class C>
-class Ahead {
+// S: elements of theta, momentum and gradients; C: of phi and the master. Lines are counted in columns: as many as fill
+// a line with S.
+template <class S, class C> class Ahead {
  public:
   static constexpr bool has_master = sizeof(S) != sizeof(C);
 
-  Ahead(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step) : flats_(flats), tiles_(tiles), queue_(queue), step_(step) {
+  Ahead(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step)
+      : flats_(flats), tiles_(tiles), queue_(queue), step_(step) {
     allow(kAhead / kLine);
   }
 
@@ -46,7 +50,9 @@ class Ahead {
   static CTS_HD bool visits_phi(const Step& step) { return step.meta_update || step.reset; }
 
   // What a row is made of: gradient, theta, momentum and master.
-  static CTS_HD int64_t streams(const S* g, bool has_momentum) { return (g != nullptr) + 1 + has_momentum + has_master; }
+  static CTS_HD int64_t streams(const S* g, bool has_momentum) {
+    return (g != nullptr) + 1 + has_momentum + has_master;
+  }
 
   // The kernel is done with so many lines.
   CTS_HD void allow(int64_t lines) {
@@ -90,8 +96,8 @@ class Ahead {
     return &tiles_[visited_.first++];
   }
 
-  // phi, then gradient, theta, momentum and master of one row after the other; then the next tile's. Those that are not there are left out.
-  // Row after row they come together, else each alone.
+  // phi, then gradient, theta, momentum and master of one row after the other; then the next tile's. Those that are not
+  // there are left out. Row after row they come together, else each alone.
   bool next_streams() {
     constexpr int64_t of_row = has_master ? 4 : 3;
     count_ = 0;
@@ -107,15 +113,15 @@ class Ahead {
       if (stream_ == 0) visit<C>(visits_phi(step_) ? flat.phi : nullptr, segment.offset + tile_->begin);
       else if ((stream_ - 1) % of_row == 0) visit<S>(step_.gradients[segment.first + row], tile_->begin);
       else if ((stream_ - 1) % of_row == 1) visit<S>(flat.theta, at);
-      else if ((stream_ - 1) % of_row == 2) visit<S>(step_.groups[segment.group].momentum != 0 ? flat.momentum : nullptr, at);
+      else if ((stream_ - 1) % of_row == 2)
+        visit<S>(step_.groups[segment.group].momentum != 0 ? flat.momentum : nullptr, at);
       else visit<C>(flat.master, at);
     } while (!count_ || (kInTurn && stream_ > 0 && stream_ % of_row != 0));
     left_ = lines(*tile_);
     return true;
   }
 
-  template <class E>
-  void visit(const void* base, int64_t first) {
+  template <class E> void visit(const void* base, int64_t first) {
     if (!base) return;
     at_[count_] = reinterpret_cast<const char*>(static_cast<const E*>(base) + first);
     bytes_[count_++] = kColumns * int64_t(sizeof(E));

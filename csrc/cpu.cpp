@@ -12,19 +12,27 @@
 namespace cts {
 
 // One of each for every instruction set that csrc/shifting_step.cpp and csrc/passes.cpp are compiled for.
-namespace plain { Kernel kernel(DType); Passes passes(DType); }
-namespace avx2 { Kernel kernel(DType); Passes passes(DType); }
-namespace avx512 { Kernel kernel(DType); Passes passes(DType); }
+namespace plain {
+Kernel kernel(DType);
+Passes passes(DType);
+}  // namespace plain
+namespace avx2 {
+Kernel kernel(DType);
+Passes passes(DType);
+}  // namespace avx2
+namespace avx512 {
+Kernel kernel(DType);
+Passes passes(DType);
+}  // namespace avx512
 
 namespace {
 
-constexpr size_t kTileBytes = 48 << 10;   // of all rows of a tile, about; twice that where they are stepped in turn
-constexpr size_t kRunBytes = 2 << 10;     // of one row of a tile, at least, a long run for DRAM, or twice that; tiles are whole multiples of it
+constexpr size_t kTileBytes = 48 << 10;  // of all rows of a tile, about; twice that where they are stepped in turn
+constexpr size_t kRunBytes =
+    2 << 10;  // of one row of a tile, at least, a long run for DRAM, or twice that; tiles are whole multiples of it
 constexpr size_t kThreadBytes = 1 << 16;  // less than that is not worth another thread
 
-size_t size_of(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
+size_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // The code of one instruction set. Raises std::invalid_argument if it cannot run here.
 std::pair<Kernel, Passes> code_for(const std::string& isa, DType dtype) {
@@ -45,8 +53,7 @@ std::atomic<int (*)()> shared_thread_number{nullptr};
 thread_local int own_thread_number = 0;
 
 // body() once on each thread of a team.
-template <class Body>
-void run_on_all(int threads, Body body) {
+template <class Body> void run_on_all(int threads, Body body) {
   run_team([](void* data) { (*static_cast<Body*>(data))(); }, &body, threads);
 }
 
@@ -57,7 +64,8 @@ std::vector<std::string> instruction_sets() {
 #ifdef CTS_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f")) names.push_back("avx512");
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back("avx2");  // f16c is older than avx2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    names.push_back("avx2");  // f16c is older than avx2
 #endif
   names.push_back("plain");
   return names;
@@ -80,9 +88,7 @@ void run_team(void (*body)(void*), void* data, int threads) {
   for (auto& thread : team) thread.join();
 }
 
-int thread_number() {
-  return shared_parallel.load() ? shared_thread_number.load()() : own_thread_number;
-}
+int thread_number() { return shared_parallel.load() ? shared_thread_number.load()() : own_thread_number; }
 
 void Tiles::add(const Tile& tile, int64_t rows) {
   list.push_back(tile);
@@ -127,7 +133,8 @@ Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment
     flats_[f].num_segments = int32_t(segments_[f].size());
     const size_t column_bytes = (3 * size + (flats_[f].master ? sizeof(float) : 0)) * size_t(flats_[f].rows);
     const size_t longer = kernel_.together(flats_[f].rows) ? 1 : 2, run = longer * kRunBytes / size;
-    const int64_t length = std::min(kTileElements, int64_t(std::max<size_t>(1, longer * kTileBytes / column_bytes / run) * run));
+    const int64_t length =
+        std::min(kTileElements, int64_t(std::max<size_t>(1, longer * kTileBytes / column_bytes / run) * run));
     for (size_t s = 0; s < segments_[f].size(); ++s) {
       cut(f, s, length, tiles_);
       if (f == 0 && flats_[f].phi) cut(f, s, kSpanElements, spans_);
@@ -137,19 +144,21 @@ Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment
 }
 
 int Plan::team_for(int threads, size_t pieces) const {
-  return int(std::min<size_t>({size_t(std::max(threads, 1)), std::max<size_t>(1, bytes_ / kThreadBytes), std::max<size_t>(1, pieces)}));
+  return int(std::min<size_t>(
+      {size_t(std::max(threads, 1)), std::max<size_t>(1, bytes_ / kThreadBytes), std::max<size_t>(1, pieces)}));
 }
 
 double Plan::step(const Step& step, const Leap* leap, bool measures, int threads) const {
   threads = team_for(threads, tiles_.list.size());
   Queue queue(tiles_, threads);
   std::vector<double> moved(measures ? tiles_.list.size() : 0);
-  run_on_all(threads, [&] { kernel_.step(flats_.data(), tiles_.list.data(), queue, step, passes_, leap, measures ? moved.data() : nullptr); });
+  run_on_all(threads, [&] {
+    kernel_.step(flats_.data(), tiles_.list.data(), queue, step, passes_, leap, measures ? moved.data() : nullptr);
+  });
   return std::accumulate(moved.begin(), moved.end(), 0.0);  // in one order, whoever computed them
 }
 
-template <class Body>
-void Plan::over_spans(int threads, Body body) const {
+template <class Body> void Plan::over_spans(int threads, Body body) const {
   threads = team_for(threads, spans_.list.size());
   Queue queue(spans_, threads);
   run_on_all(threads, [&] {
@@ -162,17 +171,22 @@ void Plan::over_spans(int threads, Body body) const {
 }
 
 void Plan::add_gradients(const void* const* gradients, void* target, double weight, int threads) const {
-  over_spans(threads, [&](int64_t, const Tile& span, const Tile*) { passes_.add_gradients(flats_[0], span, gradients, target, weight); });
+  over_spans(threads, [&](int64_t, const Tile& span, const Tile*) {
+    passes_.add_gradients(flats_[0], span, gradients, target, weight);
+  });
 }
 
 void Plan::end_round(const RoundEnd& end, int threads) const {
-  over_spans(threads, [&](int64_t, const Tile& span, const Tile* next) { passes_.end_round(flats_[0], span, next, end); });
+  over_spans(threads,
+             [&](int64_t, const Tile& span, const Tile* next) { passes_.end_round(flats_[0], span, next, end); });
 }
 
 std::vector<double> Plan::squared_distances(const void* rows, int64_t stride, int threads) const {
   const size_t tasks = size_t(flats_[0].rows);
   std::vector<double> parts(spans_.list.size() * tasks), result(tasks);
-  over_spans(threads, [&](int64_t i, const Tile& span, const Tile*) { passes_.squared_distances(flats_[0], span, rows, stride, &parts[size_t(i) * tasks]); });
+  over_spans(threads, [&](int64_t i, const Tile& span, const Tile*) {
+    passes_.squared_distances(flats_[0], span, rows, stride, &parts[size_t(i) * tasks]);
+  });
   for (size_t i = 0; i < parts.size(); ++i) result[i % tasks] += parts[i];
   return result;
 }
@@ -180,7 +194,9 @@ std::vector<double> Plan::squared_distances(const void* rows, int64_t stride, in
 void Plan::add_signs(uint64_t key, uint64_t first, double scale, int threads) const {
   std::vector<uint64_t> of_segment;
   for (const Segment& segment : segments_[0]) of_segment.push_back(first), first += uint64_t(segment.numel + 63) / 64;
-  over_spans(threads, [&](int64_t, const Tile& span, const Tile*) { passes_.add_signs(flats_[0], span, key, of_segment[size_t(span.segment)], scale); });
+  over_spans(threads, [&](int64_t, const Tile& span, const Tile*) {
+    passes_.add_signs(flats_[0], span, key, of_segment[size_t(span.segment)], scale);
+  });
 }
 
 }  // namespace cts

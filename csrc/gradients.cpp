@@ -36,13 +36,15 @@ const ExchangeApi* exchange_api(py::handle tensor_type) {
   py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
   auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (!api) throw py::error_already_set();
-  if (api->header.major != 1 || !api->describe) throw std::runtime_error("this torch offers another version of DLPack's exchange functions");
+  if (api->header.major != 1 || !api->describe)
+    throw std::runtime_error("this torch offers another version of DLPack's exchange functions");
   return api;
 }
 
-// Torch's objects are cold after a training step, and one leads to the next: tensor object, TensorImpl, then storage, version counter
-// and autograd's metadata, then the gradient. So a parameter is worked on in stages, this many parameters before its gradient is read
-// (and, for kCheck, after it). What is prefetched may be wrong or gone; what is read belongs to a live object.
+// Torch's objects are cold after a training step, and one leads to the next: tensor object, TensorImpl, then storage,
+// version counter and autograd's metadata, then the gradient. So a parameter is worked on in stages, this many
+// parameters before its gradient is read (and, for kCheck, after it). What is prefetched may be wrong or gone; what is
+// read belongs to a live object.
 constexpr size_t kObject = 24, kImpl = 16, kParts = 8, kCheck = 4;
 constexpr size_t kFirstPart = 2, kLastPart = 5;  // words of a TensorImpl that lead on, in every torch so far
 
@@ -68,7 +70,9 @@ size_t find_impl(py::handle tensor) {
 void prefetch_tensors(const py::tuple& tensors) {
   const size_t count = tensors.size(), impl = count ? find_impl(tensors[0]) : 0;
   if (!impl) return;
-  const auto object = [&](size_t i) { return reinterpret_cast<uintptr_t>(PyTuple_GET_ITEM(tensors.ptr(), Py_ssize_t(i))); };
+  const auto object = [&](size_t i) {
+    return reinterpret_cast<uintptr_t>(PyTuple_GET_ITEM(tensors.ptr(), Py_ssize_t(i)));
+  };
   constexpr size_t kHop = kImpl - kParts;  // from a tensor object to its TensorImpl, and on from there
   for (size_t i = 0; i < count + 2 * kHop; ++i) {
     if (i < count) prefetch(object(i), 1);
@@ -78,9 +82,13 @@ void prefetch_tensors(const py::tuple& tensors) {
   }
 }
 
-GradientTable::GradientTable(py::list params, const std::vector<uintptr_t>& addresses, const std::vector<py::tuple>& layouts,
-                             py::object like)
-    : params_(params), addresses_(addresses), pointers_(addresses.size()), last_(addresses.size()), name_(py::str("grad")),
+GradientTable::GradientTable(py::list params, const std::vector<uintptr_t>& addresses,
+                             const std::vector<py::tuple>& layouts, py::object like)
+    : params_(params),
+      addresses_(addresses),
+      pointers_(addresses.size()),
+      last_(addresses.size()),
+      name_(py::str("grad")),
       is_neg_(py::str("is_neg")) {
   if (params.size() != addresses.size() || params.size() != layouts.size())
     throw std::invalid_argument("one address and one layout for each parameter");
@@ -101,7 +109,9 @@ GradientTable::GradientTable(py::list params, const std::vector<uintptr_t>& addr
 
 void GradientTable::prefetch_for(size_t i) const {
   const size_t count = pointers_.size();
-  const auto param = [&](size_t j) { return reinterpret_cast<uintptr_t>(PyList_GET_ITEM(params_.ptr(), Py_ssize_t(j))); };
+  const auto param = [&](size_t j) {
+    return reinterpret_cast<uintptr_t>(PyList_GET_ITEM(params_.ptr(), Py_ssize_t(j)));
+  };
   if (i + kObject < count) prefetch(param(i + kObject), 1);
   if (i + kImpl < count) {
     prefetch(word(param(i + kImpl), impl_), 3);
@@ -122,7 +132,8 @@ bool GradientTable::is_plain(PyObject* gradient, size_t i, const void** data) co
   }
   *data = reinterpret_cast<const void*>(address(found));
   return found.type_code == type_code_ && found.type_bits == type_bits_ && found.device_type == device_type_ &&
-         found.device_id == device_id_ && layout(i).fits(found.ndim, found.shape, found.strides) && !negated(gradient, layout(i));
+         found.device_id == device_id_ && layout(i).fits(found.ndim, found.shape, found.strides) &&
+         !negated(gradient, layout(i));
 }
 
 // Autograd leaves torch's lazy minus only on single numbers: the imaginary part of a conjugate, which else is strided.
@@ -151,8 +162,9 @@ py::tuple GradientTable::collect(const py::object& given) {
   for (size_t step = 0; step < count + kCheck; ++step) {
     if (step < count) {
       if (impl_) prefetch_for(step);
-      PyObject* gradient = given.is_none() ? PyObject_GetAttr(PyList_GET_ITEM(params_.ptr(), Py_ssize_t(step)), name_.ptr())
-                                           : Py_NewRef(PyList_GET_ITEM(given.ptr(), Py_ssize_t(step)));
+      PyObject* gradient = given.is_none()
+                               ? PyObject_GetAttr(PyList_GET_ITEM(params_.ptr(), Py_ssize_t(step)), name_.ptr())
+                               : Py_NewRef(PyList_GET_ITEM(given.ptr(), Py_ssize_t(step)));
       if (!gradient) throw py::error_already_set();
       PyList_SET_ITEM(gradients.ptr(), Py_ssize_t(step), gradient);  // the list owns it now
       if (impl_ && Py_TYPE(gradient) == reinterpret_cast<PyTypeObject*>(tensor_type_.ptr())) {
@@ -163,7 +175,8 @@ py::tuple GradientTable::collect(const py::object& given) {
     }
     if (step < kCheck) continue;
     const size_t i = step - kCheck;
-    PyObject *param = PyList_GET_ITEM(params_.ptr(), Py_ssize_t(i)), *gradient = PyList_GET_ITEM(gradients.ptr(), Py_ssize_t(i));
+    PyObject *param = PyList_GET_ITEM(params_.ptr(), Py_ssize_t(i)),
+             *gradient = PyList_GET_ITEM(gradients.ptr(), Py_ssize_t(i));
     const void* data = nullptr;
     if (gradient != Py_None) {
       ++present;
@@ -179,8 +192,6 @@ py::tuple GradientTable::collect(const py::object& given) {
   return py::make_tuple(gradients, present, changed, odd, moved);
 }
 
-void GradientTable::set(size_t i, uintptr_t address) {
-  pointers_.at(i) = reinterpret_cast<const void*>(address);
-}
+void GradientTable::set(size_t i, uintptr_t address) { pointers_.at(i) = reinterpret_cast<const void*>(address); }
 
 }  // namespace cts

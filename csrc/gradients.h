@@ -1,4 +1,5 @@
-// Gradients where autograd left them: their addresses, read through the C functions that torch offers for DLPack exchange.
+// Gradients where autograd left them: their addresses, read through the C functions that torch offers for DLPack
+// exchange.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,14 +14,16 @@ void prefetch_tensors(const pybind11::tuple& tensors);
 // The addresses of the gradients of a list of parameters of one device and dtype; works for any device.
 class GradientTable {
  public:
-  // params: torch tensors. addresses: where each one's own data has to be, 0 for empty ones. layouts[i]: (shape, strides) of param i.
-  // like: a tensor of the dtype and device that gradients must have. Raises RuntimeError where torch offers no exchange functions.
-  GradientTable(pybind11::list params, const std::vector<uintptr_t>& addresses, const std::vector<pybind11::tuple>& layouts,
-                pybind11::object like);
+  // params: torch tensors. addresses: where each one's own data has to be, 0 for empty ones. layouts[i]: (shape,
+  // strides) of param i. like: a tensor of the dtype and device that gradients must have. Raises RuntimeError where
+  // torch offers no exchange functions.
+  GradientTable(pybind11::list params, const std::vector<uintptr_t>& addresses,
+                const std::vector<pybind11::tuple>& layouts, pybind11::object like);
 
-  // Reads every gradient: `.grad` of the parameters, or the entries of a list that is given in their place. Returns (gradients, count,
-  // changed, odd, moved): a list of tensors or None, how many are tensors, whether an address is another than the last time, the entries
-  // that are not plain dense tensors in their parameter's layout (null in the table), and the parameters that are not where they should be.
+  // Reads every gradient: `.grad` of the parameters, or the entries of a list that is given in their place. Returns
+  // (gradients, count, changed, odd, moved): a list of tensors or None, how many are tensors, whether an address is
+  // another than the last time, the entries that are not plain dense tensors in their parameter's layout (null in the
+  // table), and the parameters that are not where they should be.
   pybind11::tuple collect(const pybind11::object& given);
 
   void set(size_t i, uintptr_t address);

@@ -1,6 +1,8 @@
-// Runs csrc/shifting_step.cu on the CPU, for sanitizers: g++ -x c++ -include host_shim.h -DCTS_HOST_SHIM -fno-strict-aliasing.
+// Runs csrc/shifting_step.cu on the CPU, for sanitizers: g++ -x c++ -include host_shim.h -DCTS_HOST_SHIM
+// -fno-strict-aliasing.
 //
-// The blocks run one after the other; a block's threads are fibers of one thread of the system, which take turns at its barriers.
+// The blocks run one after the other; a block's threads are fibers of one thread of the system, which take turns at its
+// barriers.
 #pragma once
 
 #include <sanitizer/common_interface_defs.h>
@@ -25,8 +27,12 @@ struct dim3 {
   unsigned x, y, z = 1;
   explicit dim3(unsigned x = 0, unsigned y = 1) : x(x), y(y) {}
 };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
@@ -87,11 +93,13 @@ inline void run_block() {
       __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
       if (current->done) --running;
     }
-    if (running > 0 && running != before) abort();  // some threads of the block have ended, others wait for them at a barrier
+    if (running > 0 && running != before)
+      abort();  // some threads of the block have ended, others wait for them at a barrier
   }
 }
 
-// x rounded to a float of `fraction` fraction bits and the given exponent range, ties to even, as the bits of the smaller type.
+// x rounded to a float of `fraction` fraction bits and the given exponent range, ties to even, as the bits of the
+// smaller type.
 inline uint16_t narrow(float x, int fraction, int bias) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
@@ -102,7 +110,8 @@ inline uint16_t narrow(float x, int fraction, int bias) {
   int exponent = int(magnitude >> 23) - 127 + bias;
   uint32_t significand = (magnitude & 0x7fffff) | (magnitude >> 23 ? 0x800000 : 0);
   int shift = drop;
-  if (exponent < 1) shift += std::min(1 - exponent - (magnitude >> 23 ? 0 : 1), 25), exponent = 0;  // a subnormal result
+  if (exponent < 1)
+    shift += std::min(1 - exponent - (magnitude >> 23 ? 0 : 1), 25), exponent = 0;  // a subnormal result
   if (shift > 25) return sign;
   const uint32_t half = 1u << (shift - 1), rest = significand & ((1u << shift) - 1);
   significand >>= shift;
@@ -121,8 +130,12 @@ inline float widen(uint16_t bits, int fraction, int bias) {
 }
 }  // namespace shim
 
-struct __nv_bfloat16 { uint16_t bits; };
-struct __half { uint16_t bits; };
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half {
+  uint16_t bits;
+};
 inline float __bfloat162float(__nv_bfloat16 x) { return shim::widen(x.bits, 7, 127); }
 inline float __half2float(__half x) { return shim::widen(x.bits, 10, 15); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {shim::narrow(x, 7, 127)}; }
@@ -143,14 +156,16 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 99000, cudaSuccess; }
 
 template <class Params>
-cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 blocks, dim3 threads, void** arguments, size_t shared_bytes, cudaStream_t) {
+cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 blocks, dim3 threads, void** arguments, size_t shared_bytes,
+                             cudaStream_t) {
   gridDim = blocks, blockDim = threads;
   static void (*launched)(Params);
   launched = kernel;
   shim::call = [](void* params) { launched(*static_cast<std::remove_const_t<Params>*>(params)); };
   shim::parameters = arguments[0];
   for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-    void* shared = shared_bytes ? aligned_alloc(16, shared_bytes) : nullptr;  // of its exact size, so that a sanitizer sees its end
+    void* shared = shared_bytes ? aligned_alloc(16, shared_bytes)
+                                : nullptr;  // of its exact size, so that a sanitizer sees its end
     shim::dynamic_shared = static_cast<char*>(shared);
     shim::run_block();
     free(shared);

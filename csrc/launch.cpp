@@ -11,8 +11,10 @@ int driver_version() {
 }
 
 void launch(const Launch& l, const Step& step, const Counting& counting) {
-  if (l.num_groups > MAX_GROUPS || (l.table == nullptr && l.count > MAX_POINTERS)) throw std::length_error("more than a launch can hold");
-  constexpr decltype(&float32::launch) by_dtype[] = {float32::launch, float64::launch, bfloat16::launch, float16::launch};
+  if (l.num_groups > MAX_GROUPS || (l.table == nullptr && l.count > MAX_POINTERS))
+    throw std::length_error("more than a launch can hold");
+  constexpr decltype(&float32::launch) by_dtype[] = {float32::launch, float64::launch, bfloat16::launch,
+                                                     float16::launch};
   by_dtype[l.dtype](l, step, counting);
 }
 

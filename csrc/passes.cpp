@@ -1,5 +1,5 @@
-// What methods do beside the step: sums of gradients, the end of a round, distances and signs over spans of whole buffers, and Leap's
-// part of a step over each of its tiles.
+// What methods do beside the step: sums of gradients, the end of a round, distances and signs over spans of whole
+// buffers, and Leap's part of a step over each of its tiles.
 //
 // Compiled once for each instruction set, as csrc/shifting_step.cpp is.
 #include <algorithm>
@@ -13,15 +13,14 @@ inline namespace CTS_ISA {
 namespace {
 
 // Gradient values at columns i ...; zeros behind its n columns.
-template <class C, class S>
-CTS_HD Vec<C> load_gradient(const S* g, int64_t i, int64_t n) {
+template <class C, class S> CTS_HD Vec<C> load_gradient(const S* g, int64_t i, int64_t n) {
   return i + Vec<C>::size <= n ? Vec<C>(load(g + i)) : load_first<C>(g + i, n - i);
 }
 
 // A store of what nobody reads soon: memory is not read first, and the caches keep what they hold.
-template <class C>
-CTS_HD void store_past_caches(C* to, Vec<C> value) {
-  if (reinterpret_cast<uintptr_t>(to) % sizeof(value)) return store(to, value);  // an allocator that aligns less than torch's
+template <class C> CTS_HD void store_past_caches(C* to, Vec<C> value) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(value))
+    return store(to, value);  // an allocator that aligns less than torch's
 #if defined(__AVX512F__)
   __m512i bits;
   memcpy(&bits, &value.x, sizeof(bits));
@@ -41,9 +40,9 @@ CTS_HD void finish_stores() {
 #endif
 }
 
-// body(begin, end) for the lines of n columns, while the same columns of what comes next are on their way into the second cache.
-template <class C, class Body, class... Next>
-CTS_HD void for_lines(int64_t n, Body body, const Next*... next) {
+// body(begin, end) for the lines of n columns, while the same columns of what comes next are on their way into the
+// second cache.
+template <class C, class Body, class... Next> CTS_HD void for_lines(int64_t n, Body body, const Next*... next) {
   constexpr int64_t line = 64 / int64_t(sizeof(C));
   for (int64_t begin = 0; begin < n; begin += line) {
     (__builtin_prefetch(next + begin, 0, 2), ...);
@@ -52,23 +51,21 @@ CTS_HD void for_lines(int64_t n, Body body, const Next*... next) {
 }
 
 // body(i) for their vectors.
-template <class C, class Body, class... Next>
-CTS_HD void for_vectors(int64_t n, Body body, const Next*... next) {
+template <class C, class Body, class... Next> CTS_HD void for_vectors(int64_t n, Body body, const Next*... next) {
   const auto vectors = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += Vec<C>::size) body(i);
   };
   for_lines<C>(n, vectors, next...);
 }
 
-// Zeros where the last vector of n columns reaches into the padding: other passes read it, and 0 times a NaN or an infinity is none.
-template <class C>
-CTS_HD void clear_padding(C* values, int64_t n) {
+// Zeros where the last vector of n columns reaches into the padding: other passes read it, and 0 times a NaN or an
+// infinity is none.
+template <class C> CTS_HD void clear_padding(C* values, int64_t n) {
   for (int64_t i = n; i % Vec<C>::size; ++i) values[i] = C(0);
 }
 
 // sums += G gradients, which are read side by side: the more streams, the more of them the processor fetches ahead.
-template <int G, class S, class C>
-void add_rows(const S* const* g, int64_t n, C* sums) {
+template <int G, class S, class C> void add_rows(const S* const* g, int64_t n, C* sums) {
   constexpr int64_t line = 64 / int64_t(sizeof(S)), ahead = 4 * line;
   const auto sum = [&](int64_t i) {
     Vec<C> value = load(sums + i);
@@ -113,8 +110,7 @@ void add_gradients(const Flat& flat, const Tile& span, const void* const* gradie
   for (int64_t i = 0; i < n; i += Vec<C>::size) store(out + i, load(out + i) + Vec<C>(C(weight)) * load(sums + i));
 }
 
-template <class S, class C>
-void end_round(const Flat& flat, const Tile& span, const Tile* next, const RoundEnd& end) {
+template <class S, class C> void end_round(const Flat& flat, const Tile& span, const Tile* next, const RoundEnd& end) {
   using V = Vec<C>;
   const Segment& segment = flat.segments[span.segment];
   const int64_t first = segment.offset + span.begin, n = span.end - span.begin;
@@ -136,26 +132,33 @@ void end_round(const Flat& flat, const Tile& span, const Tile* next, const Round
   for (int32_t t = 0; t < flat.rows; ++t) {
     const int64_t at = first + t * flat.stride;
     S *theta = static_cast<S*>(flat.theta) + at, *v = static_cast<S*>(flat.momentum) + at;
-    const S* g = next && end.gradients && t < kRowsAhead ? static_cast<const S*>(end.gradients[flat.segments[next->segment].first + t]) : nullptr;
+    const S* g = next && end.gradients && t < kRowsAhead
+                     ? static_cast<const S*>(end.gradients[flat.segments[next->segment].first + t])
+                     : nullptr;
     const S* coming = g ? g + next->begin : reinterpret_cast<const S*>(phi);  // phi is there already
     if constexpr (std::is_same_v<S, C>) {
-      for_lines<C>(n, [&](int64_t begin, int64_t stop) {  // a whole line at a time, or its parts leave one by one
-        for (int64_t i = begin; i < stop; i += V::size) store_past_caches(theta + i, load(phi + i));
-        for (int64_t i = begin; end.momentum && i < stop; i += V::size) store_past_caches(v + i, V(C(0)));
-      }, coming);
+      for_lines<C>(
+          n,
+          [&](int64_t begin, int64_t stop) {  // a whole line at a time, or its parts leave one by one
+            for (int64_t i = begin; i < stop; i += V::size) store_past_caches(theta + i, load(phi + i));
+            for (int64_t i = begin; end.momentum && i < stop; i += V::size) store_past_caches(v + i, V(C(0)));
+          },
+          coming);
     } else {
       C* master = static_cast<C*>(flat.master) + at;
-      for_vectors<C>(n, [&](int64_t i) {
-        store(master + i, load(phi + i)), store(theta + i, load(phi + i));
-        if (end.momentum) store(v + i, V(C(0)));
-      }, coming);
+      for_vectors<C>(
+          n,
+          [&](int64_t i) {
+            store(master + i, load(phi + i)), store(theta + i, load(phi + i));
+            if (end.momentum) store(v + i, V(C(0)));
+          },
+          coming);
     }
   }
   finish_stores();
 }
 
-template <class C>
-C* work_theta(const Flat& flat, int64_t at) {
+template <class C> C* work_theta(const Flat& flat, int64_t at) {
   return static_cast<C*>(flat.master ? flat.master : flat.theta) + at;
 }
 
@@ -193,17 +196,18 @@ void squared_distances(const Flat& flat, const Tile& span, const void* rows, int
   for (; t < flat.rows; ++t) row_distances<1>(a + t * flat.stride, flat.stride, b + t * stride, stride, n, result + t);
 }
 
-template <class S, class C>
-void leap(const Flat& flat, const Tile& tile, const void* const* gradients, const Leap& l) {
+template <class S, class C> void leap(const Flat& flat, const Tile& tile, const void* const* gradients, const Leap& l) {
   using V = Vec<C>;
   const Segment& segment = flat.segments[tile.segment];
   const int64_t first = segment.offset + tile.begin, n = tile.end - tile.begin;
   const V scale{C(l.scale)};
   C* const total = static_cast<C*>(l.total) + first;
-  const bool ends = l.weights, keeps = l.keeps;  // read here: every store below might change them, for all that the compiler knows
+  const bool ends = l.weights,
+             keeps = l.keeps;  // read here: every store below might change them, for all that the compiler knows
   for (int32_t t = 0; t < flat.rows; ++t) {
     const C* theta = work_theta<C>(flat, first + t * flat.stride);
-    C *old_theta = static_cast<C*>(l.theta) + first + t * l.stride, *old_g = static_cast<C*>(l.gradient) + first + t * l.stride;
+    C *old_theta = static_cast<C*>(l.theta) + first + t * l.stride,
+      *old_g = static_cast<C*>(l.gradient) + first + t * l.stride;
     const void* const* const g_of = gradients + segment.first;
     // the next row, or the first one of the next tile, which mostly lies behind this one
     const bool last = t + 1 == flat.rows;
@@ -211,13 +215,17 @@ void leap(const Flat& flat, const Tile& tile, const void* const* gradients, cons
     const S *g = static_cast<const S*>(g_of[t]), *next_g = static_cast<const S*>(g_of[last ? 0 : t + 1]);
     const S* coming = next_g ? next_g + (last ? tile.end : tile.begin) : reinterpret_cast<const S*>(theta);
     const V weight{C(ends ? l.weights[t] : 0)}, slope{C(ends ? -l.weights[t] * l.changes[t] : 0)};
-    for_vectors<C>(n, [&](int64_t i) {
-      const V now = load(theta + i);
-      if (ends) store(total + i, load(total + i) + (weight * (load(old_theta + i) - now) + slope * load(old_g + i)));
-      if (!keeps) return;
-      store(old_theta + i, now);
-      store(old_g + i, g ? scale * load_gradient<C>(g + tile.begin, i, n) : V(C(0)));
-    }, old_theta + next, old_g + next, theta + next_theta, coming);
+    for_vectors<C>(
+        n,
+        [&](int64_t i) {
+          const V now = load(theta + i);
+          if (ends)
+            store(total + i, load(total + i) + (weight * (load(old_theta + i) - now) + slope * load(old_g + i)));
+          if (!keeps) return;
+          store(old_theta + i, now);
+          store(old_g + i, g ? scale * load_gradient<C>(g + tile.begin, i, n) : V(C(0)));
+        },
+        old_theta + next, old_g + next, theta + next_theta, coming);
     clear_padding(old_g, n);
   }
   clear_padding(total, n);
@@ -232,8 +240,7 @@ CTS_HD uint64_t random_word(uint64_t key, uint64_t i) {
 }
 
 // theta += values in G rows, side by side.
-template <int G, class S, class C>
-void add_to_rows(const Flat& flat, int64_t at, int64_t n, const C* values) {
+template <int G, class S, class C> void add_to_rows(const Flat& flat, int64_t at, int64_t n, const C* values) {
   C* theta[G];
   S* stored[G];
   for (int row = 0; row < G; ++row) {
@@ -263,12 +270,12 @@ void add_signs(const Flat& flat, const Tile& span, uint64_t key, uint64_t first,
   }
   memset(shift + n, 0, Vec<C>::size * sizeof(C));  // padding stays where it is
   int32_t t = 0;
-  for (; t + kSideBySide <= flat.rows; t += kSideBySide) add_to_rows<kSideBySide, S>(flat, at + t * flat.stride, n, shift);
+  for (; t + kSideBySide <= flat.rows; t += kSideBySide)
+    add_to_rows<kSideBySide, S>(flat, at + t * flat.stride, n, shift);
   for (; t < flat.rows; ++t) add_to_rows<1, S>(flat, at + t * flat.stride, n, shift);
 }
 
-template <class S, class C>
-constexpr Passes passes_of() {
+template <class S, class C> constexpr Passes passes_of() {
   return {add_gradients<S, C>, end_round<S, C>, squared_distances<C>, leap<S, C>, add_signs<S, C>};
 }
 
@@ -276,10 +283,14 @@ constexpr Passes passes_of() {
 
 Passes passes(DType dtype) {
   switch (dtype) {
-    case DType::float64: return passes_of<double, double>();
-    case DType::bfloat16: return passes_of<BFloat16, float>();
-    case DType::float16: return passes_of<Half, float>();
-    default: return passes_of<float, float>();
+    case DType::float64:
+      return passes_of<double, double>();
+    case DType::bfloat16:
+      return passes_of<BFloat16, float>();
+    case DType::float16:
+      return passes_of<Half, float>();
+    default:
+      return passes_of<float, float>();
   }
 }
 

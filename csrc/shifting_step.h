@@ -1,16 +1,17 @@
 // Continual trajectory shifting (Shin et al., ICML 2021, Algorithm 2): the update rule, once, for host and device code.
 //
-// Every coordinate stands alone. A kernel loads theta, v and g of T tasks and phi at one coordinate, calls the four functions below
-// in their order, and stores; how it walks over memory is its own affair.
+// Every coordinate stands alone. A kernel loads theta, v and g of T tasks and phi at one coordinate, calls the four
+// functions below in their order, and stores; how it walks over memory is its own affair.
 //
 //     for every task t with a gradient:  inner_step(theta_t, v_t, g_t)      theta_t <- theta_t - lr u_t
-//     sum = (theta_0 - phi) + (theta_1 - phi) + ...                         in the tasks' order, so that runs are bit-equal
-//     delta = meta_update(phi, sum)                                         phi <- phi + meta_lr (mean_t theta_t - phi)
-//     for every task:  shift(theta_t, delta), or theta_t <- phi at a reset
+//     sum = (theta_0 - phi) + (theta_1 - phi) + ...                         in the tasks' order, so that runs are
+//     bit-equal delta = meta_update(phi, sum)                                         phi <- phi + meta_lr (mean_t
+//     theta_t - phi) for every task:  shift(theta_t, delta), or theta_t <- phi at a reset
 //
-// V is what one coordinate is held in: float or double, or a SIMD vector of them (csrc/vec.h). C is the scalar in it: double for float64
-// parameters, else float. `fused(a, b, c)` is a * b + c rounded once where the machine can; torch.optim.SGD rounds at the same places.
-// Compile with -ffp-contract=off (nvcc: -fmad=false), so that nothing else is fused.
+// V is what one coordinate is held in: float or double, or a SIMD vector of them (csrc/vec.h). C is the scalar in it:
+// double for float64 parameters, else float. `fused(a, b, c)` is a * b + c rounded once where the machine can;
+// torch.optim.SGD rounds at the same places. Compile with -ffp-contract=off (nvcc: -fmad=false), so that nothing else
+// is fused.
 #pragma once
 
 #include <cstdint>
@@ -23,23 +24,25 @@
 #define CTS_UNROLL _Pragma("GCC unroll 16")
 #endif
 
-// Code compiled once for each instruction set lives in a namespace of its own, or the linker would keep one of the copies for all.
+// Code compiled once for each instruction set lives in a namespace of its own, or the linker would keep one of the
+// copies for all.
 #ifndef CTS_ISA
 #define CTS_ISA common
 #endif
 
 namespace cts {
 
-// One tensor of all rows: columns offset ... offset + numel of its buffers. Gradient of row r: entry `first + r` of the pointer table.
+// One tensor of all rows: columns offset ... offset + numel of its buffers. Gradient of row r: entry `first + r` of the
+// pointer table.
 struct Segment {
   int64_t offset, numel;
   int32_t group;
   int32_t first;
 };
 
-// The buffers of one `Flat` (cts_fast/flat.py) and where its tensors lie. Rows are `stride` elements apart, segments are padded with
-// zeros to 128 bytes. phi: [S] of C, null for heads. theta, momentum: [rows, S] of the parameters' dtype. master: [rows, S] of
-// float for bfloat16 and float16, else null.
+// The buffers of one `Flat` (cts_fast/flat.py) and where its tensors lie. Rows are `stride` elements apart, segments
+// are padded with zeros to 128 bytes. phi: [S] of C, null for heads. theta, momentum: [rows, S] of the parameters'
+// dtype. master: [rows, S] of float for bfloat16 and float16, else null.
 struct Flat {
   void *phi, *theta, *momentum, *master;
   int64_t stride;
@@ -54,9 +57,9 @@ struct Group {
   bool nesterov, maximize;
 };
 
-// What a step does besides the inner step. gradients, started, nonfinite: one entry for each row of each segment, Segment::first says
-// where. A null gradient leaves the inner step out. started: momentum has taken its first gradient; null: all have. nonfinite: set to 1
-// where a gradient holds a NaN or an infinity; null: not looked for.
+// What a step does besides the inner step. gradients, started, nonfinite: one entry for each row of each segment,
+// Segment::first says where. A null gradient leaves the inner step out. started: momentum has taken its first gradient;
+// null: all have. nonfinite: set to 1 where a gradient holds a NaN or an infinity; null: not looked for.
 struct Step {
   const void* const* gradients;
   const uint8_t* started;
@@ -85,14 +88,13 @@ CTS_HD double fused(double a, double b, double c) {
 }
 
 // A group's numbers in the type that they are used in, for one kernel over T tasks.
-template <class C>
-struct Rule {
-  C descent, momentum, gain, weight_decay, rate, shift, scale;  // -lr, mu, 1 - dampening, lambda, meta_lr / T, and g's factor
+template <class C> struct Rule {
+  C descent, momentum, gain, weight_decay, rate, shift,
+      scale;  // -lr, mu, 1 - dampening, lambda, meta_lr / T, and g's factor
   bool has_momentum, has_weight_decay, nesterov, scaled, maximize, meta_update, reset, reset_momentum;
 };
 
-template <class C>
-CTS_HD Rule<C> make_rule(const Group& h, const Step& step, int32_t tasks, bool shared) {
+template <class C> CTS_HD Rule<C> make_rule(const Group& h, const Step& step, int32_t tasks, bool shared) {
   Rule<C> r;
   r.descent = C(-h.lr), r.momentum = C(h.momentum), r.gain = C(1 - h.dampening), r.weight_decay = C(h.weight_decay);
   r.rate = C(h.meta_lr / tasks), r.shift = C(h.shift), r.scale = C(step.inverse_scale);
@@ -104,15 +106,11 @@ CTS_HD Rule<C> make_rule(const Group& h, const Step& step, int32_t tasks, bool s
 }
 
 // The gradient as the step sees it, before maximize: unscaled. Its finiteness is what `Step::nonfinite` reports.
-template <class V, class C>
-CTS_HD V unscaled(V g, const Rule<C>& r) {
-  return r.scaled ? g * V(r.scale) : g;
-}
+template <class V, class C> CTS_HD V unscaled(V g, const Rule<C>& r) { return r.scaled ? g * V(r.scale) : g; }
 
-// theta <- theta - lr u, v <- mu v + (1 - dampening) d, with d = +-g + lambda theta, u = v (Nesterov: d + mu v; no momentum: d).
-// started: v has taken a gradient before; the first one enters undamped.
-template <class V, class C>
-CTS_HD void inner_step(V& theta, V& v, V g, bool started, const Rule<C>& r) {
+// theta <- theta - lr u, v <- mu v + (1 - dampening) d, with d = +-g + lambda theta, u = v (Nesterov: d + mu v; no
+// momentum: d). started: v has taken a gradient before; the first one enters undamped.
+template <class V, class C> CTS_HD void inner_step(V& theta, V& v, V g, bool started, const Rule<C>& r) {
   V d = r.maximize ? -g : g;
   if (r.has_weight_decay) d = fused(V(r.weight_decay), theta, d);
   V u = d;
@@ -124,22 +122,19 @@ CTS_HD void inner_step(V& theta, V& v, V g, bool started, const Rule<C>& r) {
 }
 
 // phi <- phi + delta, delta = meta_lr / T sum; returns delta. sum: of theta_t - phi over the tasks.
-template <class V, class C>
-CTS_HD V meta_update(V& phi, V sum, const Rule<C>& r) {
+template <class V, class C> CTS_HD V meta_update(V& phi, V sum, const Rule<C>& r) {
   V delta = sum * V(r.rate);
   phi = phi + delta;
   return delta;
 }
 
 // theta <- theta + shift delta.
-template <class V, class C>
-CTS_HD void shift(V& theta, V delta, const Rule<C>& r) {
+template <class V, class C> CTS_HD void shift(V& theta, V delta, const Rule<C>& r) {
   theta = fused(V(r.shift), delta, theta);
 }
 
 // The last three lines of the rule for T tasks held in registers.
-template <int T, class V, class C>
-CTS_HD void meta_step(V (&theta)[T], V& phi, const Rule<C>& r) {
+template <int T, class V, class C> CTS_HD void meta_step(V (&theta)[T], V& phi, const Rule<C>& r) {
   if (r.meta_update) {
     V sum = theta[0] - phi;
     CTS_UNROLL

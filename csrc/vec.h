@@ -12,8 +12,12 @@
 
 namespace cts {
 
-struct Half { uint16_t bits; };
-struct BFloat16 { uint16_t bits; };
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
 
 inline namespace CTS_ISA {
 
@@ -27,16 +31,16 @@ constexpr int kVectorBytes = CTS_PLAIN_VECTOR_BYTES;  // emulated: tests of widt
 constexpr int kVectorBytes = 16;
 #endif
 
-template <class C>
-struct NativeVector;
-template <>
-struct NativeVector<float> { typedef float type __attribute__((vector_size(kVectorBytes))); };
-template <>
-struct NativeVector<double> { typedef double type __attribute__((vector_size(kVectorBytes))); };
+template <class C> struct NativeVector;
+template <> struct NativeVector<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+};
+template <> struct NativeVector<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+};
 
 // kVectorBytes of C (float or double).
-template <class C>
-struct Vec {
+template <class C> struct Vec {
   static constexpr int size = kVectorBytes / int(sizeof(C));
   using Native = typename NativeVector<C>::type;
   Native x;
@@ -58,8 +62,7 @@ CTS_HD Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) { return _
 CTS_HD Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a.x, b.x, c.x); }
 CTS_HD Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a.x, b.x, c.x); }
 #else
-template <class C>
-CTS_HD Vec<C> fused(Vec<C> a, Vec<C> b, Vec<C> c) {
+template <class C> CTS_HD Vec<C> fused(Vec<C> a, Vec<C> b, Vec<C> c) {
   Vec<C> result;
   for (int i = 0; i < Vec<C>::size; ++i) result.x[i] = fused(a.x[i], b.x[i], c.x[i]);
   return result;
@@ -67,8 +70,7 @@ CTS_HD Vec<C> fused(Vec<C> a, Vec<C> b, Vec<C> c) {
 #endif
 
 // Whether no lane is NaN or infinite.
-template <class C>
-CTS_HD bool all_finite(Vec<C> a) {
+template <class C> CTS_HD bool all_finite(Vec<C> a) {
   auto zero_or_nan = a.x - a.x;
   auto same = zero_or_nan == zero_or_nan;
   bool finite = true;
@@ -76,16 +78,14 @@ CTS_HD bool all_finite(Vec<C> a) {
   return finite;
 }
 
-template <class C>
-double sum_of(Vec<C> a) {
+template <class C> double sum_of(Vec<C> a) {
   double sum = 0;
   for (int i = 0; i < Vec<C>::size; ++i) sum += a.x[i];
   return sum;
 }
 
 // +-value in each lane: + where the lane's bit is set, the lowest bit for the first lane.
-template <class C>
-CTS_HD Vec<C> signed_by(uint64_t bits, C value) {
+template <class C> CTS_HD Vec<C> signed_by(uint64_t bits, C value) {
   using Word = std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>;
   typedef Word Words __attribute__((vector_size(kVectorBytes)));
   constexpr Word sign = Word(1) << (8 * sizeof(Word) - 1);
@@ -100,17 +100,13 @@ CTS_HD Vec<C> signed_by(uint64_t bits, C value) {
 }
 
 // Vectors in memory; no alignment is asked for.
-template <class C>
-CTS_HD Vec<C> load(const C* from) {
+template <class C> CTS_HD Vec<C> load(const C* from) {
   Vec<C> result;
   memcpy(&result.x, from, sizeof(result.x));
   return result;
 }
 
-template <class C>
-CTS_HD void store(C* to, Vec<C> value) {
-  memcpy(to, &value.x, sizeof(value.x));
-}
+template <class C> CTS_HD void store(C* to, Vec<C> value) { memcpy(to, &value.x, sizeof(value.x)); }
 
 typedef uint32_t Lanes __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfLanes __attribute__((vector_size(kVectorBytes / 2)));
@@ -146,12 +142,16 @@ CTS_HD Vec<float> load(const Half* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 CTS_HD void store(Half* to, Vec<float> value) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph(value.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(__AVX2__)
-CTS_HD Vec<float> load(const Half* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
+CTS_HD Vec<float> load(const Half* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
 CTS_HD void store(Half* to, Vec<float> value) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph(value.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #else
 // Without hardware conversion: the exponent is shifted by a multiplication, which also normalises subnormals.
@@ -173,7 +173,8 @@ CTS_HD void store(Half* to, Vec<float> value) {  // to nearest, ties to even
   Lanes bits;
   memcpy(&bits, &value.x, sizeof(bits));
   Lanes sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-  // Normal results: round at bit 13 and move the exponent's bias. Subnormal ones: adding 0.5 leaves 2^-24 as the last bit.
+  // Normal results: round at bit 13 and move the exponent's bias. Subnormal ones: adding 0.5 leaves 2^-24 as the last
+  // bit.
   Lanes normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   Vec<float> small;
   memcpy(&small.x, &magnitude, sizeof(magnitude));
@@ -181,7 +182,8 @@ CTS_HD void store(Half* to, Vec<float> value) {  // to nearest, ties to even
   Lanes subnormal;
   memcpy(&subnormal, &small.x, sizeof(subnormal));
   subnormal -= 0x3f000000;
-  Lanes is_small = (Lanes)(magnitude < 0x38800000), is_large = (Lanes)(magnitude >= 0x477ff000), is_nan = (Lanes)(magnitude > 0x7f800000);
+  Lanes is_small = (Lanes)(magnitude < 0x38800000), is_large = (Lanes)(magnitude >= 0x477ff000),
+        is_nan = (Lanes)(magnitude > 0x7f800000);
   Lanes result = (is_small & subnormal) | (~is_small & normal);
   result = (is_large & 0x7c00) | (~is_large & result);
   result = (is_nan & 0x7e00) | (~is_nan & result);
@@ -190,16 +192,14 @@ CTS_HD void store(Half* to, Vec<float> value) {  // to nearest, ties to even
 #endif
 
 // The first n lanes; zeros beyond, and not a byte beyond is read.
-template <class C, class S>
-CTS_HD Vec<C> load_first(const S* from, int64_t n) {
+template <class C, class S> CTS_HD Vec<C> load_first(const S* from, int64_t n) {
   alignas(64) S lanes[Vec<C>::size] = {};
   memcpy(lanes, from, n * sizeof(S));
   return load(lanes);
 }
 
 // What a 16-bit parameter is held in: its float32 master, unless somebody wrote the parameter since the last step.
-template <class S>
-CTS_HD Vec<float> load_master(const float* master, const S* stored) {
+template <class S> CTS_HD Vec<float> load_master(const float* master, const S* stored) {
   Vec<float> value = load(master), written = load(stored);
   alignas(64) S rounded[Vec<float>::size];
   store(rounded, value);

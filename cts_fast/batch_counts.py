@@ -15,7 +15,9 @@ class BatchCounts:
 
     def __init__(self, nets: Iterable[nn.Module]) -> None:
         layers = (module for net in nets for module in net.modules() if isinstance(module, _BatchNorm))
-        self.layers = [layer for layer in layers if layer.num_batches_tracked is not None and layer.momentum is not None]
+        self.layers = [
+            layer for layer in layers if layer.num_batches_tracked is not None and layer.momentum is not None
+        ]
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -97,7 +97,10 @@ class TaskBatches:
     def batch(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """The batch of a draw that lies on the images' device; waits for nothing, so that a CUDA graph may hold it."""
         index, top, left, flipped = drawn[..., None]
-        rows, columns = (offset + torch.arange(side, device=drawn.device) for offset, side in zip((top, left), self.shape))
+        rows, columns = (
+            offset + torch.arange(side, device=drawn.device)
+            for offset, side in zip((top, left), self.shape, strict=True)
+        )
         if self.flip:
             columns = torch.where(flipped > 0, columns.flip(1), columns)
         x = self.images[index[:, None], rows[:, :, None], columns[:, None, :]]

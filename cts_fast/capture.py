@@ -66,7 +66,11 @@ class CapturedStep:
 
     def _cudnn(self) -> dict[str, bool]:
         cudnn = torch.backends.cudnn
-        return {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic, "benchmark": self.benchmark or cudnn.benchmark}
+        return {
+            "enabled": cudnn.enabled,
+            "deterministic": cudnn.deterministic,
+            "benchmark": self.benchmark or cudnn.benchmark,
+        }
 
     def _fill(self, batches: Tensor | Sequence[tuple[Tensor, ...]]) -> None:
         """Copy the batches to where the graph reads them."""

@@ -20,7 +20,9 @@ from cts_fast.passes import LeapPoint, Passes
 try:
     from cts_fast import _cpu
 except ImportError as error:
-    raise ImportError(f"the native module is not there ({error}); reinstall with CTS_FAST_BUILD=cpu and a C++ compiler to see why") from error
+    raise ImportError(
+        f"the native module is not there ({error}); reinstall with CTS_FAST_BUILD=cpu and a C++ compiler to see why"
+    ) from error
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -50,7 +52,10 @@ class Launcher(Passes):
         self.started = flats[0].started  # the flags of all flats lie behind it
         buffers, segments, first = [], [], 0
         for flat in flats:
-            pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (flat.phi, flat.theta, flat.momentum, flat.master)]
+            pointers = [
+                0 if tensor is None else tensor.data_ptr()
+                for tensor in (flat.phi, flat.theta, flat.momentum, flat.master)
+            ]
             buffers.append((*pointers, flat.theta.stride(0), flat.rows))
             segments.append([(s.offset, s.numel, s.group, first + n * flat.rows) for n, s in enumerate(flat.segments)])
             first += len(flat.params)

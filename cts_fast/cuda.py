@@ -16,7 +16,9 @@ from cts_fast.passes import Passes
 try:
     from cts_fast import _cuda
 except ImportError as error:
-    raise ImportError(f"the native module is not there ({error}); reinstall with CTS_FAST_BUILD=cuda and nvcc to see why") from error
+    raise ImportError(
+        f"the native module is not there ({error}); reinstall with CTS_FAST_BUILD=cuda and nvcc to see why"
+    ) from error
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -33,7 +35,9 @@ def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, grou
     if driver < _cuda.needs_driver:
         return f"the driver is for CUDA {_version(driver)}; this build needs {_version(_cuda.needs_driver)}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "its kernels are built for compute capability 8.0 and newer, {} has {}.{}".format(device, *torch.cuda.get_device_capability(device))
+        return "its kernels are built for compute capability 8.0 and newer, {} has {}.{}".format(
+            device, *torch.cuda.get_device_capability(device)
+        )
     return None
 
 
@@ -88,7 +92,10 @@ class Launcher(Passes):
         started, counts = 0, (0,) * 8
         rates = [[rate_address(rate) for rate in (h.lr, h.meta_lr)] for h in hyper]
         nonfinite = 0 if control.nonfinite is None else control.nonfinite.data_ptr()
-        numbers = [h._replace(lr=0.0 if a else h.lr, meta_lr=1.0 if b else h.meta_lr) for h, (a, b) in zip(hyper, rates, strict=True)]
+        numbers = [
+            h._replace(lr=0.0 if a else h.lr, meta_lr=1.0 if b else h.meta_lr)
+            for h, (a, b) in zip(hyper, rates, strict=True)
+        ]
         on_gpu = self.flats[0].device.type == "cuda"
         with torch.cuda.device(self.index if on_gpu else -1):
             if counting is not None:
@@ -103,7 +110,9 @@ class Launcher(Passes):
             )  # fmt: skip
 
     def _counts(self, counting: Counting) -> tuple:
-        found_inf, grad_scale = (0 if tensor is None else tensor.data_ptr() for tensor in (counting.found_inf, counting.grad_scale))
+        found_inf, grad_scale = (
+            0 if tensor is None else tensor.data_ptr() for tensor in (counting.found_inf, counting.grad_scale)
+        )
         return (
             counting.counters.data_ptr(), self.ticket.data_ptr(), found_inf, grad_scale, self.groups.data_ptr(),
             counting.horizon, counting.meta_interval, counting.advances,
@@ -111,7 +120,9 @@ class Launcher(Passes):
 
 
 def _buffers(flat: Flat) -> tuple:
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (flat.phi, flat.theta, flat.momentum, flat.master)]
+    pointers = [
+        0 if tensor is None else tensor.data_ptr() for tensor in (flat.phi, flat.theta, flat.momentum, flat.master)
+    ]
     return (*pointers, flat.theta.stride(0), flat.rows)
 
 

@@ -34,14 +34,18 @@ class DeviceTable:
         on_gpu = self.device.type == "cuda"
         if on_gpu and torch.cuda.is_current_stream_capturing():
             if self.spare is None:
-                raise RuntimeError("the step's table needs pinned memory, which a capture cannot make: take one step outside before each capture")
+                raise RuntimeError(
+                    "the step's table needs pinned memory, which a capture cannot make: take one step outside before each capture"
+                )
             pinned, self.spare = self.spare.copy_(host), None
             self.captured += [pinned, pinned.to(self.device, non_blocking=True)]
             return self.captured[-1]
         if on_gpu and capturable and self.spare is None:
             self.spare = torch.empty_like(host, pin_memory=True)
         if self.sent is None or not torch.equal(self.sent, host):
-            self.sent = host.pin_memory() if on_gpu else host.clone()  # CUDA may wait for the stream before it copies from other memory
+            self.sent = (
+                host.pin_memory() if on_gpu else host.clone()
+            )  # CUDA may wait for the stream before it copies from other memory
             if self.table is None:
                 self.table = torch.empty_like(host, device=self.device)
             self.table.copy_(self.sent, non_blocking=True)
@@ -56,5 +60,7 @@ def rate_address(rate: float | Tensor) -> int:
     if not isinstance(rate, Tensor):
         return 0
     if rate.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"a tensor lr or meta_lr that the device reads must be float32 or float64, but is {rate.dtype}")
+        raise ValueError(
+            f"a tensor lr or meta_lr that the device reads must be float32 or float64, but is {rate.dtype}"
+        )
     return rate.data_ptr() + (rate.dtype == torch.float64)

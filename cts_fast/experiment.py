@@ -135,7 +135,7 @@ class Experiment:
             meta_lr=entry.meta_lr,
             seed=self.seed,
             device=self.device,
-            map=map_tasks,
+            map_tasks=map_tasks,
             capture=self.capture,
             streams=self.streams,
             precision=self.precision,
@@ -196,7 +196,10 @@ class Experiment:
     def _meta_test(self, stop: Stop, map_tasks: Callable[..., list]) -> None:
         phis = {(name, step): phi for name, kept in self.snapshots.items() for step, phi in kept.items()}
         phis["scratch", 0] = {}  # every seed draws a body of its own
-        testers = {task.name: MetaTester(task, self.test, device=self.device, precision=self.precision) for task in self.targets}
+        testers = {
+            task.name: MetaTester(task, self.test, device=self.device, precision=self.precision)
+            for task in self.targets
+        }
         jobs = [
             (method, step, target, seed)
             for seed in range(self.test.seeds)
@@ -250,9 +253,10 @@ class Experiment:
             writer = csv.writer(file)
             writer.writerow(["phase", "method", "step", "task", "seed", "loss", "accuracy"])
             for name, curve in self.curves.items():
-                for step, losses in zip(curve.steps, curve.losses):
+                for step, losses in zip(curve.steps, curve.losses, strict=True):
                     writer.writerows(
-                        ["meta-train", name, step, task, self.seed, loss, ""] for task, loss in zip(curve.tasks, losses)
+                        ["meta-train", name, step, task, self.seed, loss, ""]
+                        for task, loss in zip(curve.tasks, losses, strict=True)
                     )
             writer.writerows(
                 ["meta-test", method, step, target, seed, "", accuracy]

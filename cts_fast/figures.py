@@ -91,7 +91,7 @@ def accuracy_vs_steps(
     for i, (method, by_step) in enumerate(points.items()):
         by_step = {0: scratch, **by_step}
         steps = sorted(by_step)
-        centres, halves = zip(*(mean_and_interval(by_step[step]) for step in steps))
+        centres, halves = zip(*(mean_and_interval(by_step[step]) for step in steps), strict=True)
         aside = 0.006 * steps[-1] * (i - (len(points) - 1) / 2)  # or intervals would hide each other
         axes.errorbar(
             [step + aside for step in steps],
@@ -128,8 +128,11 @@ def final_accuracy(
     width = 0.8 / len(methods)
     lowest = 1.0
     for i, method in enumerate(methods):
-        centres, halves = zip(*(mean_and_interval(accuracy[method][target]) for target in targets))
-        lowest = min(lowest, *(centre - (half if math.isfinite(half) else 0) for centre, half in zip(centres, halves)))
+        centres, halves = zip(*(mean_and_interval(accuracy[method][target]) for target in targets), strict=True)
+        lowest = min(
+            lowest,
+            *(centre - (half if math.isfinite(half) else 0) for centre, half in zip(centres, halves, strict=True)),
+        )
         places = [j + (i - (len(methods) - 1) / 2) * width for j in range(len(targets))]
         axes.bar(
             places,
@@ -142,7 +145,7 @@ def final_accuracy(
             label=labels[method],
         )
         if len(methods) <= 4:
-            for place, centre, half in zip(places, centres, halves):
+            for place, centre, half in zip(places, centres, halves, strict=True):
                 axes.annotate(
                     f"{100 * centre:.1f}",
                     (place, 100 * (centre + (half if math.isfinite(half) else 0))),

@@ -74,7 +74,11 @@ class Flat:
         self.momentum = self._zeros(stride, self.dtype, LEAD_BYTES)
         self.master = self._zeros(stride, torch.float32) if self.work_dtype != self.dtype else None
         self.phi = torch.zeros(columns, dtype=self.work_dtype, device=self.device) if shared else None
-        self.started = torch.zeros(len(self.segments), self.rows, dtype=torch.uint8, device="cpu") if started is None else started.view(-1, self.rows)
+        self.started = (
+            torch.zeros(len(self.segments), self.rows, dtype=torch.uint8, device="cpu")
+            if started is None
+            else started.view(-1, self.rows)
+        )
         self.all_started = False
         self.initialization = [self.view(self.phi, segment) for segment in self.segments] if shared else []
         # all replicas, segment by segment and row by row: the order of gradients everywhere
@@ -84,7 +88,9 @@ class Flat:
 
     def _zeros(self, stride: int, dtype: torch.dtype, lead: int = 0) -> Tensor:
         lead //= dtype.itemsize
-        return torch.zeros(lead + self.rows * stride, dtype=dtype, device=self.device)[lead:].view(self.rows, stride)[:, : self.columns]
+        return torch.zeros(lead + self.rows * stride, dtype=dtype, device=self.device)[lead:].view(self.rows, stride)[
+            :, : self.columns
+        ]
 
     def view(self, row: Tensor, segment: Segment) -> Tensor:
         """The segment of one row [S] (or of phi) in the parameter's shape, as a tensor whose storage holds nothing else.
@@ -93,7 +99,9 @@ class Flat:
         """
         flat = row[segment.offset : segment.offset + segment.numel].detach()
         if flat.device.type in ("cpu", "cuda"):
-            with torch.cuda.device(flat.device if flat.is_cuda else -1):  # torch exports tensors of the current device alone
+            with torch.cuda.device(
+                flat.device if flat.is_cuda else -1
+            ):  # torch exports tensors of the current device alone
                 flat = torch.from_dlpack(flat)
         return flat.as_strided(segment.shape, segment.stride)
 
@@ -105,7 +113,9 @@ class Flat:
     def parts(self, rows: Tensor) -> list[Tensor]:
         """The parts of rows [R, S] in the parameters' shapes, segment by segment and row by row: views."""
         return [
-            row.as_strided(segment.shape, segment.stride, row.storage_offset() + segment.offset) for segment in self.segments for row in rows
+            row.as_strided(segment.shape, segment.stride, row.storage_offset() + segment.offset)
+            for segment in self.segments
+            for row in rows
         ]
 
     def state(self, n: int, row: int) -> dict[str, Tensor]:

@@ -33,7 +33,9 @@ class Gradients(Sequence):
     @classmethod
     def of(cls, tensors: list[Tensor | None]) -> Gradients:
         """Other tensors in the gradients' place, each laid out as its parameter."""
-        table = torch.tensor([0 if tensor is None else tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device="cpu")
+        table = torch.tensor(
+            [0 if tensor is None else tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device="cpu"
+        )
         gradients = cls(tensors, sum(tensor is not None for tensor in tensors), table.data_ptr(), True)
         gradients.table = table  # lives as long as its address is in use
         return gradients
@@ -56,7 +58,11 @@ class Collector:
         self.params = [param for flat in flats for param in flat.params]
         self.addresses = [_address(*place) for place in self.places]
         like = flats[0].theta
-        if GradientTable is not None and hasattr(Tensor, "__dlpack_c_exchange_api__") and like.device.type in ("cpu", "cuda"):
+        if (
+            GradientTable is not None
+            and hasattr(Tensor, "__dlpack_c_exchange_api__")
+            and like.device.type in ("cpu", "cuda")
+        ):
             layouts = [(tuple(flat.segments[n].shape), flat.segments[n].stride) for flat, n, _ in self.places]
             self.table = GradientTable(self.params, self.addresses, layouts, like)
             self.collect, self.set, self.address = self.table.collect, self.table.set, self.table.address
@@ -82,7 +88,9 @@ class Collector:
             flat.adopt_(n, row)
         return Gradients(tensors, count, self.address, changed or bool(odd))
 
-    def _collect(self, given: list[Tensor | None] | None = None) -> tuple[list[Tensor | None], int, bool, list[int], list[int]]:
+    def _collect(
+        self, given: list[Tensor | None] | None = None
+    ) -> tuple[list[Tensor | None], int, bool, list[int], list[int]]:
         """What GradientTable.collect does."""
         tensors = [param.grad for param in self.params] if given is None else list(given)
         present = [i for i, gradient in enumerate(tensors) if gradient is not None]
@@ -136,7 +144,13 @@ def _dense(gradient: Tensor, flat: Flat, n: int, row: int) -> Tensor:
     segment: Segment = flat.segments[n]
     flat.check_param(segment, row)
     if gradient.layout != torch.strided:
-        raise ValueError(f"{segment.where(row)}: gradient is {gradient.layout}; the step takes dense gradients (use sparse=False)")
+        raise ValueError(
+            f"{segment.where(row)}: gradient is {gradient.layout}; the step takes dense gradients (use sparse=False)"
+        )
     if gradient.dtype != flat.dtype or gradient.device != flat.device:
-        raise ValueError(f"{segment.where(row)}: gradient is {gradient.dtype} on {gradient.device}, the parameter {flat.dtype} on {flat.device}")
-    return torch.empty_strided(segment.shape, segment.stride, dtype=flat.dtype, device=flat.device).copy_(gradient.detach())
+        raise ValueError(
+            f"{segment.where(row)}: gradient is {gradient.dtype} on {gradient.device}, the parameter {flat.dtype} on {flat.device}"
+        )
+    return torch.empty_strided(segment.shape, segment.stride, dtype=flat.dtype, device=flat.device).copy_(
+        gradient.detach()
+    )

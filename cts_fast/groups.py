@@ -46,9 +46,13 @@ def check_needs(needs: frozenset[str], num_tasks: int, losses, heldout) -> None:
     """Raise ValueError or TypeError where `step` is not given what a method needs: T losses, or T callables that return held-out losses."""
     for name, given in (("losses", losses), ("heldout", heldout)):
         if name in needs and given is None:
-            raise ValueError(f"this method needs {name}: call step({name}=…) with one for each of the {num_tasks} tasks")
+            raise ValueError(
+                f"this method needs {name}: call step({name}=…) with one for each of the {num_tasks} tasks"
+            )
         if given is not None and len(given) != num_tasks:
-            raise ValueError(f"{name} of {len(given)} tasks given, but there are {num_tasks} tasks; give one for each task")
+            raise ValueError(
+                f"{name} of {len(given)} tasks given, but there are {num_tasks} tasks; give one for each task"
+            )
     for t, loss in enumerate(losses or ()):
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"task {t}: its loss has the shape {tuple(loss.shape)}; give one number for each task")
@@ -56,7 +60,9 @@ def check_needs(needs: frozenset[str], num_tasks: int, losses, heldout) -> None:
             raise TypeError(f"task {t}: its loss is {loss!r}; give a number or a tensor of one number")
     for t, function in enumerate(heldout or ()):
         if not callable(function):
-            raise ValueError(f"task {t}: its heldout is {function!r}; give a function that returns the held-out loss with its graph")
+            raise ValueError(
+                f"task {t}: its heldout is {function!r}; give a function that returns the held-out loss with its graph"
+            )
 
 
 def _is_parameter(item) -> bool:
@@ -98,7 +104,9 @@ def split_tasks(params, num_tasks: int | None) -> list[list]:
                 )
         tasks = [list(item) for item in items]
     if num_tasks is not None and len(tasks) != num_tasks:
-        raise ValueError(f"parameters of {len(tasks)} tasks given, but the optimizer has {num_tasks} tasks; give one iterable a task")
+        raise ValueError(
+            f"parameters of {len(tasks)} tasks given, but the optimizer has {num_tasks} tasks; give one iterable a task"
+        )
     return tasks
 
 
@@ -113,7 +121,9 @@ def drop_duplicates(tasks: list[list]) -> list[list]:
             where = owner.setdefault(id(tensor), (t, i))
             if where[0] != t:
                 name = repr(item[0]) if isinstance(item, tuple) else str(i)
-                raise ValueError(f"task {t}, parameter {name}: is a parameter of task {where[0]} too; every task needs replicas of its own")
+                raise ValueError(
+                    f"task {t}, parameter {name}: is a parameter of task {where[0]} too; every task needs replicas of its own"
+                )
             if where[1] == i:
                 kept.append(item)
             else:
@@ -135,7 +145,9 @@ def check_parameters(tasks: list[list], shared: bool) -> None:
             name, tensor = item if isinstance(item, tuple) else (str(i), item)
             where = f"task {t}, parameter {name!r}"
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"{where}: optimizer can only optimize Tensors, but one of the params is {torch.typename(tensor)}")
+                raise TypeError(
+                    f"{where}: optimizer can only optimize Tensors, but one of the params is {torch.typename(tensor)}"
+                )
             if not tensor.is_leaf:
                 raise ValueError(f"{where}: can't optimize a non-leaf Tensor")
             if tensor.layout != torch.strided:
@@ -147,7 +159,9 @@ def check_parameters(tasks: list[list], shared: bool) -> None:
     first = tasks[0]
     for t, task in enumerate(tasks[1:], 1):
         if len(task) != len(first):
-            raise ValueError(f"task {t}: {len(task)} parameters, but task 0 has {len(first)}; shared parameters are the same in every task")
+            raise ValueError(
+                f"task {t}: {len(task)} parameters, but task 0 has {len(first)}; shared parameters are the same in every task"
+            )
         for i, (item, model) in enumerate(zip(task, first, strict=True)):
             if isinstance(item, tuple) != isinstance(model, tuple):
                 raise ValueError("all optimizer params should be with/without names. Some param names are missing")
@@ -160,4 +174,6 @@ def check_parameters(tasks: list[list], shared: bool) -> None:
                 ("device", tensor.device, model_tensor.device),
             ):
                 if mine != theirs:
-                    raise ValueError(f"task {t}, parameter {name!r}: {what} is {mine}, but {theirs} in task 0; shared parameters are the same in every task")
+                    raise ValueError(
+                        f"task {t}, parameter {name!r}: {what} is {mine}, but {theirs} in task 0; shared parameters are the same in every task"
+                    )

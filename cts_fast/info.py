@@ -14,7 +14,9 @@ from cts_fast.groups import DTYPES
 
 def main() -> None:
     """Print one line a fact."""
-    print(f"cts_fast {__version__}, Python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}")
+    print(
+        f"cts_fast {__version__}, Python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}"
+    )
     print(f"machine: {platform.machine()}, {platform.system()} {platform.release()}")
     print(f"CPU kernel: {_cpu_kernel()}")
     print(f"CUDA: {_cuda()}")

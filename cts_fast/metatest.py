@@ -97,7 +97,7 @@ class MetaTester:
     @torch.inference_mode()
     def _test(self, net: torch.nn.Module) -> float:
         net.eval()
-        parts = zip(self.test_images.split(500), self.test_labels.split(500))
+        parts = zip(self.test_images.split(500), self.test_labels.split(500), strict=True)
         correct = sum(
             (logits(net, normalize(images), self.precision).argmax(1) == labels).sum() for images, labels in parts
         )

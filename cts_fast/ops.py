@@ -20,7 +20,10 @@ BACKENDS = {  # name → module with `unavailable(device, dtype, capturable, gro
     "torch": "cts_fast.torch_backend",
     "reference": "cts_fast.reference",
 }
-PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}  # fastest first, by device; others take "torch"
+PREFERENCE = {
+    "cuda": ("cuda", "triton", "torch"),
+    "cpu": ("cpu", "torch"),
+}  # fastest first, by device; others take "torch"
 
 
 class Hyper(NamedTuple):
@@ -68,7 +71,9 @@ class Control(NamedTuple):
                     self.nonfinite[i] |= ~gradient.isfinite().all()
 
 
-def unavailable(backend: str, device: torch.device, dtype: torch.dtype, capturable: bool = False, groups: int = 1) -> str | None:
+def unavailable(
+    backend: str, device: torch.device, dtype: torch.dtype, capturable: bool = False, groups: int = 1
+) -> str | None:
     """Why `backend` cannot run on that device and dtype with so many param groups; None if it can."""
     try:
         module = importlib.import_module(BACKENDS[backend])
@@ -93,7 +98,9 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, capturable: 
         if reason is None:
             return name
         why[name] = reason
-    raise RuntimeError(f"no backend can run {dtype} on {device}: " + "; ".join(f"{name!r}: {reason}" for name, reason in why.items()))
+    raise RuntimeError(
+        f"no backend can run {dtype} on {device}: " + "; ".join(f"{name!r}: {reason}" for name, reason in why.items())
+    )
 
 
 def counts_on_device(backends: Iterable[str]) -> bool:
@@ -147,7 +154,9 @@ def _keep_started_(flats: Sequence[Flat], gradients: Gradients, hyper: Sequence[
             flat.all_started = True
         elif not flat.all_started and any(h.momentum for h in hyper):
             present = torch.tensor([gradient is not None for gradient in gradients[first:last]], device="cpu")
-            uses_momentum = torch.tensor([hyper[segment.group].momentum != 0 for segment in flat.segments], device="cpu")
+            uses_momentum = torch.tensor(
+                [hyper[segment.group].momentum != 0 for segment in flat.segments], device="cpu"
+            )
             flat.started |= present.view_as(flat.started) & uses_momentum[:, None]
             flat.all_started = bool(flat.started.all())
         first = last

@@ -18,10 +18,24 @@ from cts_fast.counters import NAMES as COUNTERS
 from cts_fast.counters import Numbers
 from cts_fast.flat import Flat, Segment, make_flats
 from cts_fast.gradients import Collector, adopt_moved_, check_moved
+from cts_fast.groups import (
+    PER_GROUP,
+    as_groups,
+    check_hyper,
+    check_needs,
+    check_options,
+    check_parameters,
+    drop_duplicates,
+    split_tasks,
+)
 from cts_fast.saved import matching
-from cts_fast.groups import PER_GROUP, as_groups, check_hyper, check_needs, check_options, check_parameters, drop_duplicates, split_tasks
 
-OPTIONS = ("horizon", "meta_interval", "reset_momentum", "capturable")  # of the whole optimizer; every group carries them
+OPTIONS = (
+    "horizon",
+    "meta_interval",
+    "reset_momentum",
+    "capturable",
+)  # of the whole optimizer; every group carries them
 
 
 _values_of = itemgetter(*PER_GROUP)
@@ -100,7 +114,9 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    needs: frozenset[str] = frozenset()  # what `step` must be given beside gradients: "losses", "heldout" (see cts_fast.baselines)
+    needs: frozenset[str] = (
+        frozenset()
+    )  # what `step` must be given beside gradients: "losses", "heldout" (see cts_fast.baselines)
 
     def __init__(
         self, tasks: Iterable, lr: float | Tensor = 1e-3, *, momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0,
@@ -129,7 +145,9 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         if heads is not None:
             self._add_heads(heads)
         if not any(group["shared"] and group["params"] for group in self.param_groups):
-            raise ValueError("every group is a head group (shared=False) or empty; an initialization needs shared parameters")
+            raise ValueError(
+                "every group is a head group (shared=False) or empty; an initialization needs shared parameters"
+            )
         self._build()
 
     # Groups ----------------------------------------------------------------------------------------------------------------------
@@ -149,7 +167,12 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         shared = param_group.get("shared", True)
         tasks = drop_duplicates(split_tasks(param_group["params"], self._num_tasks))
         check_parameters(tasks, shared)
-        group = {**param_group, "params": list(chain.from_iterable(tasks)), "shared": shared, "sizes": [len(task) for task in tasks]}
+        group = {
+            **param_group,
+            "params": list(chain.from_iterable(tasks)),
+            "shared": shared,
+            "sizes": [len(task) for task in tasks],
+        }
         if self._built:
             self._take_back_()
         super().add_param_group(group)
@@ -164,14 +187,19 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     def _add_heads(self, heads: Iterable) -> None:
         heads = [list(head) for head in heads]
         if len(heads) != self._num_tasks:
-            raise ValueError(f"heads of {len(heads)} tasks given, but there are {self._num_tasks} tasks; give one iterable a task")
+            raise ValueError(
+                f"heads of {len(heads)} tasks given, but there are {self._num_tasks} tasks; give one iterable a task"
+            )
         if not any(heads):
             return
         named = "param_names" in self.param_groups[0]
         tensors = [[item[1] if isinstance(item, tuple) else item for item in head] for head in heads]
         if named:  # torch wants names in all groups or in none
             tensors = [
-                [(item[0] if isinstance(item, tuple) else f"head.{i}", tensor) for i, (item, tensor) in enumerate(zip(head, own, strict=True))]
+                [
+                    (item[0] if isinstance(item, tuple) else f"head.{i}", tensor)
+                    for i, (item, tensor) in enumerate(zip(head, own, strict=True))
+                ]
                 for head, own in zip(heads, tensors, strict=True)
             ]
         self.add_param_group({"params": tensors, "shared": False})
@@ -184,12 +212,16 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             starts = [sum(sizes[:t]) for t in range(len(sizes))]
             if group["shared"]:
                 for n in range(sizes[0] if sizes else 0):
-                    segments.append(Segment(g, names[n] if names else str(shared), [params[start + n] for start in starts]))
+                    segments.append(
+                        Segment(g, names[n] if names else str(shared), [params[start + n] for start in starts])
+                    )
                     shared += 1
             else:
                 for t, (start, size) in enumerate(zip(starts, sizes, strict=True)):
                     for n in range(size):
-                        segments.append(Segment(g, names[start + n] if names else f"head.{n}", [params[start + n]], task=t))
+                        segments.append(
+                            Segment(g, names[start + n] if names else f"head.{n}", [params[start + n]], task=t)
+                        )
         return segments
 
     # Buffers ---------------------------------------------------------------------------------------------------------------------
@@ -204,16 +236,23 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         names = [segment.name for segment in shared]
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"parameter {twice!r}: two shared parameters have that name; names of the initialization must differ")
+            raise ValueError(
+                f"parameter {twice!r}: two shared parameters have that name; names of the initialization must differ"
+            )
         capturable = self.param_groups[0]["capturable"]
         by_kind: dict[tuple, dict[bool, list[Segment]]] = {}
         for segment in segments:
             first = segment.params[0]
             by_kind.setdefault((first.device, first.dtype), {}).setdefault(segment.task is None, []).append(segment)
-        backends = [ops.resolve(self._backend_choice, device, dtype, capturable, len(self.param_groups)) for device, dtype in by_kind]
+        backends = [
+            ops.resolve(self._backend_choice, device, dtype, capturable, len(self.param_groups))
+            for device, dtype in by_kind
+        ]
         counting = capturable and ops.counts_on_device(backends)
         if counting and len({device for device, _ in by_kind}) > 1:
-            raise ValueError("capturable=True: one step's counters live on one device, but the parameters are on several")
+            raise ValueError(
+                "capturable=True: one step's counters live on one device, but the parameters are on several"
+            )
         flats = [make_flats(kind, counting) for kind in by_kind.values()]
         collectors = [Collector(kind) for kind in flats]
         launchers = [ops.make_launcher(name, kind) for name, kind in zip(backends, flats, strict=True)]
@@ -226,10 +265,20 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         for flat in chain.from_iterable(flats):
             self._fill_(flat)
         self.state[first]["counters"], self._counters = counters, Numbers(counters)
-        self._backends, self._counting, self._flats, self._collectors, self._launchers = backends, counting, flats, collectors, launchers
+        self._backends, self._counting, self._flats, self._collectors, self._launchers = (
+            backends,
+            counting,
+            flats,
+            collectors,
+            launchers,
+        )
         self._initialization = {segment.name: self.state[segment.params[0]]["initialization"] for segment in shared}
         raises = self._nonfinite == "raise"
-        self._flags = [torch.zeros(sum(len(f.params) for f in kind), dtype=torch.uint8, device=kind[0].device) for kind in flats] if raises else None
+        self._flags = (
+            [torch.zeros(sum(len(f.params) for f in kind), dtype=torch.uint8, device=kind[0].device) for kind in flats]
+            if raises
+            else None
+        )
         self._hyper_values: list = []  # what `_known_hyper` was made from, the objects themselves
         self._built = True
 
@@ -239,7 +288,10 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             first = segment.params[0].detach()
             for row, param in enumerate(segment.params[1:], 1):
                 if not torch.equal(param.nan_to_num(), first.nan_to_num()):
-                    warnings.warn(f"{segment.where(row)}: differs from task 0; every task starts at task 0's parameters", stacklevel=5)
+                    warnings.warn(
+                        f"{segment.where(row)}: differs from task 0; every task starts at task 0's parameters",
+                        stacklevel=5,
+                    )
                     return
 
     def _fill_(self, flat: Flat) -> None:
@@ -331,7 +383,9 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             self._counters.tensor[3] += bad.to(torch.int64)
             found_inf = bad if found_inf is None else torch.maximum(found_inf.view(()), bad)
         horizon = ops.NEVER if options["horizon"] is None else options["horizon"]
-        counting = ops.Counting(self._counters.tensor, horizon, options["meta_interval"], found_inf, getattr(self, "grad_scale", None))
+        counting = ops.Counting(
+            self._counters.tensor, horizon, options["meta_interval"], found_inf, getattr(self, "grad_scale", None)
+        )
         control = ops.Control(False, False, options["reset_momentum"], counting=counting)
         self._apply_(gradients, hyper, control, self._flags, losses, heldout)
 
@@ -342,7 +396,11 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         inner_step += 1
         meta_update = inner_step % options["meta_interval"] == 0
         reset = options["horizon"] is not None and inner_step >= options["horizon"]
-        return ops.Control(meta_update, reset, options["reset_momentum"]), (0 if reset else inner_step, round_ + reset, meta_updates + meta_update)
+        return ops.Control(meta_update, reset, options["reset_momentum"]), (
+            0 if reset else inner_step,
+            round_ + reset,
+            meta_updates + meta_update,
+        )
 
     def _apply_(self, gradients, hyper: list[ops.Hyper], control: ops.Control, nonfinite, losses, heldout) -> None:
         """The step itself; another method of `cts_fast.baselines` puts its own meta-update here."""
@@ -351,7 +409,9 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     def _hyper(self) -> list[ops.Hyper]:
         values = [value for group in self.param_groups for value in _values_of(group)]
         if len(values) != len(self._hyper_values) or not all(map(is_, values, self._hyper_values)):  # somebody set one
-            self._known_hyper = [_checked([self._read(value) for value in _values_of(group)]) for group in self.param_groups]
+            self._known_hyper = [
+                _checked([self._read(value) for value in _values_of(group)]) for group in self.param_groups
+            ]
             changes_in_place = any(isinstance(value, Tensor) for value in values)
             self._hyper_values = [] if changes_in_place else values
         return self._known_hyper
@@ -363,14 +423,18 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         return value
 
     def _report_nonfinite(self) -> None:
-        if not self._flags or (any(flags.is_cuda for flags in self._flags) and torch.cuda.is_current_stream_capturing()):
+        if not self._flags or (
+            any(flags.is_cuda for flags in self._flags) and torch.cuda.is_current_stream_capturing()
+        ):
             return
         for flags, flats in zip(self._flags, self._flats, strict=True):
             for i in flags.nonzero().flatten().tolist():
                 for seen in self._flags:
                     seen.zero_()
                 places = [segment.where(row) for flat in flats for segment in flat.segments for row in range(flat.rows)]
-                raise RuntimeError(f"{places[i]}: the gradient of the last step held a NaN or an infinity; that step was applied")
+                raise RuntimeError(
+                    f"{places[i]}: the gradient of the last step held a NaN or an infinity; that step was applied"
+                )
 
     # What users read and set -------------------------------------------------------------------------------------------------------
 
@@ -429,9 +493,20 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         if len(values) != len(self._initialization):
             raise ValueError(f"{len(values)} tensors given, but the initialization has {len(self._initialization)}")
         for (name, phi), value in zip(self._initialization.items(), values, strict=True):
-            if not isinstance(value, Tensor) or value.shape != phi.shape or not value.is_floating_point() or value.layout != torch.strided:
-                given = f"{value.dtype} {tuple(value.shape)}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"parameter {name!r}: {given} given, but a dense real tensor of {tuple(phi.shape)} is needed")
+            if (
+                not isinstance(value, Tensor)
+                or value.shape != phi.shape
+                or not value.is_floating_point()
+                or value.layout != torch.strided
+            ):
+                given = (
+                    f"{value.dtype} {tuple(value.shape)}, {value.layout}"
+                    if isinstance(value, Tensor)
+                    else type(value).__name__
+                )
+                raise ValueError(
+                    f"parameter {name!r}: {given} given, but a dense real tensor of {tuple(phi.shape)} is needed"
+                )
         self._take_back_()
         for phi, value in zip(self._initialization.values(), values, strict=True):
             phi.copy_(value)

@@ -36,7 +36,13 @@ def meta_update(phi: Tensor, theta: Sequence[Tensor], h: Hyper) -> Tensor:
 
 
 def shifting_step_(
-    phi: Tensor | None, theta: Sequence[Tensor], v: Sequence[Tensor], g: Sequence[Tensor | None], started: Sequence[bool], h: Hyper, c: Control
+    phi: Tensor | None,
+    theta: Sequence[Tensor],
+    v: Sequence[Tensor],
+    g: Sequence[Tensor | None],
+    started: Sequence[bool],
+    h: Hyper,
+    c: Control,
 ) -> None:
     """One step of Algorithm 2 for one tensor of all tasks, in place.
 
@@ -61,7 +67,11 @@ def shifting_step_(
 
 def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
     """Why this backend cannot run there; None if it can."""
-    return "it takes its decisions on the host, which a captured step may not" if capturable and device.type != "cpu" else None
+    return (
+        "it takes its decisions on the host, which a captured step may not"
+        if capturable and device.type != "cpu"
+        else None
+    )
 
 
 class Launcher(Passes):
@@ -77,7 +87,10 @@ class Launcher(Passes):
             flat.hear_()
             for n, segment in enumerate(flat.segments):
                 columns = slice(segment.offset, segment.offset + segment.numel)
-                g = [None if x is None else as_flat(x, flat.work_dtype) * control.inverse_scale for x in gradients[i : i + flat.rows]]
+                g = [
+                    None if x is None else as_flat(x, flat.work_dtype) * control.inverse_scale
+                    for x in gradients[i : i + flat.rows]
+                ]
                 control.flag_nonfinite(i, g)
                 v = [row[columns].to(flat.work_dtype) for row in flat.momentum]
                 shifting_step_(

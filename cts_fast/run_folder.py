@@ -66,7 +66,9 @@ class RunFolder:
                 "or add --overwrite to replace it"
             )
         path.mkdir(parents=True, exist_ok=True)
-        for file in sorted(stale, key=lambda file: file.name != FINISHED):  # the mark first: what is half gone is not finished
+        for file in sorted(
+            stale, key=lambda file: file.name != FINISHED
+        ):  # the mark first: what is half gone is not finished
             file.unlink(missing_ok=True)
         write_json(path / CONFIG, config, indent=1)
 

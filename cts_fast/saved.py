@@ -17,10 +17,14 @@ def matching(optimizer, state_dict: Mapping) -> tuple[list[dict], list[tuple[Ten
     """
     for name in ("state", "param_groups"):
         if name not in state_dict:
-            raise ValueError(f"{name!r} is missing in the loaded state dict; give what an optimizer's state_dict() returned")
+            raise ValueError(
+                f"{name!r} is missing in the loaded state dict; give what an optimizer's state_dict() returned"
+            )
     saved_groups = deepcopy(state_dict["param_groups"])
     _check_groups(optimizer.param_groups, saved_groups)
-    places = {param: segment.where(row) for segment in optimizer._segments() for row, param in enumerate(segment.params)}
+    places = {
+        param: segment.where(row) for segment in optimizer._segments() for row, param in enumerate(segment.params)
+    }
     entries = []
     for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=True):
         for param, index in zip(group["params"], saved_group["params"], strict=True):
@@ -32,15 +36,23 @@ def matching(optimizer, state_dict: Mapping) -> tuple[list[dict], list[tuple[Ten
 
 def _check_groups(groups: list[dict], saved_groups: list[dict]) -> None:
     if len(saved_groups) != len(groups):
-        raise ValueError(f"loaded state dict has {len(saved_groups)} parameter groups, but the optimizer has {len(groups)}")
+        raise ValueError(
+            f"loaded state dict has {len(saved_groups)} parameter groups, but the optimizer has {len(groups)}"
+        )
     for g, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         sizes = saved.get("sizes", group["sizes"])
         if len(sizes) != len(group["sizes"]):
-            raise ValueError(f"group {g}: loaded state dict has {len(sizes)} tasks, but the optimizer has {len(group['sizes'])}")
+            raise ValueError(
+                f"group {g}: loaded state dict has {len(sizes)} tasks, but the optimizer has {len(group['sizes'])}"
+            )
         if saved.get("shared", group["shared"]) != group["shared"]:
-            raise ValueError(f"group {g}: loaded state dict has shared={saved['shared']}, but the optimizer has shared={group['shared']}")
+            raise ValueError(
+                f"group {g}: loaded state dict has shared={saved['shared']}, but the optimizer has shared={group['shared']}"
+            )
         if sizes != group["sizes"] or len(saved["params"]) != len(group["params"]):
-            raise ValueError(f"group {g}: loaded state dict has {sizes} parameters by task, but the optimizer has {group['sizes']}")
+            raise ValueError(
+                f"group {g}: loaded state dict has {sizes} parameters by task, but the optimizer has {group['sizes']}"
+            )
         for mine, theirs in zip(group.get("param_names", ()), saved.get("param_names", ()), strict=False):
             if mine != theirs:
                 raise ValueError(f"group {g}, parameter {mine!r}: is named {theirs!r} in the loaded state dict")

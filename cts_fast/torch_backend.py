@@ -19,7 +19,11 @@ BLOCK = 1 << 19  # columns of all tasks together that one pass takes
 
 def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
     """Why this backend cannot run there; None if it can."""
-    return "it takes its decisions on the host, which a captured step may not" if capturable and device.type != "cpu" else None
+    return (
+        "it takes its decisions on the host, which a captured step may not"
+        if capturable and device.type != "cpu"
+        else None
+    )
 
 
 class Launcher(Passes):

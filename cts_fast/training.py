@@ -64,7 +64,7 @@ class MetaTrainer:
         method: a class of `cts_fast.baselines.METHODS`; options: further arguments of it.
         tasks: `cts_fast.data.Task`s; their training images are used.
         meta_lr: the method's beta.
-        map: runs a function for every task, as `cts_fast.parallel.task_map` yields it.
+        map_tasks: runs a function for every task, as `cts_fast.parallel.task_map` yields it.
         capture: replay the whole of a step, its batches included, as a CUDA graph (`cts_fast.capture`); only for methods with no needs.
         streams: of a captured step.
         precision: "fp32", or "bf16" for forward passes under autocast; parameters, gradients and batch-norm statistics stay float32.
@@ -79,7 +79,7 @@ class MetaTrainer:
         meta_lr: float,
         seed: int,
         device: torch.device | str = "cpu",
-        map: Callable[..., Any] = map,
+        map_tasks: Callable[..., Any] = map,
         capture: bool = False,
         streams: int = STREAMS,
         precision: str = "fp32",
@@ -89,7 +89,7 @@ class MetaTrainer:
             raise ValueError("meta-training needs at least one task")
         self.tasks = tuple(task.name for task in tasks)
         self.step = 0
-        self.map = map
+        self.map_tasks = map_tasks
         self.nets = [new_net(len(task.classes), seed=seed, head=task.name).to(device) for task in tasks]
         self.streams, self.held_back = [], []
         for task in tasks:
@@ -159,13 +159,13 @@ class MetaTrainer:
         drawn = drawn.to(self.streams[0].images.device, non_blocking=True)
         self.optimizer.zero_grad()
         with self.counts.together():
-            losses = list(self.map(self._backward, self.nets, self.streams, drawn))
+            losses = list(self.map_tasks(self._backward, self.nets, self.streams, drawn))
         needed: dict[str, Any] = {}
         if "losses" in self.needs:
             needed["losses"] = losses
         if "heldout" in self.needs:
             needed["heldout"] = [
-                _HeldOutLoss(self.loss, net, stream) for net, stream in zip(self.nets, self.held_back)
+                _HeldOutLoss(self.loss, net, stream) for net, stream in zip(self.nets, self.held_back, strict=True)
             ]
         self.optimizer.step(**needed)
         return torch.stack(losses)
@@ -191,11 +191,11 @@ class MetaTrainer:
         """Goes on exactly where `state` was taken; raises ValueError if it is of other tasks."""
         if tuple(state["tasks"]) != self.tasks:
             raise ValueError(f"the state is of the tasks {', '.join(state['tasks'])}, not of {', '.join(self.tasks)}")
-        for net, saved in zip(self.nets, state["nets"]):
+        for net, saved in zip(self.nets, state["nets"], strict=True):
             net.load_state_dict(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         for streams, saved in ((self.streams, state["streams"]), (self.held_back, state["held_back"])):
-            for stream, one in zip(streams, saved):
+            for stream, one in zip(streams, saved, strict=True):
                 stream.load_state_dict(one)
         self.step = state["step"]
 

@@ -24,7 +24,9 @@ from cts_fast.gradients import Gradients
 from cts_fast.ops import Control, Hyper
 from cts_fast.passes import Passes
 
-TILE = tl.constexpr(5)  # numbers a tile: its column in the buffers, columns left in its tensor, its place in the tensor, group, first gradient
+TILE = tl.constexpr(
+    5
+)  # numbers a tile: its column in the buffers, columns left in its tensor, its place in the tensor, group, first gradient
 HYPER = tl.constexpr(11)  # numbers a group: Hyper's eight, the gradients' factor, addresses of a tensor α and β
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 META_UPDATE, RESET, RESET_MOMENTUM = (tl.constexpr(1 << i) for i in range(3))  # bits of `mode`
@@ -88,7 +90,9 @@ def _inner_step(
     g = tl.load(gradient, mask=mask & has, other=0).to(WORK)
     x = _stored(theta, master, spot, mask, WORK)
     mu, lr, weight_decay = tl.load(h + 1).to(WORK), _learning_rate(h, h + 9), tl.load(h + 3).to(WORK)
-    decays = tl.full([1], weight_decay, WORK) != 0  # masks have a shape, since the interpreter cannot broadcast a scalar one
+    decays = (
+        tl.full([1], weight_decay, WORK) != 0
+    )  # masks have a shape, since the interpreter cannot broadcast a scalar one
     if PLAIN:
         has_momentum = tl.full([1], 1, tl.int1)
         old = tl.load(v + spot, mask=mask, other=0).to(WORK)
@@ -98,7 +102,10 @@ def _inner_step(
         has_momentum = tl.full([1], mu, WORK) != 0
         old = tl.load(v + spot, mask=mask & has_momentum, other=0).to(WORK)
         gain = (1 - tl.load(h + 2)).to(WORK)
-        nesterov, maximize = tl.full([1], tl.load(h + 4), tl.float64) != 0, tl.full([1], tl.load(h + 5), tl.float64) != 0
+        nesterov, maximize = (
+            tl.full([1], tl.load(h + 4), tl.float64) != 0,
+            tl.full([1], tl.load(h + 5), tl.float64) != 0,
+        )
         g = g * scale.to(WORK)
         if nonfinite is not None:
             bad = tl.max((tl.abs(g) < float("inf")).to(tl.int32) ^ 1, axis=1)
@@ -170,7 +177,20 @@ def _step(
 
 
 @triton.jit
-def _advance(counters, started, gradients, groups, hyper, count, shared_count, meta_update, reset, clear, counts, BLOCK: tl.constexpr):
+def _advance(
+    counters,
+    started,
+    gradients,
+    groups,
+    hyper,
+    count,
+    shared_count,
+    meta_update,
+    reset,
+    clear,
+    counts,
+    BLOCK: tl.constexpr,
+):
     """What the last program to finish does: counters and first-gradient flags, and the ticket for the next step."""
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -252,7 +272,18 @@ def shifting_step_kernel(
                 reset = (mode & RESET) != 0
                 clear = reset & ((mode & RESET_MOMENTUM) != 0)
                 _advance(
-                    counters, started, gradients, groups, hyper, count, shared_count, (mode & META_UPDATE) != 0, reset, clear, counts, BLOCK
+                    counters,
+                    started,
+                    gradients,
+                    groups,
+                    hyper,
+                    count,
+                    shared_count,
+                    (mode & META_UPDATE) != 0,
+                    reset,
+                    clear,
+                    counts,
+                    BLOCK,
                 )
 
 
@@ -278,7 +309,13 @@ def make_tiles(flats: Sequence[Flat], block: int) -> Tensor:
     for flat in flats:
         for segment in flat.segments:
             at = torch.arange(0, segment.numel, block, device="cpu")
-            rows = [segment.offset + at, segment.numel - at, at, torch.full_like(at, segment.group), torch.full_like(at, first)]
+            rows = [
+                segment.offset + at,
+                segment.numel - at,
+                at,
+                torch.full_like(at, segment.group),
+                torch.full_like(at, first),
+            ]
             tiles.append(torch.stack(rows, dim=1))
             first += flat.rows
     return torch.cat(tiles)
@@ -306,9 +343,13 @@ class Launcher(Passes):
         self.tasks, self.work_dtype = shared.rows if shared else 1, flats[0].work_dtype
         self.shape = tile_shape(self.tasks, self.work_dtype)
         tiles = make_tiles(flats, self.shape["BLOCK"])
-        self.shared_tiles = sum(-(-segment.numel // self.shape["BLOCK"]) for segment in shared.segments) if shared else 0
+        self.shared_tiles = (
+            sum(-(-segment.numel // self.shape["BLOCK"]) for segment in shared.segments) if shared else 0
+        )
         self.num_tiles = len(tiles)
-        self.tiles = (tiles if len(tiles) else torch.zeros(1, TILE.value, dtype=torch.int64, device="cpu")).to(self.device)
+        self.tiles = (tiles if len(tiles) else torch.zeros(1, TILE.value, dtype=torch.int64, device="cpu")).to(
+            self.device
+        )
         groups = [segment.group for flat in flats for segment in flat.segments for _ in range(flat.rows)]
         self.groups = torch.tensor(groups, dtype=torch.int32, device=self.device)
         self.num_groups = max(groups) + 1
@@ -321,7 +362,11 @@ class Launcher(Passes):
         addresses = host_addresses(gradients)
         counting, shared, head = control.counting, self.shared, self.head
         started, dampened = None, any(h.dampening and h.momentum for h in hyper)
-        mode = control.meta_update * META_UPDATE.value | control.reset * RESET.value | control.reset_momentum * RESET_MOMENTUM.value
+        mode = (
+            control.meta_update * META_UPDATE.value
+            | control.reset * RESET.value
+            | control.reset_momentum * RESET_MOMENTUM.value
+        )
         on = [None] * 7 if counting is None else [
             counting.counters, self.ticket, counting.horizon, counting.meta_interval, counting.found_inf, counting.grad_scale, int(counting.advances)
         ]  # fmt: skip
@@ -344,7 +389,9 @@ class Launcher(Passes):
     def _table(self, addresses: Tensor, hyper: Sequence[Hyper], control: Control) -> Tensor:
         """The device's table: int64 [count + groups · HYPER], gradients' addresses and then the hyper-parameters' bits."""
         rates = [[rate_address(rate) for rate in (h.lr, h.meta_lr)] for h in hyper]
-        values = [[*(0.0 if isinstance(value, Tensor) else float(value) for value in h), control.inverse_scale] for h in hyper]
+        values = [
+            [*(0.0 if isinstance(value, Tensor) else float(value) for value in h), control.inverse_scale] for h in hyper
+        ]
         bits = torch.tensor(values, dtype=torch.float64, device="cpu").view(torch.int64)
         hosts = torch.cat([bits, torch.tensor(rates, dtype=torch.int64, device="cpu")], dim=1)
         return self.table(torch.cat([addresses, hosts.flatten()]), control.counting is not None)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`; last, so that an installed package comes before the checkout's
+sys.path.append(
+    str(Path(__file__).parents[1])
+)  # for `benchmarks`; last, so that an installed package comes before the checkout's
 
 # Without a GPU, Triton's interpreter runs the kernels on CPU tensors; Triton reads this when it is first imported.
 

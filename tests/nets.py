@@ -16,7 +16,9 @@ def make_nets(count=3, dtype=torch.float32, seed=0):
 
 def make_optimizer(nets, **options):
     options = {"lr": 0.05, "momentum": 0.9, "meta_lr": 0.1, "horizon": 4, **options}
-    return ShiftingMetaOptimizer([net[:2].named_parameters() for net in nets], heads=[net[4].parameters() for net in nets], **options)
+    return ShiftingMetaOptimizer(
+        [net[:2].named_parameters() for net in nets], heads=[net[4].parameters() for net in nets], **options
+    )
 
 
 def backward(nets, step=0, scale=1.0):

@@ -45,7 +45,9 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     if layout == "channels_last" and values.dim() == 4:
         return values.contiguous(memory_format=torch.channels_last)
     if layout == "sliced" and values.dim() >= 1:
-        wide = torch.full((*values.shape[:-1], 2 * values.shape[-1] + 1), float("nan"), dtype=values.dtype, device=values.device)
+        wide = torch.full(
+            (*values.shape[:-1], 2 * values.shape[-1] + 1), float("nan"), dtype=values.dtype, device=values.device
+        )
         wide[..., 1::2] = values
         return wide[..., 1::2]
     if layout == "unaligned":
@@ -56,7 +58,9 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return values.clone()
 
 
-def build(case: Case, backend: str, device: str = "cpu", dtype: torch.dtype | None = None, cls=ShiftingMetaOptimizer, **more):
+def build(
+    case: Case, backend: str, device: str = "cpu", dtype: torch.dtype | None = None, cls=ShiftingMetaOptimizer, **more
+):
     """(optimizer, parameters of each task, shared ones first) of a case; every task starts at the first one's values."""
     dtype = dtype or case.dtype
     draw = torch.Generator().manual_seed(case.seed)
@@ -115,7 +119,9 @@ def assert_as_exact_as_reference(case: Case, backend: str, device: str = "cpu") 
         wrong = ((o - e).abs() > bound) | o.isnan()
         if wrong.any():
             at = tuple(wrong.nonzero()[0].tolist())
-            raise AssertionError(f"{backend} on {device}: {name}{list(at)} is {o[at]:.9g}, exact {e[at]:.9g}, reference {r[at]:.9g}; {case}")
+            raise AssertionError(
+                f"{backend} on {device}: {name}{list(at)} is {o[at]:.9g}, exact {e[at]:.9g}, reference {r[at]:.9g}; {case}"
+            )
 
 
 def assert_is_torch_sgd(case: Case, backend: str) -> None:
@@ -141,14 +147,20 @@ def cases(draw) -> Case:
     """Cases over everything the step offers."""
     tasks = draw(st.sampled_from([1, 2, 3, 4, 8, 9, 17]))
     shape = st.lists(st.integers(0, 9), min_size=0, max_size=4).map(tuple)
-    shapes = tuple(draw(st.lists(st.one_of(shape, st.sampled_from([(129,), (1,), (16, 8), (), (300,)])), min_size=1, max_size=4)))
+    shapes = tuple(
+        draw(st.lists(st.one_of(shape, st.sampled_from([(129,), (1,), (16, 8), (), (300,)])), min_size=1, max_size=4))
+    )
     heads = tuple(tuple(draw(st.lists(shape, max_size=2))) for _ in range(tasks)) if draw(st.booleans()) else ()
     if not any(heads):
         heads = ()
     steps = draw(st.integers(1, 6))
     sizes = [len(shapes) + (len(heads[t]) if heads else 0) for t in range(tasks)]
     everything = [(s, t, i) for s in range(steps) for t in range(tasks) for i in range(sizes[t])]
-    missing = frozenset(draw(st.sets(st.sampled_from(everything), max_size=len(everything)))) if draw(st.booleans()) else frozenset()
+    missing = (
+        frozenset(draw(st.sets(st.sampled_from(everything), max_size=len(everything))))
+        if draw(st.booleans())
+        else frozenset()
+    )
     momentum = draw(st.sampled_from([0.0, 0.9, 0.5]))
     nesterov = momentum > 0 and draw(st.booleans())
     options = dict(

@@ -170,7 +170,7 @@ def test_two_groups_with_their_own_rates_equal_two_optimizers_in_one_dimension_e
                     **given(
                         opt,
                         [0.0] * 2,
-                        [lambda t=t: (p[t][0] + 1).square().sum() + (p[t][1] + 2).square().sum() for t in range(2)],
+                        [lambda a=a, b=b: (a + 1).square().sum() + (b + 2).square().sum() for a, b in p],
                     )
                 )
             for task in p:

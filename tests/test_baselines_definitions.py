@@ -125,13 +125,17 @@ def test_a_random_direction_is_a_balanced_choice_of_two_values():
     r = torch.cat([p.detach() for p in task[0]]) - 1
     delta = phi_of(opt)
     torch.testing.assert_close(r.abs(), torch.full_like(r, (delta.norm() / len(r) ** 0.5).item()), rtol=1e-9, atol=0)
-    assert abs(r.sign().mean()) < 0.05 and abs((r.sign()[1:] * r.sign()[:-1]).mean()) < 0.05  # three standard deviations
+    assert (
+        abs(r.sign().mean()) < 0.05 and abs((r.sign()[1:] * r.sign()[:-1]).mean()) < 0.05
+    )  # three standard deviations
 
 
 def test_random_words_are_those_of_splitmix64_and_may_begin_anywhere():
     known = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # the first three of seed 0
     assert [word % 2**64 for word in random_words(0, 0, 3, torch.device("cpu")).tolist()] == known
-    assert torch.equal(random_words(2**64 - 9, 0, 9, torch.device("cpu"))[4:], random_words(2**64 - 9, 4, 5, torch.device("cpu")))
+    assert torch.equal(
+        random_words(2**64 - 9, 0, 9, torch.device("cpu"))[4:], random_words(2**64 - 9, 4, 5, torch.device("cpu"))
+    )
 
 
 def test_random_directions_follow_from_the_seed_and_differ_from_step_to_step():

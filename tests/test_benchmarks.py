@@ -15,7 +15,11 @@ from benchmarks.setups import NETWORKS, Problem, Setup, parameter_layout
 from benchmarks.tables import markdown
 from benchmarks.variants import VARIANTS, check
 
-SHAPES = (("conv.weight", torch.Size((4, 3, 3, 3)), (27, 1, 9, 3)), ("bias", torch.Size((5,)), (1,)), ("fc.weight", torch.Size((7, 2)), (2, 1)))
+SHAPES = (
+    ("conv.weight", torch.Size((4, 3, 3, 3)), (27, 1, 9, 3)),
+    ("bias", torch.Size((5,)), (1,)),
+    ("fc.weight", torch.Size((7, 2)), (2, 1)),
+)
 
 
 @pytest.fixture(params=[1, 3])
@@ -115,14 +119,43 @@ def test_method_to_be_timed_steps(problem, method, horizon):
 
 
 def test_report_names_a_missed_goal_beside_what_was_measured():
-    row = {"ms": 2.0, "ms_low": 1.0, "ms_high": 3.0, "gb_per_s": 20.0, "of_ceiling": 0.5, "times_step": 4.0, "times_native": 5.0}
-    names = ("released form", "foreach", "naive loop", "fused + foreach", "compiled flat + copy", "step(), cpu", "native call, cpu")
+    row = {
+        "ms": 2.0,
+        "ms_low": 1.0,
+        "ms_high": 3.0,
+        "gb_per_s": 20.0,
+        "of_ceiling": 0.5,
+        "times_step": 4.0,
+        "times_native": 5.0,
+    }
+    names = (
+        "released form",
+        "foreach",
+        "naive loop",
+        "fused + foreach",
+        "compiled flat + copy",
+        "step(), cpu",
+        "native call, cpu",
+    )
     table = {
         "network": "resnet20", "tasks": 8, "parameters": 269_072, "floor_bytes": 45_204_096, "caches": "cold", "quiet_repeats": 3,
         "repeats": 4, "missing": {"flat": "no room"}, "variants": {name: row for name in names},
     }  # fmt: skip
     machine = dict.fromkeys(
-        ("processor", "family_model", "cores", "threads", "memory_gib", "vectors", "system", "python", "torch", "cts_fast", "compiler"), "x"
+        (
+            "processor",
+            "family_model",
+            "cores",
+            "threads",
+            "memory_gib",
+            "vectors",
+            "system",
+            "python",
+            "torch",
+            "cts_fast",
+            "compiler",
+        ),
+        "x",
     )
     text = markdown({
         "machine": {**machine, "last_level_cache_bytes": 1 << 25}, "command": "c", "date": "d", "seconds": 1,

@@ -66,7 +66,9 @@ def test_a_tensor_learning_rate_is_read_by_the_device(backend, device):
             group["lr"].fill_(rates[step])
             group["meta_lr"].fill_(rates[step])
 
-    assert_equal(counted(case, backend, device, False, as_number)[1], counted(case, backend, device, True, as_tensor)[1])
+    assert_equal(
+        counted(case, backend, device, False, as_number)[1], counted(case, backend, device, True, as_tensor)[1]
+    )
 
 
 @everywhere
@@ -83,12 +85,17 @@ def test_the_device_reads_the_gradient_scale_and_found_inf(backend, device):
     case = Case(3, ((9,),), steps=4, options=OPTIONS)
 
     def scaled(opt, step):
-        opt.grad_scale, opt.found_inf = torch.tensor([4.0], device=device), torch.tensor([float(step == 1)], device=device)
+        opt.grad_scale, opt.found_inf = (
+            torch.tensor([4.0], device=device),
+            torch.tensor([float(step == 1)], device=device),
+        )
 
     host, expected = counted(case, backend, device, False, scaled)
     counts, got = counted(case, backend, device, True, scaled)
     assert_equal(expected, got)
-    assert host.inner_step == counts.inner_step == 0 and host.round == counts.round == 1  # one of four steps left out, K = 3
+    assert (
+        host.inner_step == counts.inner_step == 0 and host.round == counts.round == 1
+    )  # one of four steps left out, K = 3
 
 
 @everywhere

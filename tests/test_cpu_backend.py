@@ -44,7 +44,9 @@ def run_with_threads(case: Case, threads: int) -> list[torch.Tensor]:
 
 def assert_same_bits(ones: list[torch.Tensor], others: list[torch.Tensor]) -> None:
     for one, other in zip(ones, others, strict=True):
-        assert torch.equal(one.view(torch.int64) if one.dim() else one, other.view(torch.int64) if other.dim() else other)
+        assert torch.equal(
+            one.view(torch.int64) if one.dim() else one, other.view(torch.int64) if other.dim() else other
+        )
 
 
 @every_isa
@@ -61,7 +63,9 @@ def test_every_instruction_set_is_as_exact_as_the_reference(isa, use_isa, case):
 def test_every_instruction_set_takes_any_number_of_tasks(isa, use_isa, tasks, dtype):
     use_isa(isa)
     heads = tuple(((t % 5 + 1, 3),) for t in range(tasks))
-    missing = frozenset((step, t, i) for step in range(4) for t in range(tasks) for i in range(7) if (step + t + i) % 5 == 0)
+    missing = frozenset(
+        (step, t, i) for step in range(4) for t in range(tasks) for i in range(7) if (step + t + i) % 5 == 0
+    )
     assert_as_exact_as_reference(Case(tasks, SHAPES, heads, dtype, 4, missing=missing, options=OPTIONS), "cpu")
 
 
@@ -85,7 +89,9 @@ def test_any_number_of_threads_gives_the_same_bits(tasks, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.skipif(ISAS[0] == "plain", reason="torch rounds a * b + c once where the machine can, the plain kernel never")
+@pytest.mark.skipif(
+    ISAS[0] == "plain", reason="torch rounds a * b + c once where the machine can, the plain kernel never"
+)
 @relaxed
 @given(case=cases())
 def test_without_meta_learning_tasks_are_torch_sgd_bit_for_bit(dtype, case):
@@ -104,7 +110,12 @@ def test_sixteen_bit_values_round_as_torch_rounds_them(isa, use_isa):
         opt.step()  # momentum = every, theta = −every: read, widened, narrowed and stored without loss
         assert torch.equal(opt.state[param]["momentum_buffer"], every)
         assert torch.equal(param, -every)
-        for scale in (1 / 3, 1e-4, 1.7, 900.0):  # theta = −scale · every in float32, and its rounding, ties and overflow included
+        for scale in (
+            1 / 3,
+            1e-4,
+            1.7,
+            900.0,
+        ):  # theta = −scale · every in float32, and its rounding, ties and overflow included
             param = torch.nn.Parameter(torch.zeros_like(every))
             opt = ShiftingMetaOptimizer([[param]], lr=scale, meta_lr=0.0, backend="cpu")
             param.grad = every.clone()
@@ -174,7 +185,10 @@ def test_an_instruction_set_that_is_not_there_is_refused_with_the_reason(monkeyp
 
 def odd_gradients() -> tuple[ShiftingMetaOptimizer, list[list[torch.nn.Parameter]]]:
     """An optimizer whose gradients are of every kind that is not refused."""
-    params = [[torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 6), (1, 5), (0, 3), (), (3,), (2, 2))] for _ in range(2)]
+    params = [
+        [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 6), (1, 5), (0, 3), (), (3,), (2, 2))]
+        for _ in range(2)
+    ]
     opt = ShiftingMetaOptimizer(params, lr=1.0, meta_lr=0.1, backend="cpu")
     for task in params:
         for i, param in enumerate(task):

@@ -4,7 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from step_cases import Case, assert_as_exact_as_reference, assert_table_is_sent_again_only_when_it_changed, build, places, run, set_gradients
+from step_cases import (
+    Case,
+    assert_as_exact_as_reference,
+    assert_table_is_sent_again_only_when_it_changed,
+    build,
+    places,
+    run,
+    set_gradients,
+)
 
 from cts_fast import ShiftingMetaOptimizer, ops
 
@@ -46,7 +54,9 @@ def test_more_groups_than_a_launch_holds_go_to_the_next_backend_unless_cuda_was_
 @everywhere
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_table_that_no_launch_holds_goes_through_device_memory(backend, device, capturable):
-    case = Case(30, ((3,), (130,)) * 60, (((2,),),) * 30, steps=2, missing=frozenset({(0, 1, 3), (1, 29, 120)}), options=OPTIONS)
+    case = Case(
+        30, ((3,), (130,)) * 60, (((2,),),) * 30, steps=2, missing=frozenset({(0, 1, 3), (1, 29, 120)}), options=OPTIONS
+    )
     if not capturable:
         assert_as_exact_as_reference(case, backend, device)
         return
@@ -67,5 +77,7 @@ def test_a_large_table_is_sent_again_only_when_it_changed(backend, device):
 @everywhere
 def test_gradients_off_their_alignment_change_no_bit(backend, device):
     case = Case(5, ((1030,), (33,)), options=OPTIONS)
-    for a, b in zip(run(case, backend, device), run(replace(case, grad_layout="unaligned"), backend, device), strict=True):
+    for a, b in zip(
+        run(case, backend, device), run(replace(case, grad_layout="unaligned"), backend, device), strict=True
+    ):
         assert torch.equal(a, b)

@@ -38,7 +38,9 @@ def test_the_step_is_right_under_sanitizers(shim, file):
 def shim(tmp_path_factory) -> Path:
     """csrc/shifting_step.cu as a module for CPU tensors."""
     folder = tmp_path_factory.mktemp("shim")
-    subprocess.run(["sh", str(HERE / "build_shim.sh"), str(folder)], check=True, env={**os.environ, "PYTHON": sys.executable})
+    subprocess.run(
+        ["sh", str(HERE / "build_shim.sh"), str(folder)], check=True, env={**os.environ, "PYTHON": sys.executable}
+    )
     return folder / "_cuda.so"
 
 
@@ -102,7 +104,13 @@ def usage(module) -> dict[Kernel, tuple[int, int, int]]:
 def test_every_architecture_dtype_and_number_of_tasks_has_its_kernels(usage):
     architectures = {kernel.architecture for kernel in usage}
     assert architectures
-    expected = {(a, lean, *kind, dtype, 3200) for a in architectures for lean in (False, True) for kind in KINDS for dtype in TYPES.values()}
+    expected = {
+        (a, lean, *kind, dtype, 3200)
+        for a in architectures
+        for lean in (False, True)
+        for kind in KINDS
+        for dtype in TYPES.values()
+    }
     expected |= {(a, True, *kind, "float32", 512) for a in architectures for kind in KINDS}  # small launches
     assert set(usage) == expected
 
@@ -120,7 +128,9 @@ def test_registers_are_within_the_launch_bounds(usage):
             assert blocks >= 1, kernel
         elif kernel.held == 8:
             assert registers <= 128 and blocks >= 4, kernel
-            assert blocks >= 5 or not (kernel.lean and kernel.architecture == 90 and kernel.dtype in ("float32", "float64")), kernel
+            assert blocks >= 5 or not (
+                kernel.lean and kernel.architecture == 90 and kernel.dtype in ("float32", "float64")
+            ), kernel
         else:
             assert blocks >= (5 if kernel.held == 4 else 7), kernel
 
@@ -137,7 +147,9 @@ def code(request, module, usage) -> dict[Kernel, list[str]]:
     architecture = request.param
     if architecture not in {kernel.architecture for kernel in usage}:
         pytest.skip(f"not built for sm_{architecture}")
-    parts = re.split(r"\n\s*Function : ", cuobjdump("--dump-sass", "--gpu-architecture", f"sm_{architecture}", module))[1:]
+    parts = re.split(r"\n\s*Function : ", cuobjdump("--dump-sass", "--gpu-architecture", f"sm_{architecture}", module))[
+        1:
+    ]
     return {Kernel.of(architecture, part.split()[0]): instructions(part) for part in parts}
 
 
@@ -186,7 +198,9 @@ def test_a_ticket_is_taken_before_anything_is_stored(code):
 
 def test_the_module_imports_without_a_driver(module):
     code = "import cts_fast._cuda as m; print(m.driver_version())"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
     assert out.returncode == 0 and int(out.stdout) >= 0, out.stderr
     needed = subprocess.run(["ldd", module], capture_output=True, text=True).stdout
     assert "libcuda" not in needed and "libcudart" not in needed and "torch" not in needed

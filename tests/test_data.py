@@ -59,7 +59,7 @@ def test_every_task_has_images_enough_and_balanced_classes(tasks):
 def test_any_prefix_of_a_split_is_balanced(tasks):
     for name, task in tasks.items():
         classes = len(task.classes)
-        assert task.train.labels[:3 * classes].bincount(minlength=classes).tolist() == [3] * classes, name
+        assert task.train.labels[: 3 * classes].bincount(minlength=classes).tolist() == [3] * classes, name
 
 
 def test_no_bitmap_occurs_twice_in_a_task(tasks):
@@ -85,7 +85,7 @@ def test_training_and_test_patches_of_a_photograph_share_no_pixel():
             covered = torch.zeros(2, height, width, dtype=torch.bool)
             for number, (picture, y, x) in enumerate(corners.tolist()):
                 if picture == index:
-                    covered[int(number >= entry["train"]), y:y + size, x:x + size] = True
+                    covered[int(number >= entry["train"]), y : y + size, x : x + size] = True
             assert not (covered[0] & covered[1]).any(), (entry["name"], entry["classes"][index])
 
 
@@ -142,8 +142,13 @@ def test_damage_is_found_and_named(tmp_path):
         load_suite(root=tmp_path, names=["greek"])
     assert list(load_suite(root=tmp_path, names=["symbols"])) == ["symbols"]
 
-    for broken, words in ((whole[:-10], "hangul"), (whole[:20], "does not begin"), (whole[:500], "header"),
-                          (b"x" + whole[1:], "does not begin"), (whole[:60] + b"?" + whole[61:], "header")):
+    for broken, words in (
+        (whole[:-10], "hangul"),
+        (whole[:20], "does not begin"),
+        (whole[:500], "header"),
+        (b"x" + whole[1:], "does not begin"),
+        (whole[:60] + b"?" + whole[61:], "header"),
+    ):
         copy.write_bytes(broken)
         with pytest.raises(DamagedFile, match=words):
             load_suite(root=tmp_path)
@@ -152,21 +157,22 @@ def test_damage_is_found_and_named(tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pictures_and_crops_survive_packing(channels):
     generator = torch.Generator().manual_seed(channels)
-    pictures = [torch.randint(0, 256, (channels, h, w), dtype=torch.uint8, generator=generator)
-                for h, w in ((9, 14), (11, 8))]
+    pictures = [
+        torch.randint(0, 256, (channels, h, w), dtype=torch.uint8, generator=generator) for h, w in ((9, 14), (11, 8))
+    ]
     corners = torch.tensor([[0, 0, 0], [1, 3, 0], [0, 1, 6], [1, 2, 0]])
     labels = torch.tensor([0, 1, 0, 1])
     images, decoded = archive.unpack(*archive.pack_crops(pictures, corners, labels, 8))
     assert torch.equal(decoded, labels)
-    for image, (picture, y, x) in zip(images, corners.tolist()):
-        assert torch.equal(image, pictures[picture][:, y:y + 8, x:x + 8])
+    for image, (picture, y, x) in zip(images, corners.tolist(), strict=True):
+        assert torch.equal(image, pictures[picture][:, y : y + 8, x : x + 8])
 
 
-@pytest.mark.parametrize("filter", [None, "left"])
-def test_images_survive_packing(filter):
+@pytest.mark.parametrize("differences", [None, "left"])
+def test_images_survive_packing(differences):
     images = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([3, 1, 2, 200, 0])
-    decoded, found = archive.unpack(*archive.pack_images(images, labels, filter))
+    decoded, found = archive.unpack(*archive.pack_images(images, labels, differences))
     assert torch.equal(decoded, images) and torch.equal(found, labels)
 
 
@@ -194,9 +200,11 @@ def test_every_task_stands_on_the_licence_page():
 
 
 def test_loading_needs_torch_and_the_standard_library_only():
-    code = ("import sys, torch; before = set(sys.modules); import cts_fast.data as d; d.load_suite(names=['greek']);"
-            "new = {m.split('.')[0] for m in set(sys.modules) - before};"
-            "print(new & {'numpy', 'PIL', 'fontTools', 'matplotlib', 'torchvision'})")
+    code = (
+        "import sys, torch; before = set(sys.modules); import cts_fast.data as d; d.load_suite(names=['greek']);"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before};"
+        "print(new & {'numpy', 'PIL', 'fontTools', 'matplotlib', 'torchvision'})"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 
@@ -213,8 +221,10 @@ def test_the_builder_keeps_one_of_each_bitmap_and_none_with_two_meanings():
     a, b, c = (np.full((1, 2, 2), value, np.uint8) for value in (1, 2, 3))
     kept = distinct([(a, 0, False), (a, 0, True), (b, 0, False), (b, 1, False), (c, 1, True)])
     assert [(int(image[0, 0, 0]), label, test) for image, label, test in kept] == [(1, 0, False), (3, 1, True)]
-    drafts = [Draft("one", "train", "", "", ["x", "y"], candidates=kept),
-              Draft("two", "target", "", "", ["x", "y"], candidates=[(c, 0, True)])]
+    drafts = [
+        Draft("one", "train", "", "", ["x", "y"], candidates=kept),
+        Draft("two", "target", "", "", ["x", "y"], candidates=[(c, 0, True)]),
+    ]
     assert [int(image[0, 0, 0]) for image, _, _ in without(*drafts).candidates] == [1]
 
 

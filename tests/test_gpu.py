@@ -14,7 +14,11 @@ from cts_fast.baselines import METHODS
 from cts_fast.training import MetaTrainer, MetaTrainSettings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-BACKENDS = [name for name in ("cuda", "triton") if torch.cuda.is_available() and ops.unavailable(name, torch.device("cuda"), torch.float32) is None]
+BACKENDS = [
+    name
+    for name in ("cuda", "triton")
+    if torch.cuda.is_available() and ops.unavailable(name, torch.device("cuda"), torch.float32) is None
+]
 each = pytest.mark.parametrize("backend", BACKENDS)
 OPTIONS = dict(lr=0.05, momentum=0.9, weight_decay=1e-3, meta_lr=0.1, horizon=5)
 
@@ -22,17 +26,25 @@ OPTIONS = dict(lr=0.05, momentum=0.9, weight_decay=1e-3, meta_lr=0.1, horizon=5)
 def make(backend, tasks=3, **options):
     """(nets, optimizer): small convolutional nets with heads of different sizes."""
     torch.manual_seed(0)
-    body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten())
+    body = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten()
+    )
     nets = [nn.Sequential(copy.deepcopy(body), nn.Linear(8 * 36, 4 + t)).cuda() for t in range(tasks)]
     opt = ShiftingMetaOptimizer(
-        [net[0].named_parameters() for net in nets], heads=[net[1].parameters() for net in nets], backend=backend, **{**OPTIONS, **options}
+        [net[0].named_parameters() for net in nets],
+        heads=[net[1].parameters() for net in nets],
+        backend=backend,
+        **{**OPTIONS, **options},
     )
     return nets, opt
 
 
 def batches(step, tasks=3):
     draw = torch.Generator().manual_seed(step)
-    return [(torch.randn(16, 3, 8, 8, generator=draw).cuda(), torch.randint(4, (16,), generator=draw).cuda()) for _ in range(tasks)]
+    return [
+        (torch.randn(16, 3, 8, 8, generator=draw).cuda(), torch.randint(4, (16,), generator=draw).cuda())
+        for _ in range(tasks)
+    ]
 
 
 def loss(net, x, y):
@@ -49,7 +61,9 @@ def train_eagerly(nets, opt, steps, before=lambda step: None):
 
 
 def values(nets, opt):
-    return [p.detach().double() for net in nets for p in net.parameters()] + [phi.double() for phi in opt.initialization]
+    return [p.detach().double() for net in nets for p in net.parameters()] + [
+        phi.double() for phi in opt.initialization
+    ]
 
 
 def random_gradients(opt):
@@ -162,7 +176,9 @@ def test_the_device_guard_leaves_the_current_device_alone(backend):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("capturable", [False, True])
 def test_networks_on_another_device_than_the_current_one_step_there(backend, capturable):
-    here, there = ([[nn.Parameter(torch.ones(300, device=device))] for _ in range(3)] for device in ("cuda:0", "cuda:1"))
+    here, there = (
+        [[nn.Parameter(torch.ones(300, device=device))] for _ in range(3)] for device in ("cuda:0", "cuda:1")
+    )
     for tasks in (here, there):
         opt = ShiftingMetaOptimizer(tasks, **OPTIONS, backend=backend, capturable=capturable)
         for step in range(7):
@@ -185,13 +201,21 @@ def test_a_step_with_unchanged_pointers_is_one_launch_without_copies_or_synchron
         opt.step()
         torch.cuda._sleep(1000)  # so that a profile of nothing is not taken for one of no launches
     torch.cuda.synchronize()
-    events = [event for event in profile.events() if not event.is_user_annotation]  # torch labels the time of a step on the device too
+    events = [
+        event for event in profile.events() if not event.is_user_annotation
+    ]  # torch labels the time of a step on the device too
     device = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     kernels = [name for name in device if "shifting_step" in name]
-    others = [name for name in device if "shifting_step" not in name and "spin" not in name and "sleep" not in name.lower()]
+    others = [
+        name for name in device if "shifting_step" not in name and "spin" not in name and "sleep" not in name.lower()
+    ]
     host = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     assert len(kernels) == 1 and others == []
-    waits = [name for name in host if name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaMemcpyAsync")]
+    waits = [
+        name
+        for name in host
+        if name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaMemcpyAsync")
+    ]
     assert waits == []
 
 
@@ -213,7 +237,9 @@ def test_a_host_wait_is_never_needed(backend):
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_table_larger_than_a_launch_holds_waits_for_nobody_and_can_be_captured(backend, capturable):
     def params():
-        return [[nn.Parameter(torch.ones(1, device="cuda")) for _ in range(300)] for _ in range(30)]  # 72 kB of addresses
+        return [
+            [nn.Parameter(torch.ones(1, device="cuda")) for _ in range(300)] for _ in range(30)
+        ]  # 72 kB of addresses
 
     tasks, twins = params(), params()
     opt, other = (ShiftingMetaOptimizer(p, **OPTIONS, backend=backend, capturable=capturable) for p in (tasks, twins))
@@ -252,7 +278,9 @@ def test_a_table_larger_than_a_launch_holds_waits_for_nobody_and_can_be_captured
 
 @each
 def test_a_graph_holds_more_addresses_than_4_kilobytes(backend):
-    tasks, twins = ([[nn.Parameter(torch.ones(5 + i % 3, device="cuda")) for i in range(100)] for _ in range(8)] for _ in range(2))
+    tasks, twins = (
+        [[nn.Parameter(torch.ones(5 + i % 3, device="cuda")) for i in range(100)] for _ in range(8)] for _ in range(2)
+    )
     opt, other = (ShiftingMetaOptimizer(p, **OPTIONS, backend=backend, capturable=True) for p in (tasks, twins))
     random_gradients(opt)
     for task, twin in zip(tasks, twins, strict=True):
@@ -267,7 +295,9 @@ def test_a_graph_holds_more_addresses_than_4_kilobytes(backend):
     for _ in range(7):
         opt.step()
     assert (opt.round, opt.inner_step) == (other.round, other.inner_step) == (1, 2)
-    assert all(torch.equal(p, q) for task, twin in zip(tasks, twins, strict=True) for p, q in zip(task, twin, strict=True))
+    assert all(
+        torch.equal(p, q) for task, twin in zip(tasks, twins, strict=True) for p, q in zip(task, twin, strict=True)
+    )
 
 
 TRAIN = MetaTrainSettings(horizon=4, rounds=2, batch_size=16, padding=1)
@@ -295,7 +325,9 @@ def test_captured_training_equals_eager_training_with_its_resets_and_snapshots(s
         for name, phi in eager.initialization.items():  # what a snapshot keeps
             torch.testing.assert_close(captured.initialization[name], phi, rtol=1e-4, atol=1e-5)
     assert (captured.optimizer.round, captured.optimizer.inner_step) == (2, 0) and captured.captured.graph is not None
-    counts = [[m.num_batches_tracked.item() for m in net.modules() if isinstance(m, nn.BatchNorm2d)] for net in captured.nets]
+    counts = [
+        [m.num_batches_tracked.item() for m in net.modules() if isinstance(m, nn.BatchNorm2d)] for net in captured.nets
+    ]
     assert all(count == TRAIN.steps for net in counts for count in net)
 
 
@@ -318,7 +350,22 @@ def test_the_program_resumes_on_the_gpu_what_it_was_stopped_in(deterministic, tm
     from cts_fast.examples import resnet20
 
     monkeypatch.setitem(suite.SUITES, "tiny", make_suite)
-    arguments = ["--suite", "tiny", "--horizon", "3", "--rounds", "2", "--test-steps", "2", "--test-seeds", "2", "--methods", "cts", "--device", "cuda"]
+    arguments = [
+        "--suite",
+        "tiny",
+        "--horizon",
+        "3",
+        "--rounds",
+        "2",
+        "--test-steps",
+        "2",
+        "--test-seeds",
+        "2",
+        "--methods",
+        "cts",
+        "--device",
+        "cuda",
+    ]
     assert resnet20.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     step = MetaTrainer.train_step
 

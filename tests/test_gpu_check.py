@@ -17,17 +17,41 @@ def test_of_a_section_that_was_stopped_the_last_whole_result_is_kept():
 
 
 def test_a_dry_run_writes_its_results_as_json_and_as_a_table(tmp_path):
-    command = [sys.executable, str(PROGRAM), "--device", "cpu", "--only", "sanitizers", "bandwidth", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(PROGRAM),
+        "--device",
+        "cpu",
+        "--only",
+        "sanitizers",
+        "bandwidth",
+        "--out",
+        str(tmp_path),
+    ]
     out = subprocess.run(command, capture_output=True, text=True)
     assert out.returncode == 0, out.stdout + out.stderr
     (report,) = tmp_path.glob("cpu-*.json")
     results = json.loads(report.read_text())
-    assert results["sections"]["bandwidth"]["bytes_per_second"] > 0 and set(results["sections"]) == {"sanitizers", "bandwidth"}
+    assert results["sections"]["bandwidth"]["bytes_per_second"] > 0 and set(results["sections"]) == {
+        "sanitizers",
+        "bandwidth",
+    }
     assert "copy bandwidth" in report.with_suffix(".txt").read_text()
 
 
 def test_a_section_without_time_says_so_and_the_run_fails(tmp_path):
-    command = [sys.executable, str(PROGRAM), "--device", "cpu", "--only", "bandwidth", "--seconds", "1", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(PROGRAM),
+        "--device",
+        "cpu",
+        "--only",
+        "bandwidth",
+        "--seconds",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     out = subprocess.run(command, capture_output=True, text=True)
     assert out.returncode == 1 and "no time was left" in out.stdout
     (report,) = tmp_path.glob("cpu-*.json")

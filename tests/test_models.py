@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cts_fast.models import ResNet20, ResidualBlock
+from cts_fast.models import ResidualBlock, ResNet20
 
 
 def test_body_has_57_tensors_and_head_2():

@@ -213,7 +213,10 @@ def test_step_inside_torch_compile_is_a_graph_break_with_the_same_result():
         return scale * 2
 
     for step in range(4):
-        for these, own, act in ((nets, opt, compiled if step % 2 else lambda: training_step(torch.ones(1))), (twins, other, other.step)):
+        for these, own, act in (
+            (nets, opt, compiled if step % 2 else lambda: training_step(torch.ones(1))),
+            (twins, other, other.step),
+        ):
             own.zero_grad()
             backward(these, step)
             act()
@@ -221,7 +224,13 @@ def test_step_inside_torch_compile_is_a_graph_break_with_the_same_result():
 
 
 def test_gradients_are_found_in_python_where_torch_has_no_c_functions_for_them(monkeypatch):
-    case = Case(3, ((5, 3), (7,)), (((2,),),) * 3, missing=frozenset({(1, 0, 0)}), options=dict(lr=0.1, momentum=0.9, meta_lr=0.3, horizon=3))
+    case = Case(
+        3,
+        ((5, 3), (7,)),
+        (((2,),),) * 3,
+        missing=frozenset({(1, 0, 0)}),
+        options=dict(lr=0.1, momentum=0.9, meta_lr=0.3, horizon=3),
+    )
     for backend in {place[0] for place in places() if place[1] == "cpu"} | {"reference"}:
         expected = run(case, backend)
         with monkeypatch.context() as patch:

@@ -11,7 +11,10 @@ from cts_fast import ShiftingMetaOptimizer
 
 
 def parameters(*shapes, dtype=torch.float32, device="cpu"):
-    return [nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=dtype.is_floating_point) for shape in shapes]
+    return [
+        nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=dtype.is_floating_point)
+        for shape in shapes
+    ]
 
 
 TORCHS = get_error_inputs_for_all_optims("cpu", torch.float32)
@@ -33,17 +36,41 @@ BAD_TASKS = {
     "tasks without parameters": ([[], []], ValueError, "no task has a parameter"),
     "a parameter of two tasks": ([[SHARED], [SHARED]], ValueError, "task 1, parameter 0: is a parameter of task 0 too"),
     "other counts": ([parameters((2,), (3,)), parameters((2,))], ValueError, "task 1: 1 parameters, but task 0 has 2"),
-    "other shapes": ([parameters((2,)), parameters((3,))], ValueError, r"task 1, parameter '0': shape is \(3,\), but \(2,\) in task 0"),
-    "other dtypes": ([parameters((2,)), parameters((2,), dtype=torch.float64)], ValueError, "task 1, parameter '0': dtype is torch.float64"),
-    "other devices": ([parameters((2,)), parameters((2,), device="meta")], ValueError, "task 1, parameter '0': device is meta"),
-    "other names": ([[("a", parameters((2,))[0])], [("b", parameters((2,))[0])]], ValueError, "task 1, parameter 'b': name is b, but a in task 0"),
+    "other shapes": (
+        [parameters((2,)), parameters((3,))],
+        ValueError,
+        r"task 1, parameter '0': shape is \(3,\), but \(2,\) in task 0",
+    ),
+    "other dtypes": (
+        [parameters((2,)), parameters((2,), dtype=torch.float64)],
+        ValueError,
+        "task 1, parameter '0': dtype is torch.float64",
+    ),
+    "other devices": (
+        [parameters((2,)), parameters((2,), device="meta")],
+        ValueError,
+        "task 1, parameter '0': device is meta",
+    ),
+    "other names": (
+        [[("a", parameters((2,))[0])], [("b", parameters((2,))[0])]],
+        ValueError,
+        "task 1, parameter 'b': name is b, but a in task 0",
+    ),
     "integers": ([parameters((2,), dtype=torch.int64)], ValueError, "task 0, parameter '0': dtype is torch.int64"),
-    "complex": ([parameters((2,), dtype=torch.complex64)], ValueError, "task 0, parameter '0': dtype is torch.complex64"),
+    "complex": (
+        [parameters((2,), dtype=torch.complex64)],
+        ValueError,
+        "task 0, parameter '0': dtype is torch.complex64",
+    ),
     "non-leaf": ([[LEAF * 2]], ValueError, "can't optimize a non-leaf Tensor"),
     "a set as a task": ([set(parameters((2,), (3,)))], TypeError, "task 0.*ordered collections"),
     "no tensors": ([[1.0]], TypeError, "task 0, parameter '0': optimizer can only optimize Tensors"),
     "a number as a task": ([3], TypeError, "task 0: optimizer can only optimize Tensors"),
-    "names twice": ([[("a", parameters((2,))[0]), ("a", parameters((2,))[0])]], ValueError, "'a': two shared parameters have that name"),
+    "names twice": (
+        [[("a", parameters((2,))[0]), ("a", parameters((2,))[0])]],
+        ValueError,
+        "'a': two shared parameters have that name",
+    ),
 }
 
 
@@ -77,7 +104,9 @@ def test_a_backend_that_cannot_run_says_why():
         ShiftingMetaOptimizer([parameters((2,))], backend="cuda")
 
 
-@pytest.mark.parametrize("option", ["horizon", "meta_interval", "reset_momentum", "capturable", "nonfinite", "backend", "process_group"])
+@pytest.mark.parametrize(
+    "option", ["horizon", "meta_interval", "reset_momentum", "capturable", "nonfinite", "backend", "process_group"]
+)
 def test_a_group_may_not_set_an_option_of_the_whole_optimizer(option):
     with pytest.raises(ValueError, match=f"{option} belongs to the whole optimizer"):
         ShiftingMetaOptimizer([{"params": [parameters((2,))], option: 1}])
@@ -180,7 +209,11 @@ def test_sparse_gradients_raise_before_anything_moved(backend):
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [([torch.zeros(2)], "1 tensors given"), ([torch.zeros(3), torch.zeros(3)], "parameter '0'"), ({"0": torch.zeros(2)}, "parameter '1': not in")],
+    [
+        ([torch.zeros(2)], "1 tensors given"),
+        ([torch.zeros(3), torch.zeros(3)], "parameter '0'"),
+        ({"0": torch.zeros(2)}, "parameter '1': not in"),
+    ],
 )
 def test_a_wrong_initialization_raises_and_changes_nothing(given, message):
     opt = ShiftingMetaOptimizer([parameters((2,), (3,))])

@@ -87,7 +87,11 @@ print((peak - before) / ((3 * T + 1) * P * 4))
         pytest.skip("needs Linux's /proc/self/clear_refs")
     for backend in ("torch", "cpu"):
         if ops.unavailable(backend, torch.device("cpu"), torch.float32) is None:
-            extra = float(subprocess.run([sys.executable, "-c", script, backend], check=True, capture_output=True, text=True).stdout)
+            extra = float(
+                subprocess.run(
+                    [sys.executable, "-c", script, backend], check=True, capture_output=True, text=True
+                ).stdout
+            )
             assert extra <= 0.05, backend
 
 

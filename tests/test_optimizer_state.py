@@ -26,7 +26,9 @@ def reload(state_dict):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"dampening": 0.5}, {"reset_momentum": False}, {"meta_interval": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.0}, {"dampening": 0.5}, {"reset_momentum": False}, {"meta_interval": 3}], ids=str
+)
 @pytest.mark.parametrize("modules_first", [True, False])
 def test_resume_is_bit_for_bit(dtype, options, modules_first):
     nets = make_nets(dtype=dtype)
@@ -78,7 +80,11 @@ def test_state_is_never_empty_and_dtypes_are_kept():
     train(nets, opt, 1)
     opt.load_state_dict(reload(opt.state_dict()))
     entry = opt.state[nets[0][0].weight]
-    assert (entry["theta"].dtype, entry["momentum_buffer"].dtype, entry["initialization"].dtype) == (torch.float32, torch.float16, torch.float32)
+    assert (entry["theta"].dtype, entry["momentum_buffer"].dtype, entry["initialization"].dtype) == (
+        torch.float32,
+        torch.float16,
+        torch.float32,
+    )
 
 
 def test_dicts_without_newer_options_load():

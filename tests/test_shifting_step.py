@@ -8,7 +8,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from step_cases import Case, assert_as_exact_as_reference, assert_is_torch_sgd, build, cases, places, result, run, set_gradients
+from step_cases import (
+    Case,
+    assert_as_exact_as_reference,
+    assert_is_torch_sgd,
+    build,
+    cases,
+    places,
+    result,
+    run,
+    set_gradients,
+)
 
 from cts_fast import ShiftingMetaOptimizer
 
@@ -17,11 +27,15 @@ PLACES = places()
 QUICK = [place for place in PLACES if place != ("triton", "cpu")]
 everywhere = pytest.mark.parametrize(("backend", "device"), PLACES, ids=["-".join(place) for place in PLACES])
 everywhere_and_reference = pytest.mark.parametrize(
-    ("backend", "device"), [*PLACES, ("reference", "cpu")], ids=["-".join(place) for place in [*PLACES, ("reference", "cpu")]]
+    ("backend", "device"),
+    [*PLACES, ("reference", "cpu")],
+    ids=["-".join(place) for place in [*PLACES, ("reference", "cpu")]],
 )
 quickly = pytest.mark.parametrize(("backend", "device"), QUICK, ids=["-".join(place) for place in QUICK])
 quickly_and_reference = pytest.mark.parametrize(
-    ("backend", "device"), [*QUICK, ("reference", "cpu")], ids=["-".join(place) for place in [*QUICK, ("reference", "cpu")]]
+    ("backend", "device"),
+    [*QUICK, ("reference", "cpu")],
+    ids=["-".join(place) for place in [*QUICK, ("reference", "cpu")]],
 )
 relaxed = settings(
     max_examples=int(os.environ.get("CTS_FAST_EXAMPLES", 100)), deadline=None, print_blob=True,
@@ -76,7 +90,9 @@ def test_one_step_by_hand(backend, device):
 @given(case=cases())
 def test_the_shift_changes_no_offset_from_phi(backend, device, case):
     options = {**case.options, "horizon": None, "meta_interval": 1, "shift": 1.0}
-    with_meta, without = (replace(case, dtype=torch.float64, steps=1, options={**options, "meta_lr": b}) for b in (0.4, 0.0))
+    with_meta, without = (
+        replace(case, dtype=torch.float64, steps=1, options={**options, "meta_lr": b}) for b in (0.4, 0.0)
+    )
     moved, still = run(with_meta, backend, device), run(without, backend, device)
     n = len(case.shapes)
     for i in range(n):
@@ -176,7 +192,9 @@ def test_meta_updates_come_at_multiples_of_the_interval_and_leftover_steps_are_d
 
 @everywhere_and_reference
 def test_reptile_is_a_meta_interval_of_the_horizon(backend, device):
-    case = Case(3, ((6,),), dtype=torch.float64, options=dict(lr=0.1, momentum=0.9, meta_lr=0.7, horizon=4, meta_interval=4))
+    case = Case(
+        3, ((6,),), dtype=torch.float64, options=dict(lr=0.1, momentum=0.9, meta_lr=0.7, horizon=4, meta_interval=4)
+    )
     opt, params = build(case, backend, device)
     start = params[0][0].detach().clone()
     twins = [torch.nn.Parameter(start.clone()) for _ in range(3)]
@@ -215,7 +233,11 @@ def test_a_parameter_without_gradient_still_takes_part_in_mean_and_shift(backend
     opt = ShiftingMetaOptimizer(params, lr=1.0, momentum=0.5, meta_lr=1.0, backend=backend)
     params[0][0].grad = torch.ones(2, device=device)
     opt.step()  # θ = 0 and 1, mean 0.5, Δ = −0.5
-    assert params[0][0].tolist() == [-0.5, -0.5] and params[1][0].tolist() == [0.5, 0.5] and opt.initialization[0].tolist() == [0.5, 0.5]
+    assert (
+        params[0][0].tolist() == [-0.5, -0.5]
+        and params[1][0].tolist() == [0.5, 0.5]
+        and opt.initialization[0].tolist() == [0.5, 0.5]
+    )
 
 
 @everywhere_and_reference
@@ -259,7 +281,12 @@ def test_a_low_precision_parameter_written_by_the_user_is_heard(backend, device)
 
 @everywhere_and_reference
 def test_gradients_are_only_read(backend, device):
-    case = Case(3, ((33,), (4, 5)), grad_layout="unaligned", options=dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, maximize=True))
+    case = Case(
+        3,
+        ((33,), (4, 5)),
+        grad_layout="unaligned",
+        options=dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, maximize=True),
+    )
     opt, params = build(case, backend, device)
     set_gradients(case, params, 0)
     before = copy.deepcopy([p.grad for task in params for p in task])
@@ -270,13 +297,18 @@ def test_gradients_are_only_read(backend, device):
 @everywhere_and_reference
 def test_mixed_dtypes_groups_and_heads_step_together(backend, device):
     def net():
-        return [torch.nn.Parameter(torch.randn(5, generator=draw).to(device, dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+        return [
+            torch.nn.Parameter(torch.randn(5, generator=draw).to(device, dtype))
+            for dtype in (torch.float32, torch.bfloat16, torch.float64)
+        ]
 
     draw = torch.Generator().manual_seed(0)
     first = net()
     nets = [[torch.nn.Parameter(p.detach().clone()) for p in first] for _ in range(3)]
     opt = ShiftingMetaOptimizer(
-        [{"params": [n[:2] for n in nets], "lr": 0.1}, {"params": [n[2:] for n in nets], "lr": 0.2, "meta_lr": 0.0}], meta_lr=0.5, backend=backend
+        [{"params": [n[:2] for n in nets], "lr": 0.1}, {"params": [n[2:] for n in nets], "lr": 0.2, "meta_lr": 0.0}],
+        meta_lr=0.5,
+        backend=backend,
     )
     for n in nets:
         for p in n:

@@ -74,8 +74,8 @@ def test_a_batch_is_made_of_its_draw_alone_and_draws_of_all_tasks_lie_together()
     for _ in range(4):
         drawn = draw_together(streams)
         assert drawn.shape == (3, 4, 4) and drawn.dtype == torch.int64
-        for stream, twin, one in zip(streams, twins, drawn):
-            for a, b in zip(stream.batch(one), next(twin)):
+        for stream, twin, one in zip(streams, twins, drawn, strict=True):
+            for a, b in zip(stream.batch(one), next(twin), strict=True):
                 assert torch.equal(a, b)
 
 
@@ -92,9 +92,9 @@ def test_batch_norms_that_are_counted_together_count_as_they_do_alone():
         x = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(step))
         with counts.together():
             results = [net(x) for net in together]
-        for net, result in zip(alone, results):
+        for net, result in zip(alone, results, strict=True):
             assert torch.equal(net(x), result)
-    for a, b in zip(alone, together):
+    for a, b in zip(alone, together, strict=True):
         assert a.state_dict().keys() == b.state_dict().keys()
         assert all(torch.equal(a.state_dict()[name], b.state_dict()[name]) for name in a.state_dict())
 
@@ -120,7 +120,7 @@ def test_a_stream_goes_on_exactly_from_its_state():
         next(first)
     second.load_state_dict(first.state_dict())
     for _ in range(4):
-        for a, b in zip(next(first), next(second)):
+        for a, b in zip(next(first), next(second), strict=True):
             assert torch.equal(a, b)
 
 
@@ -157,10 +157,10 @@ def test_seeds_depend_on_every_name():
 
 def test_every_method_starts_at_the_same_phi_and_heads_and_sees_the_same_batches():
     one, other = make_trainer("cts"), make_trainer("reptile")
-    for a, b in zip(one.nets, other.nets):
-        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
-    for a, b in zip(one.streams, other.streams):
-        assert all(torch.equal(p, q) for p, q in zip(next(a), next(b)))
+    for a, b in zip(one.nets, other.nets, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    for a, b in zip(one.streams, other.streams, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(next(a), next(b), strict=True))
 
 
 def test_the_body_depends_on_the_seed_alone():
@@ -197,7 +197,7 @@ def test_two_runs_with_one_seed_give_bit_equal_phi_and_threads_change_nothing():
     results = []
     for _ in range(2):
         with task_map("cpu") as map_tasks:
-            trainer = make_trainer(map=map_tasks)
+            trainer = make_trainer(map_tasks=map_tasks)
             for _ in range(3):
                 trainer.train_step()
             results.append(trainer.initialization)
@@ -246,8 +246,8 @@ def test_nets_made_in_many_threads_depend_on_their_seeds_alone():
     alone = [new_net(3, seed=0, head=head) for head in heads]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda head: new_net(3, seed=0, head=head), heads))
-    for a, b in zip(alone, together):
-        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    for a, b in zip(alone, together, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def test_no_tasks_are_refused():

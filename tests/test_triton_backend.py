@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from step_cases import Case, assert_as_exact_as_reference, assert_table_is_sent_again_only_when_it_changed, build, cases, run, set_gradients
+from step_cases import (
+    Case,
+    assert_as_exact_as_reference,
+    assert_table_is_sent_again_only_when_it_changed,
+    build,
+    cases,
+    run,
+    set_gradients,
+)
 
 from cts_fast import ops
 
@@ -18,7 +26,11 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter is slow: few cases, and no search for smaller ones
 few = settings(
-    max_examples=12, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+    max_examples=12,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],
 )
 OPTIONS = dict(lr=0.1, momentum=0.9, weight_decay=0.01, meta_lr=0.3, horizon=3)
 
@@ -71,7 +83,11 @@ def compiled():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("triton_compile.py")
     out = subprocess.run(
-        [sys.executable, str(script), json.dumps(list(VARIANTS.values()))], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, str(script), json.dumps(list(VARIANTS.values()))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert out.returncode == 0, out.stderr
     return dict(zip(VARIANTS, json.loads(out.stdout), strict=True))

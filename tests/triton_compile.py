@@ -32,19 +32,39 @@ def source(T, dtype="fp32", aligned=True, dampened=False, counting=False, nonfin
     if nonfinite:
         types |= dict(nonfinite="*u8")
     if counting:
-        types |= dict(counters="*i64", ticket="*i32", horizon="i64", meta_interval="i32", found_inf="*fp32", grad_scale="*fp32", counts="i32")
-    given = dict(T=T, PLAIN=T <= 8 and not (dampened or counting or nonfinite), ALIGNED=aligned, WORK=tl.float64 if work == "fp64" else tl.float32, DAMPENED=dampened)
+        types |= dict(
+            counters="*i64",
+            ticket="*i32",
+            horizon="i64",
+            meta_interval="i32",
+            found_inf="*fp32",
+            grad_scale="*fp32",
+            counts="i32",
+        )
+    given = dict(
+        T=T,
+        PLAIN=T <= 8 and not (dampened or counting or nonfinite),
+        ALIGNED=aligned,
+        WORK=tl.float64 if work == "fp64" else tl.float32,
+        DAMPENED=dampened,
+    )
     given |= step.tile_shape(T, torch.float64 if work == "fp64" else torch.float32)
     names = step.shifting_step_kernel.arg_names
     constants = {name: given.get(name) for name in names if name not in types}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*") or name == "stride"}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if types.get(name, "").startswith("*") or name == "stride"
+    }
     signature = {name: types.get(name, "constexpr") for name in names}
     return ASTSource(step.shifting_step_kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def facts(capability, **variant):
     """Kernel entries, barriers that the source asks for, global accesses by width in bytes, registers and local memory of one variant."""
-    kernel = triton.compile(source(**variant), target=GPUTarget("cuda", capability, 32), options=dict(num_warps=4, enable_fp_fusion=False))
+    kernel = triton.compile(
+        source(**variant), target=GPUTarget("cuda", capability, 32), options=dict(num_warps=4, enable_fp_fusion=False)
+    )
     ptx = kernel.asm["ptx"]
     widths = {"load": [], "store": []}
     for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.(v[24]))?\.[bfsu](\d+)", ptx):
@@ -53,10 +73,20 @@ def facts(capability, **variant):
         file.write(kernel.asm["cubin"])
         file.flush()
         tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
     barriers = len(re.findall(r"\b(?:gpu|ttg)\.barrier\b", kernel.asm["ttgir"]))
-    return dict(barriers=barriers, entries=ptx.count(".entry"), widths=widths, registers=registers, stack=stack, local=local, threads=128)
+    return dict(
+        barriers=barriers,
+        entries=ptx.count(".entry"),
+        widths=widths,
+        registers=registers,
+        stack=stack,
+        local=local,
+        threads=128,
+    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ def _lzma() -> ModuleType:
     try:
         import lzma
     except ImportError as error:
-        raise OSError(f"this Python cannot read the suite's file: it was built without liblzma ({error}); install one that has it") from error
+        raise OSError(
+            f"this Python cannot read the suite's file: it was built without liblzma ({error}); install one that has it"
+        ) from error
     return lzma
 
 
@@ -82,18 +84,21 @@ def _decode_picture(stored: Tensor) -> Tensor:
     return picture
 
 
-def pack_images(images: Tensor, labels: Tensor, filter: str | None = None) -> tuple[dict, bytes]:
+def pack_images(images: Tensor, labels: Tensor, differences: str | None = None) -> tuple[dict, bytes]:
     """Encode uint8 images [N, C, H, W] with labels [N]; returns the header's entries and the compressed member."""
-    stored = _difference(images, 3) if filter == "left" else images
-    entry = {"kind": "images", "filter": filter, "shape": list(images.shape)}
+    stored = _difference(images, 3) if differences == "left" else images
+    entry = {"kind": "images", "filter": differences, "shape": list(images.shape)}
     return entry, _compress(_bytes(labels.to(torch.uint8)) + _bytes(stored))
 
 
 def pack_crops(pictures: list[Tensor], corners: Tensor, labels: Tensor, size: int) -> tuple[dict, bytes]:
     """Encode crops of ``size`` x ``size``: pictures uint8 [C, h, w], corners [N, 3] (picture, y, x), labels [N]."""
     channels = pictures[0].shape[0]
-    entry = {"kind": "crops", "pictures": [list(p.shape) for p in pictures],
-             "shape": [len(labels), channels, size, size]}
+    entry = {
+        "kind": "crops",
+        "pictures": [list(p.shape) for p in pictures],
+        "shape": [len(labels), channels, size, size],
+    }
     parts = [_bytes(labels.to(torch.uint8))] + [_bytes(_encode_picture(p)) for p in pictures]
     parts.append(_bytes(corners.to(torch.int16)))
     return entry, _compress(b"".join(parts))
@@ -111,7 +116,7 @@ def unpack(entry: dict, member: bytes) -> tuple[Tensor, Tensor]:
     images = torch.empty(count, channels, height, width, dtype=torch.uint8)
     start = count
     for index, (c, h, w) in enumerate(entry["pictures"]):
-        picture = _decode_picture(_tensor(data[start:start + c * h * w]).view(c, h, w))
+        picture = _decode_picture(_tensor(data[start : start + c * h * w]).view(c, h, w))
         start += c * h * w
         windows = picture.unfold(1, height, 1).unfold(2, width, 1)  # [C, y, x, H, W], a view
         mine = (corners[:, 0] == index).nonzero().squeeze(1)
@@ -141,7 +146,7 @@ def _decompress(entry: dict, member: bytes) -> bytes:
 
 
 def _corners(data: bytes, count: int) -> Tensor:
-    return _tensor(data[-6 * count:], torch.int16).view(count, 3).long()
+    return _tensor(data[-6 * count :], torch.int16).view(count, 3).long()
 
 
 def stratified_order(labels: Tensor) -> Tensor:

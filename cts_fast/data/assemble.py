@@ -47,7 +47,7 @@ def capped(candidates: list, train: int, test: int, seed: str) -> list:
     chosen = []
     for (is_test, label), group in sorted(groups.items()):
         random.Random(f"{seed}/{is_test}/{label}").shuffle(group)
-        chosen += group[:test if is_test else train]
+        chosen += group[: test if is_test else train]
     return chosen
 
 
@@ -58,16 +58,23 @@ def without(draft: Draft, other: Draft) -> Draft:
     return draft
 
 
-def pack(draft: Draft, train: int, test: int, filter: str | None = None) -> tuple[dict, bytes]:
+def pack(draft: Draft, train: int, test: int, differences: str | None = None) -> tuple[dict, bytes]:
     """The member of a drafted task with at most ``train`` and ``test`` images a class."""
     chosen = capped(distinct(draft.candidates), train, test, draft.name)
     images = torch.from_numpy(np.stack([image for image, _, _ in chosen]))
     labels = torch.tensor([label for _, label, _ in chosen])
-    entry, data = archive.pack_images(images, labels, filter)
+    entry, data = archive.pack_images(images, labels, differences)
     return describe(draft, sum(not c[2] for c in chosen)) | entry, data
 
 
 def describe(draft: Draft, train: int) -> dict:
     """The header's entry about a task whose first ``train`` images are for training."""
-    return {"name": draft.name, "role": draft.role, "title": draft.title, "source": draft.source,
-            "classes": draft.classes, "flip": draft.flip, "train": train}
+    return {
+        "name": draft.name,
+        "role": draft.role,
+        "title": draft.title,
+        "source": draft.source,
+        "classes": draft.classes,
+        "flip": draft.flip,
+        "train": train,
+    }

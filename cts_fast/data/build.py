@@ -24,8 +24,12 @@ def installed() -> dict[str, str]:
     import PIL
     from PIL import features
 
-    return {"pillow": PIL.__version__, "freetype": str(features.version("freetype2")), "numpy": numpy.__version__,
-            "fonttools": fontTools.version}
+    return {
+        "pillow": PIL.__version__,
+        "freetype": str(features.version("freetype2")),
+        "numpy": numpy.__version__,
+        "fonttools": fontTools.version,
+    }
 
 
 def build(out: Path, work: Path) -> None:
@@ -44,8 +48,11 @@ def build(out: Path, work: Path) -> None:
         entry, data = member
         members.append(member)
         count, channels, height, width = entry["shape"]
-        print(f"{entry['name']:14} {entry['role']:6} {count:6,} images, {len(entry['classes']):2} classes, "
-              f"{channels}x{height}x{width}, {len(data):9,} bytes", flush=True)
+        print(
+            f"{entry['name']:14} {entry['role']:6} {count:6,} images, {len(entry['classes']):2} classes, "
+            f"{channels}x{height}x{width}, {len(data):9,} bytes",
+            flush=True,
+        )
 
     for draft in type_tasks.letters(root):
         add(pack(draft, *(round(total / len(draft.classes)) for total in LETTERS_PER_TASK)))

@@ -21,8 +21,13 @@ def emoji(root: Path) -> Draft:
         raise RuntimeError("emoji sequences need a pillow with raqm (the wheels on PyPI have it)")
     path = root / "fonts-noto-color-emoji/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
     font = ImageFont.truetype(str(path), STRIKE, layout_engine=ImageFont.Layout.RAQM)
-    draft = Draft("emoji", "train", "Unicode group of an emoji",
-                  "Noto Color Emoji, Google (OFL; artwork Apache 2.0), from Debian; groups from unicode-data", [])
+    draft = Draft(
+        "emoji",
+        "train",
+        "Unicode group of an emoji",
+        "Noto Color Emoji, Google (OFL; artwork Apache 2.0), from Debian; groups from unicode-data",
+        [],
+    )
     listing = (root / "unicode-data/usr/share/unicode/emoji/emoji-test.txt").read_text(encoding="utf-8")
     for line in listing.splitlines():
         if line.startswith("# group: ") and "Component" not in line:

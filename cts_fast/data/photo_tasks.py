@@ -24,30 +24,57 @@ SKLEARN = "scikit-learn/sklearn/datasets/images/"
 SCIPY = "scipy/scipy/misc/"
 WALLPAPERS = "lomiri-wallpapers-16.04/usr/share/backgrounds/"
 PATCH_TASKS = {  # name: (role, title, source, channels, {class: file})
-    "photos": ("train", "Patches of nine colour photographs", "photographs in scikit-image (public domain, CC0) and "
-               "scikit-learn (CC BY 2.0: danielbuechele, vultilion)", 3, {
-                   "astronaut": SKIMAGE + "astronaut.png", "cat": SKIMAGE + "chelsea.png",
-                   "coffee": SKIMAGE + "coffee.png", "stained tissue": SKIMAGE + "ihc.png",
-                   "galaxies": SKIMAGE + "hubble_deep_field.jpg", "retina": SKIMAGE + "retina.jpg",
-                   "rocket": SKIMAGE + "rocket.jpg", "pavilion": SKLEARN + "china.jpg",
-                   "dahlia": SKLEARN + "flower.jpg"}),
-    "textures": ("train", "Patches of eight grey photographs", "photographs in scikit-image (public domain, CC0, no "
-                 "known restrictions) and scipy (public domain)", 1, {
-                     "brick": SKIMAGE + "brick.png", "grass": SKIMAGE + "grass.png", "gravel": SKIMAGE + "gravel.png",
-                     "cameraman": SKIMAGE + "camera.png", "coins": SKIMAGE + "coins.png",
-                     "handwriting": SKIMAGE + "text.png", "staircase": SCIPY + "ascent.dat",
-                     "raccoon": SCIPY + "face.dat"}),
-    "scenes": ("target", "Patches of nine other colour photographs", "photographs in lomiri-wallpapers (CC BY 4.0: "
-               "Aitzol Berasategi, Trevor Freespace, Jakub Mede; CC0: Clemens Engelhardt)", 3, {
-                   "meadow": WALLPAPERS + "aitzgorri_by_Aitzol_Berasategi.jpg",
-                   "dogs": WALLPAPERS + "friends_by_Aitzol_Berasategi.jpg",
-                   "stream": WALLPAPERS + "life_by_Aitzol_Berasategi.jpg",
-                   "mountains": WALLPAPERS + "picosdeeuropa_by_Aitzol_Berasategi.jpg",
-                   "sunset": WALLPAPERS + "sunset_by_Aitzol_Berasategi.jpg",
-                   "fig": WALLPAPERS + "Picture_0B_by_freespace.jpg",
-                   "brushes": WALLPAPERS + "Picture_1A_by_freespace.jpg",
-                   "dandelion": WALLPAPERS + "seeding_by_Clements_Engelhardt.jpg",
-                   "drum": WALLPAPERS + "Wine_by_Jakkub_Mede.jpg"}),
+    "photos": (
+        "train",
+        "Patches of nine colour photographs",
+        "photographs in scikit-image (public domain, CC0) and scikit-learn (CC BY 2.0: danielbuechele, vultilion)",
+        3,
+        {
+            "astronaut": SKIMAGE + "astronaut.png",
+            "cat": SKIMAGE + "chelsea.png",
+            "coffee": SKIMAGE + "coffee.png",
+            "stained tissue": SKIMAGE + "ihc.png",
+            "galaxies": SKIMAGE + "hubble_deep_field.jpg",
+            "retina": SKIMAGE + "retina.jpg",
+            "rocket": SKIMAGE + "rocket.jpg",
+            "pavilion": SKLEARN + "china.jpg",
+            "dahlia": SKLEARN + "flower.jpg",
+        },
+    ),
+    "textures": (
+        "train",
+        "Patches of eight grey photographs",
+        "photographs in scikit-image (public domain, CC0, no known restrictions) and scipy (public domain)",
+        1,
+        {
+            "brick": SKIMAGE + "brick.png",
+            "grass": SKIMAGE + "grass.png",
+            "gravel": SKIMAGE + "gravel.png",
+            "cameraman": SKIMAGE + "camera.png",
+            "coins": SKIMAGE + "coins.png",
+            "handwriting": SKIMAGE + "text.png",
+            "staircase": SCIPY + "ascent.dat",
+            "raccoon": SCIPY + "face.dat",
+        },
+    ),
+    "scenes": (
+        "target",
+        "Patches of nine other colour photographs",
+        "photographs in lomiri-wallpapers (CC BY 4.0: "
+        "Aitzol Berasategi, Trevor Freespace, Jakub Mede; CC0: Clemens Engelhardt)",
+        3,
+        {
+            "meadow": WALLPAPERS + "aitzgorri_by_Aitzol_Berasategi.jpg",
+            "dogs": WALLPAPERS + "friends_by_Aitzol_Berasategi.jpg",
+            "stream": WALLPAPERS + "life_by_Aitzol_Berasategi.jpg",
+            "mountains": WALLPAPERS + "picosdeeuropa_by_Aitzol_Berasategi.jpg",
+            "sunset": WALLPAPERS + "sunset_by_Aitzol_Berasategi.jpg",
+            "fig": WALLPAPERS + "Picture_0B_by_freespace.jpg",
+            "brushes": WALLPAPERS + "Picture_1A_by_freespace.jpg",
+            "dandelion": WALLPAPERS + "seeding_by_Clements_Engelhardt.jpg",
+            "drum": WALLPAPERS + "Wine_by_Jakkub_Mede.jpg",
+        },
+    ),
 }
 PIXELS, BLOCK, AREA = 32, 64, 448 * 320
 FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -56,13 +83,19 @@ FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 def fashion_mnist(root: Path) -> Draft:
     """Fashion-MNIST with its own division into training and test."""
     folder = root / "dataset-fashion-mnist/usr/share/datasets/fashion-mnist"
-    draft = Draft("fashion_mnist", "target", "Fashion-MNIST: articles of clothing",
-                  "Fashion-MNIST, Zalando SE (MIT), from Debian dataset-fashion-mnist", FASHION, flip=True)
+    draft = Draft(
+        "fashion_mnist",
+        "target",
+        "Fashion-MNIST: articles of clothing",
+        "Fashion-MNIST, Zalando SE (MIT), from Debian dataset-fashion-mnist",
+        FASHION,
+        flip=True,
+    )
     for stem, test in (("train", False), ("t10k", True)):
         labels = np.frombuffer(gzip.decompress((folder / f"{stem}-labels-idx1-ubyte.gz").read_bytes()), np.uint8)[8:]
         pixels = np.frombuffer(gzip.decompress((folder / f"{stem}-images-idx3-ubyte.gz").read_bytes()), np.uint8)[16:]
         images = pixels.reshape(-1, 1, 28, 28)
-        draft.candidates += [(image, int(label), test) for image, label in zip(images, labels)]
+        draft.candidates += [(image, int(label), test) for image, label in zip(images, labels, strict=True)]
     return draft
 
 
@@ -88,12 +121,12 @@ def patch_corners(photo: np.ndarray, seed: str) -> list[tuple[int, int, bool]]:
     blocks = [(i, j) for i in range(height // BLOCK) for j in range(width // BLOCK)]
     random.Random(seed).shuffle(blocks)
     held_out = np.zeros((height, width), bool)
-    for i, j in blocks[:max(2, len(blocks) // 5)]:
-        held_out[i * BLOCK:(i + 1) * BLOCK, j * BLOCK:(j + 1) * BLOCK] = True
+    for i, j in blocks[: max(2, len(blocks) // 5)]:
+        held_out[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK] = True
     corners = []
     for y in range(0, height - PIXELS + 1, 4):
         for x in range(0, width - PIXELS + 1, 4):
-            window = np.s_[y:y + PIXELS, x:x + PIXELS]
+            window = np.s_[y : y + PIXELS, x : x + PIXELS]
             share = held_out[window].mean()
             if share in (0, 1) and photo[(slice(None), *window)].std(axis=(1, 2)).max() >= 4:
                 corners.append((y, x, share == 1))
@@ -108,7 +141,7 @@ def patches(root: Path, name: str, train: int, test: int) -> tuple[dict, bytes]:
     places = {}
     for index, photo in enumerate(photos):
         for y, x, is_test in patch_corners(photo, f"{name}/{index}"):
-            patch = photo[:, y:y + PIXELS, x:x + PIXELS].copy()
+            patch = photo[:, y : y + PIXELS, x : x + PIXELS].copy()
             places.setdefault(patch.tobytes(), (index, y, x))
             draft.candidates.append((patch, index, is_test))
     chosen = capped(distinct(draft.candidates), train, test, name)

@@ -38,7 +38,7 @@ def samples(task: Task) -> tuple[Tensor, list[tuple[float, str]]]:
                     image = torch.nn.functional.interpolate(image[None].float(), size=CELL - 2, mode="area")[0].byte()
                 height, width = image.shape[1:]
                 y, x = row * CELL + (CELL - height) // 2, column * CELL + (CELL - width) // 2
-                tile[y:y + height, x:x + width] = image.permute(1, 2, 0).expand(-1, -1, 3)
+                tile[y : y + height, x : x + width] = image.permute(1, 2, 0).expand(-1, -1, 3)
     return tile, [((place + 0.5) * each * CELL, task.classes[label]) for place, label in enumerate(shown)]
 
 
@@ -50,14 +50,19 @@ def sheet(tasks: dict[str, Task], path: Path) -> None:
     figure = Figure(figsize=(11.3, 0.6 + 2.15 * len(tasks)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
-    for axis, task in zip(axes, tasks.values()):
+    for axis, task in zip(axes, tasks.values(), strict=True):
         tile, names = samples(task)
         axis.imshow(tile.numpy(), interpolation="nearest")
         room = tile.shape[1] / len(names) / 4  # letters of a name before it touches the next one
         wide = max(len(name) for _, name in names) > room
-        axis.set_xticks([place for place, _ in names],
-                        [textwrap.shorten(name, 20, placeholder=" …") for _, name in names], fontsize=8,
-                        rotation=20 if wide else 0, ha="right" if wide else "center", rotation_mode="anchor")
+        axis.set_xticks(
+            [place for place, _ in names],
+            [textwrap.shorten(name, 20, placeholder=" …") for _, name in names],
+            fontsize=8,
+            rotation=20 if wide else 0,
+            ha="right" if wide else "center",
+            rotation_mode="anchor",
+        )
         axis.set_anchor("W")
         axis.set_yticks([(row + 0.5) * CELL for row in range(ROWS)], ["train"] * (ROWS - 1) + ["test"], fontsize=8)
         axis.tick_params(length=0)
@@ -65,8 +70,12 @@ def sheet(tasks: dict[str, Task], path: Path) -> None:
             side.set_visible(False)
         channels, height, width = task.train.images.shape[1:]
         size = f"{height}×{width} {'colour' if channels == 3 else 'grey'}{', shown smaller' if height > CELL else ''}"
-        axis.set_title(f"{task.name}: {task.title}  ({ROLES[task.role]}; {size}; {len(task.classes)} classes; "
-                       f"{len(task.train):,} training and {len(task.test):,} test images)", loc="left", fontsize=10)
+        axis.set_title(
+            f"{task.name}: {task.title}  ({ROLES[task.role]}; {size}; {len(task.classes)} classes; "
+            f"{len(task.train):,} training and {len(task.test):,} test images)",
+            loc="left",
+            fontsize=10,
+        )
     figure.savefig(path)
 
 
@@ -76,7 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("tasks.png"), help="PNG to write (default: %(default)s)")
     parser.add_argument("--suite", default="builtin", help="suite (default: %(default)s)")
     parser.add_argument("--root", type=Path, help="folder of the suite's data")
-    parser.add_argument("--tasks", type=lambda names: names.split(","), metavar="A,B,...", help="tasks to show (default: all)")
+    parser.add_argument(
+        "--tasks", type=lambda names: names.split(","), metavar="A,B,...", help="tasks to show (default: all)"
+    )
     arguments = parser.parse_args(argv)
     try:
         tasks = load_suite(arguments.suite, arguments.root, arguments.tasks)

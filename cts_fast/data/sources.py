@@ -29,9 +29,17 @@ DEBS = {  # Debian package: version
 RENDERER = {"pillow": "13.0.0", "freetype": "2.14.3", "numpy": "2.4.6", "fonttools": "4.68.0"}
 """Versions that the committed file was rendered with; others may change single grey levels."""
 
-_PIP = ["--no-deps", "--only-binary=:all:", "--python-version=3.11", "--platform=manylinux_2_28_x86_64",
-        "--platform=manylinux_2_27_x86_64", "--platform=manylinux_2_24_x86_64", "--platform=manylinux_2_17_x86_64",
-        "--platform=manylinux2014_x86_64", "--platform=any"]
+_PIP = [
+    "--no-deps",
+    "--only-binary=:all:",
+    "--python-version=3.11",
+    "--platform=manylinux_2_28_x86_64",
+    "--platform=manylinux_2_27_x86_64",
+    "--platform=manylinux_2_24_x86_64",
+    "--platform=manylinux_2_17_x86_64",
+    "--platform=manylinux2014_x86_64",
+    "--platform=any",
+]
 
 
 def fetch(folder: Path) -> Path:
@@ -45,15 +53,25 @@ def fetch(folder: Path) -> Path:
         tree = trees / package
         if not tree.is_dir():
             stem = f"{package.replace('-', '_')}-{version}-*.whl"
-            wheel = _download(downloads, stem, [sys.executable, "-m", "pip", "download", "-q", *_PIP, "-d", ".",
-                                                f"{package}=={version}"], package, version)
+            wheel = _download(
+                downloads,
+                stem,
+                [sys.executable, "-m", "pip", "download", "-q", *_PIP, "-d", ".", f"{package}=={version}"],
+                package,
+                version,
+            )
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(tree)
     for package, version in DEBS.items():
         tree = trees / package
         if not tree.is_dir():
-            deb = _download(downloads, f"{package}_{version}_*.deb", ["apt-get", "download", f"{package}={version}"],
-                            package, version)
+            deb = _download(
+                downloads,
+                f"{package}_{version}_*.deb",
+                ["apt-get", "download", f"{package}={version}"],
+                package,
+                version,
+            )
             _unpack_deb(deb, tree)
     return trees
 
@@ -65,8 +83,10 @@ def _download(folder: Path, pattern: str, command: list[str], package: str, vers
             subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", "") or str(error)
-            raise RuntimeError(f"{package} {version} could not be downloaded by `{' '.join(command)}`: {said.strip()}; "
-                               f"put a file {pattern} into {folder} by other means and run again") from None
+            raise RuntimeError(
+                f"{package} {version} could not be downloaded by `{' '.join(command)}`: {said.strip()}; "
+                f"put a file {pattern} into {folder} by other means and run again"
+            ) from None
         found = list(folder.glob(pattern))
     if len(found) != 1:
         raise RuntimeError(f"{folder} must hold exactly one file {pattern} and holds {len(found)}")
@@ -77,8 +97,8 @@ def _unpack_deb(deb: Path, tree: Path) -> None:
     """A Debian package is an `ar` archive: 8 bytes magic, then members of a 60-byte header and even-padded data."""
     data, position = deb.read_bytes(), 8
     while position < len(data):
-        name, size = data[position:position + 16].decode().strip(" /"), int(data[position + 48:position + 58])
-        body = data[position + 60:position + 60 + size]
+        name, size = data[position : position + 16].decode().strip(" /"), int(data[position + 48 : position + 58])
+        body = data[position + 60 : position + 60 + size]
         if name == "data.tar.xz":
             with tarfile.open(fileobj=io.BytesIO(lzma.decompress(body))) as archive:
                 archive.extractall(tree, filter="data")

@@ -66,10 +66,13 @@ def _builtin(root: str | Path | None, names: list[str] | None) -> dict[str, Task
         except archive.DamagedFile as error:
             message = f"task {name!r} of the built-in suite {path} is damaged: {error}; {remedy}"
             raise archive.DamagedFile(message) from None
-        train, test = (_image_set(images[part], labels[part])
-                       for part in (slice(None, entry["train"]), slice(entry["train"], None)))
-        tasks[name] = Task(name, train, test, tuple(entry["classes"]), entry["flip"], entry["role"], entry["title"],
-                           entry["source"])
+        train, test = (
+            _image_set(images[part], labels[part])
+            for part in (slice(None, entry["train"]), slice(entry["train"], None))
+        )
+        tasks[name] = Task(
+            name, train, test, tuple(entry["classes"]), entry["flip"], entry["role"], entry["title"], entry["source"]
+        )
     return tasks
 
 
@@ -87,8 +90,9 @@ SUITES: dict[str, Callable[[str | Path | None, list[str] | None], dict[str, Task
 """Suite name to its loader(root, names); a further suite adds itself here."""
 
 
-def load_suite(name: str = "builtin", root: str | Path | None = None,
-               names: Iterable[str] | None = None) -> dict[str, Task]:
+def load_suite(
+    name: str = "builtin", root: str | Path | None = None, names: Iterable[str] | None = None
+) -> dict[str, Task]:
     """Load the tasks of a suite, by name; only the tasks asked for are decoded.
 
     Args:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .assemble import Draft
 
-FONT_SOURCE = ("rendered type: fonts of matplotlib, mplhep-data, rendercv-fonts and weblate-fonts "
-               "(OFL, Apache 2.0, GUST, Bitstream and Ubuntu font licences)")
+FONT_SOURCE = (
+    "rendered type: fonts of matplotlib, mplhep-data, rendercv-fonts and weblate-fonts "
+    "(OFL, Apache 2.0, GUST, Bitstream and Ubuntu font licences)"
+)
 ICON_SOURCE = "rendered icons: icon fonts of qtawesome (OFL, Apache 2.0, MIT, CC BY 4.0)"
 HANGUL_SOURCE = "rendered type: Noto Sans KR (rendercv-fonts) and Kurinto Sans KR (weblate-fonts), both OFL"
 
@@ -52,8 +54,16 @@ FAMILIES = {  # family: file patterns below the unpacked packages
     "XCharter": ["rendercv-fonts/**/XCharter-*.otf"],
     "Kurinto Sans": ["weblate-fonts/**/KurintoSans-*.ttf"],
 }
-TEST_FAMILIES = {"DejaVu Serif", "EB Garamond", "Fira Mono", "Open Sauce Sans", "Raleway",
-                 "TeX Gyre Heros", "Ubuntu", "XCharter"}
+TEST_FAMILIES = {
+    "DejaVu Serif",
+    "EB Garamond",
+    "Fira Mono",
+    "Open Sauce Sans",
+    "Raleway",
+    "TeX Gyre Heros",
+    "Ubuntu",
+    "XCharter",
+}
 
 UPPER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ACCENTED = "ÀÁÂÃÄÅĀĄÇĆČĎÈÉÊËĒĘĚÌÍÎÏĪÑŃŇÒÓÔÕÖØŌŐŘŚŠŤÙÚÛÜŮŰÝŸŹŻŽàáâãäåāąçćčèéêëēęñńňòóôõöøōőřśšùúûüůűýÿźżž"
@@ -70,15 +80,41 @@ LETTER_TASKS = [  # name, title, characters, pixels
 ]
 
 CONCEPTS = {  # class of the held-out icon task: words of an icon's name that stand for it
-    "align": ["align"], "arrow": ["arrow", "arrows"], "battery": ["battery"], "book": ["book"],
-    "briefcase": ["briefcase"], "calendar": ["calendar"], "camera": ["camera"], "car": ["car"], "card": ["card"],
-    "chart": ["chart"], "chevron": ["chevron", "caret"], "clock": ["clock", "time", "timer"], "cloud": ["cloud"],
-    "eye": ["eye"], "file": ["file"], "filter": ["filter"], "folder": ["folder"], "gear": ["cog", "gear", "settings"],
-    "hand": ["hand"], "heart": ["heart"], "home": ["home", "house"], "image": ["image", "picture"],
-    "lock": ["lock"], "magnifier": ["search", "magnify", "magnifying"], "map": ["map"],
-    "message": ["chat", "message", "comment"], "pen": ["edit", "pencil", "pen"],
-    "person": ["user", "users", "account", "person"], "phone": ["phone"], "play": ["play"], "question": ["question"],
-    "shield": ["shield"], "star": ["star"], "table": ["table"], "video": ["video"],
+    "align": ["align"],
+    "arrow": ["arrow", "arrows"],
+    "battery": ["battery"],
+    "book": ["book"],
+    "briefcase": ["briefcase"],
+    "calendar": ["calendar"],
+    "camera": ["camera"],
+    "car": ["car"],
+    "card": ["card"],
+    "chart": ["chart"],
+    "chevron": ["chevron", "caret"],
+    "clock": ["clock", "time", "timer"],
+    "cloud": ["cloud"],
+    "eye": ["eye"],
+    "file": ["file"],
+    "filter": ["filter"],
+    "folder": ["folder"],
+    "gear": ["cog", "gear", "settings"],
+    "hand": ["hand"],
+    "heart": ["heart"],
+    "home": ["home", "house"],
+    "image": ["image", "picture"],
+    "lock": ["lock"],
+    "magnifier": ["search", "magnify", "magnifying"],
+    "map": ["map"],
+    "message": ["chat", "message", "comment"],
+    "pen": ["edit", "pencil", "pen"],
+    "person": ["user", "users", "account", "person"],
+    "phone": ["phone"],
+    "play": ["play"],
+    "question": ["question"],
+    "shield": ["shield"],
+    "star": ["star"],
+    "table": ["table"],
+    "video": ["video"],
     "wifi": ["wifi"],
 }
 TEST_ICON_SETS = {"remixicon", "fontawesome6", "elusiveicons"}
@@ -121,11 +157,14 @@ def render(path: Path, texts: list[str], pixels: int, baseline: bool = True) -> 
 
 def font_files(root: Path) -> list[tuple[str, Path]]:
     """(family, file) of every text font, in a fixed order."""
-    return [(family, path) for family, patterns in FAMILIES.items()
-            for path in sorted({p for pattern in patterns for p in root.glob(pattern)})]
+    return [
+        (family, path)
+        for family, patterns in FAMILIES.items()
+        for path in sorted({p for pattern in patterns for p in root.glob(pattern)})
+    ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def covered(path: Path) -> frozenset[int]:
     """Code points that a font has glyphs for."""
     with TTFont(path, lazy=True) as font:

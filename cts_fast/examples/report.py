@@ -56,7 +56,12 @@ def initializations(experiment: Experiment, best: str | None) -> list[tuple[str,
     files = [("initialization", best)] if best else []
     files += [(f"initialization-{name}", name) for name in experiment.entries]
     return [
-        (f"{file}.safetensors", partial(save_tensors, tensors=experiment.snapshots[name][experiment.train.steps], metadata={"method": name}))
+        (
+            f"{file}.safetensors",
+            partial(
+                save_tensors, tensors=experiment.snapshots[name][experiment.train.steps], metadata={"method": name}
+            ),
+        )
         for file, name in files
     ]
 
@@ -78,7 +83,7 @@ def drawings(experiment: Experiment, accuracy: Accuracy) -> list[tuple[str, Call
 
 def per_seed_mean(by_target: Mapping[str, Sequence[float]]) -> list[float]:
     """Mean over held-out tasks, for every seed."""
-    return [sum(values) / len(values) for values in zip(*by_target.values())]
+    return [sum(values) / len(values) for values in zip(*by_target.values(), strict=True)]
 
 
 def table(accuracy: Accuracy) -> str:
@@ -87,11 +92,11 @@ def table(accuracy: Accuracy) -> str:
     for name in sorted(accuracy, key=lambda name: -sum(per_seed_mean(accuracy[name]))):
         columns = [*accuracy[name].values(), per_seed_mean(accuracy[name])]
         rows.append([LABELS.get(name, name), *map(percent, columns)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     lines = []
     for first, *others in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
         lines.append("  ".join(cells))
     return "\n".join(lines)
 

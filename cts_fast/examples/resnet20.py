@@ -80,7 +80,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--capture", action="store_true", help="replay each training step as one CUDA graph")
     p.add_argument("--streams", type=_positive, default=STREAMS, metavar="N", help="of a captured step (default: 8)")
     p.add_argument(
-        "--precision", choices=PRECISIONS, default="fp32", help="of the networks' passes: fp32 (default) or bf16 autocast"
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of the networks' passes: fp32 (default) or bf16 autocast",
     )
     p.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
     p.add_argument("--overwrite", action="store_true", help="replace the run in --out")
