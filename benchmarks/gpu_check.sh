@@ -27,7 +27,7 @@ if [ -n "${WHEELS:-}" ] && [ -n "$(ls "$WHEELS"/*.whl 2>/dev/null)" ]; then
 fi
 missing=$("$python" - <<'END'
 import importlib.metadata, importlib.util
-needed = ("torch", "triton", "setuptools", "pybind11", "ninja", "torchvision", "pytest", "hypothesis", "safetensors", "tqdm", "matplotlib")
+needed = ("torch", "triton", "setuptools", "pybind11", "ninja", "torchvision", "pytest", "hypothesis", "safetensors", "tqdm", "matplotlib", "scipy")
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if "setuptools" not in missing and int(importlib.metadata.version("setuptools").partition(".")[0]) < 77:
     missing.append("setuptools>=77")

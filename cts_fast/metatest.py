@@ -11,9 +11,6 @@ from torch import Tensor
 from .batches import TaskBatches, normalize, resize, task_seed
 from .training import logits, loss, new_net
 
-# Student's t: 97.5 % quantiles for 1 to 10 degrees of freedom.
-_T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-
 
 @dataclass(frozen=True)
 class MetaTestSettings:
@@ -119,22 +116,11 @@ def _balanced_subset(labels: Tensor, count: int | None, seed: int) -> Tensor:
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95 % confidence interval (Student's t); NaN for fewer than two values."""
+    from scipy.stats import t
+
     n = len(values)
     mean = sum(values) / n
     if n < 2:
         return mean, math.nan
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, _t_quantile(n - 1) * deviation / math.sqrt(n)
-
-
-def _t_quantile(degrees: int) -> float:
-    """97.5 % quantile of Student's t; above 10 degrees by its expansion about the normal (error below 0.001)."""
-    if degrees <= len(_T_QUANTILES):
-        return _T_QUANTILES[degrees - 1]
-    z = 1.959964
-    return (
-        z
-        + (z**3 + z) / (4 * degrees)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-    )
+    return mean, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)

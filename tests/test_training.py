@@ -11,7 +11,7 @@ from image_tasks import make_task
 from cts_fast.baselines import METHODS
 from cts_fast.batch_counts import BatchCounts
 from cts_fast.batches import TaskBatches, draw_together, normalize, resize, task_seed
-from cts_fast.metatest import MetaTester, MetaTestSettings, _balanced_subset, _t_quantile, mean_and_interval
+from cts_fast.metatest import MetaTester, MetaTestSettings, _balanced_subset, mean_and_interval
 from cts_fast.parallel import task_map
 from cts_fast.training import MetaTrainer, MetaTrainSettings, logits, loss, new_net
 
@@ -288,4 +288,4 @@ def test_interval_is_students():
     mean, half = mean_and_interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
     assert math.isnan(mean_and_interval([1.0])[1])
-    assert _t_quantile(11) == pytest.approx(2.2010, abs=1e-3) and _t_quantile(30) == pytest.approx(2.0423, abs=1e-3)
+    assert mean_and_interval([0.0, 1.0])[1] == pytest.approx(12.7062 / 2, rel=1e-5)

@@ -119,7 +119,7 @@ def prepare(args: argparse.Namespace) -> Experiment:
     train = dataclasses.replace(preset.train, **changes)
     test_changes = {"steps": args.test_steps, "seeds": args.test_seeds}
     test = dataclasses.replace(preset.test, **{key: value for key, value in test_changes.items() if value is not None})
-    check_extras("matplotlib", "safetensors", "tqdm", *(["tensorboard"] if args.tensorboard else []))
+    check_extras("matplotlib", "safetensors", "scipy", "tqdm", *(["tensorboard"] if args.tensorboard else []))
     check_device(args.device)
     if args.capture and torch.device(args.device).type != "cuda":
         raise ValueError(f"--capture makes a CUDA graph, which --device {args.device} has not: give --device cuda")
