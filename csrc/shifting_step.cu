@@ -5,9 +5,9 @@
 // the block, whose sums of differences meet in shared memory; a slice with more than 8 tasks takes them one after the
 // other and lets theta wait in global memory. Heads are tiles of one task that take the inner step alone.
 //
-// The usual rule (1, 2, 4, 8 or more tasks, momentum, no dampening, no Nesterov, no maximize, no scale, no flags) has
-// lean kernels, in which a tile whose gradients are all there and aligned goes through a short path without a choice
-// for each number.
+// The usual step (1, 2, 4, 8 or more tasks, momentum, no dampening, no Nesterov, no maximize, no scale, no flags, every
+// gradient there) has lean kernels without a choice for each number; others go through the general kernels. In both, a
+// tile whose gradients are not aligned goes column by column.
 //
 // Compiled once for each dtype, -DCTS_DTYPE=float32 and so on.
 #ifndef CTS_HOST_SHIM
@@ -132,7 +132,7 @@ template <class P> struct Buffers {
 };
 
 // What a launch is given. `table` is the device's copy of the gradients' addresses, or null: `gradients` holds them.
-// wide: all gradients are aligned and, in a lean kernel, there. dampened: some group's first gradients differ, so steps
+// wide: all gradients are aligned. dampened: some group's first gradients differ, so steps
 // read the flags. A slice of a block takes `share` of the tasks.
 template <class P, int POINTERS, int GROUPS> struct Params {
   Buffers<P> shared, heads;
@@ -157,8 +157,8 @@ __device__ __forceinline__ double value_at(uintptr_t address) {
 // The inner step of the first `tasks` of N tasks at W columns: theta [N][W] holds the result, momentum is stored.
 // first: the first one's gradient in the table; place: of the tile in its row; at: of the tile in its gradient; column:
 // of the thread in the tile, apart from what the whole block shares, so that one register holds it for all addresses.
-// LEAN: no flags. PRESENT: no gradient is missing.
-template <bool LEAN, bool PRESENT, int N, int W, class P, class C, class Launch>
+// LEAN: the usual rule, no flags, no gradient is missing.
+template <bool LEAN, int N, int W, class P, class C, class Launch>
 __device__ __forceinline__ void inner_steps(C (*theta)[W], const Launch& p, const Buffers<P>& b, const Rule<C>& rule,
                                             int first, int tasks, int64_t place, int64_t at, unsigned column) {
   P x[N][W], v[N][W], g[N][W];
@@ -175,14 +175,14 @@ __device__ __forceinline__ void inner_steps(C (*theta)[W], const Launch& p, cons
   for (int t = 0; t < N; ++t) {
     if (t >= tasks) continue;
     from[t] = p.gradient(first + t);
-    if (PRESENT || from[t] != nullptr) load_once(g[t], from[t] + at + column);
+    if (LEAN || from[t] != nullptr) load_once(g[t], from[t] + at + column);
   }
   CTS_UNROLL
   for (int t = 0; t < N; ++t) {
     if (t >= tasks) continue;
     C momentum[W];
     bool bad = false;
-    const bool present = PRESENT || from[t] != nullptr;
+    const bool present = LEAN || from[t] != nullptr;
     const bool started = LEAN || p.started == nullptr || rule.gain == 1 || p.started[first + t] != 0;
     CTS_UNROLL
     for (int i = 0; i < W;
@@ -237,7 +237,7 @@ template <int W, class C> __device__ __forceinline__ void add_slices(C (&sum)[W]
 
 // One step of W columns of a shared tensor. A thread takes all tasks, or those of its slice; one that is not active
 // only keeps the others company at their barriers. EXACT: there are N tasks.
-template <bool LEAN, bool PRESENT, int N, bool SLICED, bool EXACT, int W, class P, class C, class Launch>
+template <bool LEAN, int N, bool SLICED, bool EXACT, int W, class P, class C, class Launch>
 __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, const Rule<C>& rule, unsigned column,
                                             bool active) {
   const Buffers<P>& b = p.shared;
@@ -250,8 +250,8 @@ __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, c
     for (;; begin += N) {
       CTS_UNROLL
       for (int t = 0; t < N; t += BATCH)
-        inner_steps<LEAN, PRESENT, BATCH>(theta + t, p, b, rule, tile.first + begin + t, to - begin - t,
-                                          (begin + t) * b.stride + tile.column, tile.at, column);
+        inner_steps<LEAN, BATCH>(theta + t, p, b, rule, tile.first + begin + t, to - begin - t,
+                                 (begin + t) * b.stride + tile.column, tile.at, column);
       CTS_UNROLL
       for (int t = 0; t < N; ++t) {
         if (begin + t >= to) continue;
@@ -294,10 +294,10 @@ __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, c
 }
 
 // The inner step of W columns of a head.
-template <bool LEAN, bool PRESENT, int W, class P, class C, class Launch>
+template <bool LEAN, int W, class P, class C, class Launch>
 __device__ __forceinline__ void step_head(const Launch& p, const Tile& tile, const Rule<C>& rule, unsigned column) {
   C theta[1][W];
-  inner_steps<LEAN, PRESENT, 1>(theta, p, p.heads, rule, tile.first, 1, tile.column, tile.at, column);
+  inner_steps<LEAN, 1>(theta, p, p.heads, rule, tile.first, 1, tile.column, tile.at, column);
   store_theta(p.heads, tile.column, column, theta[0], p.streams);
 }
 
@@ -309,28 +309,24 @@ __device__ __forceinline__ void step_tile(const Launch& p, const Tile& tile, con
   bool wide = p.wide;
   if (!wide) {
     uintptr_t addresses = 0;
-    bool missing = false;
-    for (int t = 0; t < (tile.head ? 1 : p.tasks); ++t) {
-      const auto address = reinterpret_cast<uintptr_t>(p.gradient(tile.first + t));
-      addresses |= address, missing |= address == 0;
-    }
-    wide = addresses % (W * sizeof(P)) == 0 && !(LEAN && missing);
+    for (int t = 0; t < (tile.head ? 1 : p.tasks); ++t)
+      addresses |= reinterpret_cast<uintptr_t>(p.gradient(tile.first + t));
+    wide = addresses % (W * sizeof(P)) == 0;
   }
   const int packed = wide ? tile.columns / W * W : 0;
   if (tile.head) {
     const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
-    if (thread * W < packed) step_head<LEAN, LEAN, W, P>(p, tile, rule, thread * W);
+    if (thread * W < packed) step_head<LEAN, W, P>(p, tile, rule, thread * W);
     for (int column = packed + thread; column < tile.columns; column += threads)
-      step_head<LEAN, false, 1, P>(p, tile, rule, column);
+      step_head<LEAN, 1, P>(p, tile, rule, column);
     return;
   }
   constexpr bool EXACT = !SLICED && (LEAN || N <= 2);  // there are N tasks
   const int lane = threadIdx.x, lanes = blockDim.x;
   const bool active = lane * W < packed;
-  if (active || (SLICED && packed > 0))
-    step_shared<LEAN, LEAN, N, SLICED, EXACT, W, P>(p, tile, rule, lane * W, active);
+  if (active || (SLICED && packed > 0)) step_shared<LEAN, N, SLICED, EXACT, W, P>(p, tile, rule, lane * W, active);
   for (int column = packed + lane; column - (SLICED ? lane : 0) < tile.columns; column += lanes)
-    step_shared<LEAN, false, N, SLICED, EXACT, 1, P>(p, tile, rule, column, column < tile.columns);
+    step_shared<LEAN, N, SLICED, EXACT, 1, P>(p, tile, rule, column, column < tile.columns);
 }
 
 // What a captured step decides on the device, before anything is counted.
@@ -432,15 +428,11 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Whether all gradients are aligned to `bytes` and, if they must, there.
-bool are_wide(const Launch& l, const Step& step, size_t bytes, bool present) {
+// Whether all gradients are aligned to `bytes`; a missing one is.
+bool are_aligned(const Launch& l, const Step& step, size_t bytes) {
   uintptr_t addresses = 0;
-  bool missing = false;
-  for (int i = 0; i < l.count; ++i) {
-    const auto address = reinterpret_cast<uintptr_t>(step.gradients[i]);
-    addresses |= address, missing |= address == 0;
-  }
-  return addresses % bytes == 0 && !(present && missing);
+  for (int i = 0; i < l.count; ++i) addresses |= reinterpret_cast<uintptr_t>(step.gradients[i]);
+  return addresses % bytes == 0;
 }
 
 template <bool LEAN, int N, bool SLICED, class P, int POINTERS, int GROUPS>
@@ -457,7 +449,7 @@ void launch_kernel(const Launch& l, const Step& step, const Counting& counting) 
   p.tiles = l.tiles, p.table = static_cast<const P* const*>(l.table), p.counting = counting;
   p.started = l.started, p.nonfinite = step.nonfinite;
   p.tasks = l.shared.rows, p.share = shape.share, p.count = l.count, p.shared_count = l.shared_count;
-  p.reset_momentum = step.reset_momentum, p.wide = are_wide(l, step, 16 / sizeof(C) * sizeof(P), LEAN);
+  p.reset_momentum = step.reset_momentum, p.wide = are_aligned(l, step, 16 / sizeof(C) * sizeof(P));
   p.streams = l.streams,
   p.dampened = std::any_of(step.groups, step.groups + l.num_groups, [](const Group& g) { return g.dampening != 0; });
   for (int i = 0; i < l.num_groups; ++i) {
@@ -477,6 +469,7 @@ template <int N, bool SLICED> bool is_usual(const Launch& l, const Step& step, c
   if ((!SLICED && l.shared.rows != N) || step.nonfinite != nullptr || step.inverse_scale != 1 ||
       counting.grad_scale != nullptr)
     return false;
+  if (std::find(step.gradients, step.gradients + l.count, nullptr) != step.gradients + l.count) return false;
   return std::all_of(step.groups, step.groups + l.num_groups,
                      [&](const Group& g) { return g.momentum != 0 && !g.nesterov && !g.maximize && g.dampening == 0; });
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -11,17 +12,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class BatchCounts:
-    """The batch norms of `nets` that only count: those with a momentum, whose statistics need no count."""
+    """The batch norms of `nets` that can be counted for: torch's own, with a momentum, so that nothing reads the count.
+
+    Others count for themselves: those of another forward pass (SyncBatchNorm wants its counter), without a momentum, or shared by networks.
+    """
 
     def __init__(self, nets: Iterable[nn.Module]) -> None:
-        layers = (module for net in nets for module in net.modules() if isinstance(module, _BatchNorm))
+        layers = [module for net in nets for module in net.modules() if type(module).forward is _BatchNorm.forward]
+        times = Counter(map(id, layers))
         self.layers = [
-            layer for layer in layers if layer.num_batches_tracked is not None and layer.momentum is not None
+            layer
+            for layer in layers
+            if times[id(layer)] == 1 and layer.num_batches_tracked is not None and layer.momentum is not None
         ]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Inside, every network takes one forward pass, which counts nothing; at the end all that train have counted one batch."""
+        """Inside, every network takes one forward pass, which counts nothing; at its end all that train have counted one batch.
+
+        A state dict that is taken inside lacks the counters. Nothing is counted where an exception ends it.
+        """
         counted = [(layer, layer.num_batches_tracked) for layer in self.layers if layer.training]
         for layer, _ in counted:
             layer.num_batches_tracked = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ class CapturedStep:
             raise ValueError(f"a CUDA graph needs networks on a CUDA device, but these are on {self.device}")
         if not all(group.get("capturable") for group in optimizer.param_groups):
             raise ValueError("a CUDA graph needs an optimizer made with capturable=True")
+        if prepare is not None and len(prepare) != len(self.nets):
+            raise ValueError(f"prepare: {len(prepare)} functions for {len(self.nets)} networks")
         if streams < 1:
             raise ValueError(f"Invalid streams value: {streams}; at least one is needed")
         self.prepare = prepare or [lambda *batch: batch] * len(self.nets)
@@ -53,7 +56,7 @@ class CapturedStep:
 
     def __call__(self, batches: Tensor | Sequence[tuple[Tensor, ...]]) -> Tensor:
         """One training step on a batch of tensors for each task, or on one tensor [T, …] of what is given for all; the T losses, detached."""
-        with torch.cuda.device(self.device), torch.backends.cudnn.flags(**self._cudnn()):
+        with torch.cuda.device(self.device), self._algorithms():
             self._fill(batches)
             if self.graph is None and self.eager_steps < EAGER_STEPS:
                 self.eager_steps += 1
@@ -64,17 +67,23 @@ class CapturedStep:
             self.graph.replay()
             return self.losses.clone()
 
-    def _cudnn(self) -> dict[str, bool]:
-        cudnn = torch.backends.cudnn
-        return {
-            "enabled": cudnn.enabled,
-            "deterministic": cudnn.deterministic,
-            "benchmark": self.benchmark or cudnn.benchmark,
-        }
+    @contextmanager
+    def _algorithms(self) -> Iterator[None]:
+        """cuDNN tries its algorithms inside, if it was asked to; torch's own context would set its other flags too."""
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = self.benchmark or before
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     def _fill(self, batches: Tensor | Sequence[tuple[Tensor, ...]]) -> None:
         """Copy the batches to where the graph reads them."""
         together = isinstance(batches, Tensor)  # one copy for all tasks
+        if len(batches) != len(self.nets):
+            raise ValueError(f"batches of {len(batches)} tasks given, but there are {len(self.nets)} networks")
+        if self.inputs is not None and together is not isinstance(self.inputs, Tensor):
+            raise ValueError("batches come as one tensor or as a list, as the first ones did")
         if self.inputs is None:
             self.inputs = (
                 torch.empty_like(batches, device=self.device) if together
@@ -99,14 +108,16 @@ class CapturedStep:
         for stream in self.streams:
             stream.wait_stream(main)
         with self.counts.together():
-            for task, (net, prepare, inputs) in enumerate(zip(self.nets, self.prepare, self.inputs, strict=True)):
-                with torch.cuda.stream(self.streams[task % len(self.streams)]):
-                    batch = prepare(inputs) if isinstance(self.inputs, Tensor) else prepare(*inputs)
-                    loss = self.loss(net, *batch)
-                    loss.backward()
-                    losses.append(loss.detach())
-            for stream in self.streams:
-                main.wait_stream(stream)
+            try:
+                for task, (net, prepare, inputs) in enumerate(zip(self.nets, self.prepare, self.inputs, strict=True)):
+                    with torch.cuda.stream(self.streams[task % len(self.streams)]):
+                        batch = prepare(inputs) if isinstance(self.inputs, Tensor) else prepare(*inputs)
+                        loss = self.loss(net, *batch)
+                        loss.backward()
+                        losses.append(loss.detach())
+            finally:  # also where a loss failed: what comes next must not overtake what runs
+                for stream in self.streams:
+                    main.wait_stream(stream)
         self.optimizer.step()
         return torch.stack(losses)
 

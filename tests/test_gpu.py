@@ -331,6 +331,23 @@ def test_captured_training_equals_eager_training_with_its_resets_and_snapshots(s
     assert all(count == TRAIN.steps for net in counts for count in net)
 
 
+def test_a_captured_step_leaves_cudnns_flags_as_the_user_set_them(monkeypatch):
+    from cts_fast.capture import CapturedStep
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    seen = []
+
+    def watched(net, x, y):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark))
+        return loss(net, x, y)
+
+    nets, opt = make(BACKENDS[0], capturable=True)
+    CapturedStep(nets, opt, watched, benchmark=True)(batches(0))
+    assert seen == [(False, True)] * 3 and not torch.backends.cudnn.benchmark
+    with pytest.raises(ValueError, match="2 tasks"):
+        CapturedStep(nets, opt, loss)(batches(0)[:2])
+
+
 @pytest.mark.parametrize("capture", [False, True])
 def test_training_goes_on_exactly_from_a_checkpoint_that_was_written_on_the_gpu(capture, deterministic, tmp_path):
     whole, first, second = (trainer(capture=capture) for _ in range(3))

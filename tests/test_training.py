@@ -99,6 +99,21 @@ def test_batch_norms_that_are_counted_together_count_as_they_do_alone():
         assert all(torch.equal(a.state_dict()[name], b.state_dict()[name]) for name in a.state_dict())
 
 
+def test_batch_norms_that_need_their_own_counter_keep_it():
+    shared = torch.nn.BatchNorm2d(3)
+    nets = [
+        torch.nn.Sequential(shared, torch.nn.BatchNorm2d(3)),
+        torch.nn.Sequential(shared, torch.nn.SyncBatchNorm(3)),
+    ]
+    counts = BatchCounts(nets)
+    assert counts.layers == [nets[0][1]]
+    with counts.together():
+        assert nets[1][1].num_batches_tracked is not None
+        for net in (nets[0], nets[1][:1]):
+            net(torch.randn(4, 3, 2, 2))
+    assert (shared.num_batches_tracked, nets[0][1].num_batches_tracked) == (2, 1)
+
+
 def test_bf16_keeps_parameters_gradients_and_statistics_in_float32_and_learns_about_the_same():
     full, half = make_trainer(), make_trainer(precision="bf16")
     for _ in range(4):
