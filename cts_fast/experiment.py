@@ -19,11 +19,13 @@ from .parallel import task_map
 from .progress import Progress
 from .run_folder import (
     DAMAGE,
+    NOT_NOW,
     CheckpointError,
     RunFolder,
     Stop,
     first_line,
     load_state,
+    not_now,
     read_json,
     save_state,
     write_json,
@@ -104,7 +106,12 @@ class Experiment:
         self.folder = RunFolder(out, config, ("checkpoint-*.pt", ACCURACY), resume=resume, overwrite=overwrite)
         if resume and (out / ACCURACY).exists():
             saved = read_json(out / ACCURACY)
-            self.accuracy = {(method, step, target, seed): value for method, step, target, seed, value in saved}
+            try:
+                self.accuracy = {(method, step, target, seed): value for method, step, target, seed, value in saved}
+            except (TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{out / ACCURACY} is damaged: delete it to meta-test anew, then resume"
+                ) from error
 
     def run(self, stop: Stop) -> None:
         """Does what is not done yet; raises `Interrupted` when `stop` was requested and everything is saved."""
@@ -174,13 +181,13 @@ class Experiment:
                     pending.clear()
                     if writer:
                         writer.add_scalar("meta-train/loss", curve.last, trainer.step)
-                progress.advance(f"loss {curve.last:.3f}")
-                if stop():
+                if stop():  # before anything is printed: a hang-up closes the output too
                     save()
                     stop.check()
                 if time.monotonic() - saved > SAVE_EVERY or trainer.step == self.train.steps:
                     save()
                     saved = time.monotonic()
+                progress.advance(f"loss {curve.last:.3f}")
         if not all(math.isfinite(loss) for loss in curve.mean):
             print(f"warning: the training loss of {name} is not finite: its meta_lr ({entry.meta_lr}) is too large")
 
@@ -238,6 +245,8 @@ class Experiment:
             curve.steps, curve.losses = state["steps"], state["losses"]
             kept.update(state["snapshots"])
             return [losses.to(self.device) for losses in state["pending"]]
+        except NOT_NOW as error:
+            raise not_now(path, error) from error
         except DAMAGE as error:
             raise CheckpointError(
                 f"the checkpoint {path} is damaged ({first_line(error)}): delete it to "

@@ -1,4 +1,4 @@
-"""A program's folder: files that are whole or not there, one run at a time, and a mark on what is finished."""
+"""A program's folder: files that are whole or not there, and a mark on what is finished."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from typing import IO, Any
 import torch
 
 CONFIG, FINISHED = "config.json", "finished.json"
+REPORTED = ("metrics.csv", "*.png", "*.safetensors")  # what a run leaves beside its parts and results
 # what torch.load and the use of what it returns raise for a file that is cut, damaged or of something else
-DAMAGE = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError)
+DAMAGE = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError)
+NOT_NOW = (OSError, torch.OutOfMemoryError)  # what they raise for a file that may be whole
 
 
 class CheckpointError(ValueError):
@@ -66,9 +68,9 @@ class RunFolder:
                 "or add --overwrite to replace it"
             )
         path.mkdir(parents=True, exist_ok=True)
-        for file in sorted(
-            stale, key=lambda file: file.name != FINISHED
-        ):  # the mark first: what is half gone is not finished
+        old = [file for pattern in (*REPORTED, ".*.tmp") for file in path.glob(pattern)] if overwrite else []
+        # the mark first: what is half gone is not finished
+        for file in sorted((*stale, *old), key=lambda file: file.name != FINISHED):
             file.unlink(missing_ok=True)
         write_json(path / CONFIG, config, indent=1)
 
@@ -104,7 +106,7 @@ def written(path: Path, mode: str = "wb") -> Iterator[IO]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        cause = _os_error(error)
+        cause = _os_error(error) if isinstance(error, Exception) else None
         if cause is None:
             raise
         raise OSError(cause.errno, f"cannot write: {cause.strerror or cause}", str(path)) from error
@@ -120,11 +122,12 @@ def _os_error(error: BaseException | None) -> OSError | None:
 def _sync_folder(path: Path) -> None:
     if os.name != "posix":
         return
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with contextlib.suppress(OSError):  # some file systems refuse it; the file itself is whole
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 class _Checked:
@@ -189,7 +192,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"there is no run to resume: {path} is missing; start it without --resume") from None
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read now ({first_line(error)}); nothing is lost") from error
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({first_line(error)}): start anew in another --out") from error
 
 
@@ -205,6 +210,13 @@ def check_same_config(path: Path, config: dict[str, Any]) -> None:
             f"{path.parent} holds another run ({differences}): "
             "give the same arguments, or another --out without --resume"
         )
+
+
+def not_now(path: Path, error: BaseException) -> CheckpointError:
+    """For a file that may be whole, but cannot be read or used now."""
+    return CheckpointError(
+        f"{path} cannot be read now ({first_line(error)}); nothing is lost: resume when that is repaired"
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -255,7 +267,7 @@ def stop_on_signals() -> Iterator[Stop]:
             first, stop.status = now, 128 + number
             stop.requested.set()
         elif now - first > 1:  # a wrapper may pass one Ctrl-C on twice
-            raise KeyboardInterrupt
+            raise Interrupted(128 + number)
 
     with on_signals(("SIGINT", "SIGTERM", "SIGHUP"), handler):
         yield stop

@@ -19,6 +19,7 @@ from cts_fast.data import suite
 from cts_fast.examples import resnet20, tune
 from cts_fast.examples.presets import LABELS
 from cts_fast.models import ResNet20
+from cts_fast.training import MetaTrainer
 
 SMALL = ["--suite", "tiny", "--horizon", "2", "--rounds", "2", "--test-steps", "2", "--test-seeds", "2"]
 FIGURES = ("convergence.png", "accuracy-vs-steps.png", "accuracy.png")
@@ -305,6 +306,32 @@ def test_an_empty_checkpoint_is_named(tmp_path, capsys):
     checkpoint.write_bytes(b"")
     message = refused(capsys, tmp_path, "--methods", "cts", "--targets", "rings", "--resume")
     assert str(checkpoint) in message and "damaged" in message
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), torch.OutOfMemoryError("CUDA out of memory")]
+)
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path, capsys, monkeypatch, error):
+    run(tmp_path, "--methods", "cts", "--targets", "rings")
+
+    def fails(self, state):
+        raise error
+
+    monkeypatch.setattr(MetaTrainer, "load_state_dict", fails)
+    message = refused(capsys, tmp_path, "--methods", "cts", "--targets", "rings", "--resume")
+    assert str(tmp_path / "checkpoint-cts.pt") in message and "nothing is lost" in message
+    assert "damaged" not in message and "delete" not in message
+
+
+def test_an_overwritten_run_leaves_nothing_of_the_old_one(tmp_path):
+    run(tmp_path, "--methods", "reptile", "--targets", "rings")
+    (tmp_path / ".checkpoint-reptile.pt.1-0.tmp").write_bytes(b"of a killed save")
+    run(tmp_path, "--methods", "scratch", "--targets", "rings", "--overwrite")
+    assert not [path.name for path in tmp_path.iterdir() if "reptile" in path.name or path.suffix == ".safetensors"]
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path, capsys):
+    assert "not allowed with" in refused(capsys, tmp_path, "--resume", "--overwrite")
 
 
 def test_a_python_without_lzma_gets_one_line(tmp_path):

@@ -7,6 +7,7 @@ start on the same batches, fine-tunes both and a random initialization on held-o
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -85,8 +86,7 @@ def parser() -> argparse.ArgumentParser:
         default="fp32",
         help="of the networks' passes: fp32 (default) or bf16 autocast",
     )
-    p.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
-    p.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    add_folder_arguments(p)
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into --out as well")
     return p
 
@@ -107,7 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, OSError) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
     except Interrupted as stopped:
-        print(f"\nstopped; everything so far is in {args.out}. To go on:\n  {resume_command(argv)}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a hang-up may have closed the output
+            print(
+                f"\nstopped; everything so far is in {args.out}. To go on:\n  {resume_command(argv)}", file=sys.stderr
+            )
         return stopped.status
     return 0
 
@@ -233,6 +236,13 @@ def resume_command(argv: Sequence[str] | None, module: str = "cts_fast.examples.
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
     return shlex.join(["python", "-m", module, *arguments, "--resume"])
+
+
+def add_folder_arguments(p: argparse.ArgumentParser) -> None:
+    """What to do with a run that is in --out already."""
+    group = p.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
 
 
 def _names(text: str) -> list[str]:

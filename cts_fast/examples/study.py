@@ -12,15 +12,17 @@ from typing import Any
 
 from torch import Tensor
 
-from cts_fast.examples.resnet20 import check_device, resume_command
+from cts_fast.examples.resnet20 import add_folder_arguments, check_device, resume_command
 from cts_fast.progress import Progress
 from cts_fast.run_folder import (
     DAMAGE,
+    NOT_NOW,
     CheckpointError,
     RunFolder,
     first_line,
     load_state,
     mark_finished,
+    not_now,
     on_signals,
     save_state,
     save_tensors,
@@ -50,6 +52,8 @@ class Study:
         if path.exists():
             try:
                 return load_state(path, self.device)
+            except NOT_NOW as error:
+                raise not_now(path, error) from error
             except DAMAGE as error:
                 raise CheckpointError(f"{path} is damaged ({first_line(error)}): delete it, then resume") from error
         with Progress(name, total) as progress:
@@ -90,8 +94,7 @@ def main(
     )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
-    p.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
-    p.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    add_folder_arguments(p)
     args = p.parse_args(argv)
     started = time.monotonic()
     try:

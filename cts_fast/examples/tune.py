@@ -16,6 +16,7 @@ from pathlib import Path
 from cts_fast.baselines import METHODS
 from cts_fast.data import DamagedFile, load_suite
 from cts_fast.examples.presets import PRESETS
+from cts_fast.examples.resnet20 import add_folder_arguments
 from cts_fast.experiment import Entry, Experiment
 from cts_fast.run_folder import Interrupted, stop_on_signals, write_json
 
@@ -42,8 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("runs/tune"), metavar="DIR")
     p.add_argument("--seed", type=int, default=1000, help="default: 1000, apart from the seeds of final runs")
     p.add_argument("--device", default="cpu")
-    p.add_argument("--resume", action="store_true")
-    p.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    add_folder_arguments(p)
     return p
 
 
@@ -73,51 +73,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     accuracy: dict[str, dict[str, list[float]]] = {}
     loss: dict[str, list[float]] = {}
     try:
-        grid = read_grid(args.grid)
-        tasks = [task for task in load_suite(args.suite, args.data_root).values() if task.role == "train"]
-        for fold in range(args.folds):
-            held, others = (
-                tasks[fold :: args.folds],
-                tuple(task for i, task in enumerate(tasks) if i % args.folds != fold),
-            )
-            entries = {key: Entry(METHODS[name], others, meta_lr) for key, (name, meta_lr) in grid.items()}
-            config = {
-                "fold": fold,
-                "folds": args.folds,
-                "grid": sorted(grid),
-                "seed": args.seed,
-                "meta_train": dataclasses.asdict(train),
-                "meta_test": json.loads(json.dumps(dataclasses.asdict(test))),
-            }
-            experiment = Experiment(
-                args.out / f"fold{fold}",
-                config,
-                entries,
-                held,
-                train=train,
-                test=test,
-                snapshots=(),
-                seed=args.seed,
-                device=args.device,
-                resume=args.resume and (args.out / f"fold{fold}").exists(),
-                overwrite=args.overwrite,
-            )
-            with stop_on_signals() as stop:
+        with stop_on_signals() as stop:
+            grid = read_grid(args.grid)
+            tasks = [task for task in load_suite(args.suite, args.data_root).values() if task.role == "train"]
+            for fold in range(args.folds):
+                held, others = (
+                    tasks[fold :: args.folds],
+                    tuple(task for i, task in enumerate(tasks) if i % args.folds != fold),
+                )
+                entries = {key: Entry(METHODS[name], others, meta_lr) for key, (name, meta_lr) in grid.items()}
+                config = {
+                    "fold": fold,
+                    "folds": args.folds,
+                    "grid": sorted(grid),
+                    "seed": args.seed,
+                    "meta_train": dataclasses.asdict(train),
+                    "meta_test": json.loads(json.dumps(dataclasses.asdict(test))),
+                }
+                experiment = Experiment(
+                    args.out / f"fold{fold}",
+                    config,
+                    entries,
+                    held,
+                    train=train,
+                    test=test,
+                    snapshots=(),
+                    seed=args.seed,
+                    device=args.device,
+                    resume=args.resume and (args.out / f"fold{fold}").exists(),
+                    overwrite=args.overwrite,
+                )
                 experiment.run(stop)
-            experiment.folder.finish()
-            for key, by_task in experiment.final_accuracy().items():
-                accuracy.setdefault(key, {}).update(by_task)
-            for key, curve in experiment.curves.items():
-                loss.setdefault(key, []).append(sum(curve.mean[-20:]) / len(curve.mean[-20:]))
+                stop.check()
+                experiment.folder.finish()
+                for key, by_task in experiment.final_accuracy().items():
+                    accuracy.setdefault(key, {}).update(by_task)
+                for key, curve in experiment.curves.items():
+                    loss.setdefault(key, []).append(sum(curve.mean[-20:]) / len(curve.mean[-20:]))
+        means = {
+            key: sum(map(sum, by_task.values())) / sum(map(len, by_task.values())) for key, by_task in accuracy.items()
+        }
+        write_json(args.out / "tune.json", {"accuracy": accuracy, "mean": means}, indent=1)
     except Interrupted as stopped:
         print("stopped; the same command with --resume goes on", file=sys.stderr)
         return stopped.status
     except (ValueError, OSError, DamagedFile) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
-    means = {
-        key: sum(map(sum, by_task.values())) / sum(map(len, by_task.values())) for key, by_task in accuracy.items()
-    }
-    write_json(args.out / "tune.json", {"accuracy": accuracy, "mean": means}, indent=1)
     print(
         f"horizon {train.horizon}, rounds {train.rounds}, lr {train.lr}, batch {train.batch_size}: "
         f"mean accuracy on {len(tasks)} validation tasks, mean training loss of the last 20 steps"
