@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
 CSRC = Path("csrc")
-HEADERS = sorted(str(path) for path in CSRC.glob("*.h"))
+HEADERS = sorted(str(path) for path in CSRC.rglob("*.h"))
 MODES = ("auto", "cuda", "cpu", "none")
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra".split()
 LINK_FLAGS = ["-shared", "-s", "-pthread", "-ldl"]
@@ -116,7 +116,7 @@ class Ninja(build_ext):
         """-I flags for Python and pybind11."""
         import pybind11
 
-        folders = dict.fromkeys([*self.include_dirs, pybind11.get_include()])
+        folders = dict.fromkeys([str(CSRC.resolve()), *self.include_dirs, pybind11.get_include()])
         return [f"-I{folder}" for folder in folders]
 
     def cpu_rules(self) -> dict[str, list[str]]:
@@ -176,12 +176,13 @@ def extensions() -> list[Extension]:
     chosen, optional = mode(), mode() == "auto"
     modules = []
     if chosen != "none":
-        sources = [
-            str(CSRC / name) for name in ("shifting_step.cpp", "cpu.cpp", "passes.cpp", "gradients.cpp", "bindings.cpp")
-        ]
+        names = ("cpu/shifting_step", "cpu/plan", "cpu/passes", "python/gradients", "python/cpu_bindings")
+        sources = [str(CSRC / f"{name}.cpp") for name in names]
         modules.append(Extension("cts_fast._cpu", sources, depends=HEADERS, optional=optional))
     if chosen == "cuda" or (chosen == "auto" and nvcc()):
-        sources = [str(CSRC / name) for name in ("shifting_step.cu", "launch.cpp", "cuda_bindings.cpp")]
+        sources = [
+            str(CSRC / name) for name in ("cuda/shifting_step.cu", "cuda/launch.cpp", "python/cuda_bindings.cpp")
+        ]
         modules.append(Extension("cts_fast._cuda", sources, depends=HEADERS, optional=optional))
     return [module for module in modules if not optional or all(map(os.path.exists, module.sources))]
 

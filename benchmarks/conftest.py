@@ -8,8 +8,9 @@ os.environ.setdefault(
 
 import pytest
 
-from benchmarks import ceiling, machine
-from benchmarks.setups import Problem, Setup
+from benchmarks.common import machine
+from benchmarks.common.setups import Problem, Setup
+from benchmarks.cpu import ceiling
 
 LINES = pytest.StashKey[list]()
 

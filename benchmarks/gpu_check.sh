@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Builds the package without a network and runs everything that only a GPU can show, in 5 minutes:
-#   bash benchmarks/gpu_check.sh [arguments of gpu_check.py]    build (or take the finished build in WORK) and check
+#   bash benchmarks/gpu_check.sh [arguments of gpu/check.py]    build (or take the finished build in WORK) and check
 #   bash benchmarks/gpu_check.sh --build                        build alone, for a machine to which WORK is carried
 #   bash benchmarks/gpu_check.sh --missing                      names of the packages that are not installed, one a line; 1 if there are any
-# Environment: PYTHON, the interpreter. WHEELS, a folder of wheels to install first (benchmarks/gpu_wheels.sh fills one). WORK, a folder that
+# Environment: PYTHON, the interpreter. WHEELS, a folder of wheels to install first (benchmarks/gpu/wheels.sh fills one). WORK, a folder that
 # keeps the build. CTS_FAST_CUDA_ARCHITECTURES, what to build for ("90"). REVISION, the revision's name where there is no .git.
 # Results: DIR/<device>-<date>.json and .txt and the tests' log, where --out DIR says, else in benchmarks/results.
 set -uo pipefail
@@ -67,4 +67,4 @@ fi
 [ "${1:-}" = --build ] && exit 0
 (cd "$work" && "$python" -m cts_fast.info)
 
-"$python" benchmarks/gpu_check.py --build-log "$work/build.log" --seconds $((300 - SECONDS)) "$@"
+"$python" benchmarks/gpu/check.py --build-log "$work/build.log" --seconds $((300 - SECONDS)) "$@"

@@ -18,16 +18,17 @@ os.environ.setdefault(
     "KINETO_LOG_LEVEL", "99"
 )  # the profiler that counts memory announces itself at every start otherwise
 
-from benchmarks import ceiling, machine
-from benchmarks.figures import draw
-from benchmarks.host import host_time
-from benchmarks.measure import Budget
-from benchmarks.method_cost import method_cost
-from benchmarks.setups import NETWORKS, TASKS, Setup
-from benchmarks.step_cost import step_cost
-from benchmarks.tables import markdown
-from benchmarks.variants import Ours
-from benchmarks.whole_step import whole_step
+from benchmarks.common import machine
+from benchmarks.common.figures import draw
+from benchmarks.common.measure import Budget
+from benchmarks.common.setups import NETWORKS, TASKS, Setup
+from benchmarks.common.tables import markdown
+from benchmarks.common.variants import Ours
+from benchmarks.cpu import ceiling
+from benchmarks.cpu.host import host_time
+from benchmarks.cpu.method_cost import method_cost
+from benchmarks.cpu.step_cost import step_cost
+from benchmarks.cpu.whole_step import whole_step
 
 RESULTS = Path(__file__).with_name("results")
 FULL = [

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.method_cost import ADDED, LONG, make_step
-from benchmarks.setups import Setup
+from benchmarks.common.setups import Setup
+from benchmarks.cpu.method_cost import ADDED, LONG, make_step
 
 SETUP = Setup("resnet20", 8)
 

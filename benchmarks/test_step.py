@@ -2,10 +2,10 @@
 
 import pytest
 
-from benchmarks.ceiling import Read3Write2
-from benchmarks.setups import Setup
-from benchmarks.step_cost import CEILING_BYTES
-from benchmarks.variants import VARIANTS, check
+from benchmarks.common.setups import Setup
+from benchmarks.common.variants import VARIANTS, check
+from benchmarks.cpu.ceiling import Read3Write2
+from benchmarks.cpu.step_cost import CEILING_BYTES
 
 SETUPS = {Setup("resnet20", 8): 30, Setup("mlp", 8): 10, Setup("resnet20", 32): 10}  # set-up → rounds
 LARGE = {Setup("resnet18", 8): 3}

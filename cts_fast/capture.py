@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from cts_fast.batch_counts import BatchCounts
+from cts_fast.models.batch_counts import BatchCounts
 
 STREAMS = 8
 EAGER_STEPS = 3  # before the capture: libraries choose algorithms and allocate, which a capture may not

@@ -8,8 +8,9 @@ import platform
 
 import torch
 
-from cts_fast import __version__, ops
-from cts_fast.groups import DTYPES
+from cts_fast import __version__
+from cts_fast.engine.arguments import DTYPES
+from cts_fast.engine.step import BACKENDS, PREFERENCE, resolve, unavailable
 
 
 def main() -> None:
@@ -21,9 +22,9 @@ def main() -> None:
     print(f"CPU kernel: {_cpu_kernel()}")
     print(f"CUDA: {_cuda()}")
     print("backends:")
-    for name in ops.BACKENDS:
+    for name in BACKENDS:
         print(f"  {name:10} {_state(name)}")
-    for kind in ops.PREFERENCE:
+    for kind in PREFERENCE:
         print(f'"auto" on {kind}: {_auto(torch.device(kind))}')
 
 
@@ -36,7 +37,8 @@ def _version(package: str) -> str:
 
 def _cpu_kernel() -> str:
     try:
-        from cts_fast import _cpu, cpu
+        from cts_fast import _cpu
+        from cts_fast.engine.backends import cpu
     except ImportError as error:
         return str(error)
     others = ", ".join(_cpu.instruction_sets())
@@ -61,7 +63,7 @@ def _state(name: str) -> str:
     where, why = [], {}
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype in DTYPES:
-            reason = ops.unavailable(name, torch.device(kind), dtype)
+            reason = unavailable(name, torch.device(kind), dtype)
             if reason is None:
                 where.append(f"{kind} {str(dtype).removeprefix('torch.')}")
             else:
@@ -72,7 +74,7 @@ def _state(name: str) -> str:
 def _auto(device: torch.device) -> str:
     if device.type == "cuda" and not torch.cuda.is_available():
         return "no device"
-    return ops.resolve("auto", device, torch.float32)
+    return resolve("auto", device, torch.float32)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,7 @@ from torch import Tensor
 from torch.autograd import profiler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from cts_fast import ops
-from cts_fast.counters import NAMES as COUNTERS
-from cts_fast.counters import Numbers
-from cts_fast.flat import Flat, Segment, make_flats
-from cts_fast.gradients import Collector, adopt_moved_, check_moved
-from cts_fast.groups import (
+from cts_fast.engine.arguments import (
     PER_GROUP,
     as_groups,
     check_hyper,
@@ -28,7 +23,23 @@ from cts_fast.groups import (
     drop_duplicates,
     split_tasks,
 )
-from cts_fast.saved import matching
+from cts_fast.engine.counters import NAMES as COUNTERS
+from cts_fast.engine.counters import Numbers
+from cts_fast.engine.gradients import Collector, adopt_moved_, check_moved
+from cts_fast.engine.layout import Flat, Segment, make_flats
+from cts_fast.engine.saved import matching
+from cts_fast.engine.step import (
+    BACKENDS,
+    NEVER,
+    Control,
+    Counting,
+    Hyper,
+    any_nonfinite,
+    counts_on_device,
+    make_launcher,
+    resolve,
+    shifting_step_,
+)
 
 OPTIONS = (
     "horizon",
@@ -41,11 +52,11 @@ OPTIONS = (
 _values_of = itemgetter(*PER_GROUP)
 
 
-def _checked(values: Sequence) -> ops.Hyper:
+def _checked(values: Sequence) -> Hyper:
     """The values of PER_GROUP as hyper-parameters; raises ValueError for those that no step can use."""
     named = dict(zip(PER_GROUP, values, strict=True))
     check_hyper(named)
-    return ops.Hyper(**named)
+    return Hyper(**named)
 
 
 def _heard_by_torch(step: Callable) -> Callable:
@@ -134,8 +145,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             raise ValueError(f'Invalid nonfinite: {nonfinite!r}; known: "ignore", "raise", "skip"')
         if process_group is not None:
             raise ValueError("process_group: this version runs all tasks in one process; give process_group=None")
-        if backend != "auto" and backend not in ops.BACKENDS:
-            raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(ops.BACKENDS)}")
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
         self._nonfinite, self._backend_choice = nonfinite, backend
         self._num_tasks: int | None = None
         self._built = False
@@ -245,17 +256,17 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             first = segment.params[0]
             by_kind.setdefault((first.device, first.dtype), {}).setdefault(segment.task is None, []).append(segment)
         backends = [
-            ops.resolve(self._backend_choice, device, dtype, capturable, len(self.param_groups))
+            resolve(self._backend_choice, device, dtype, capturable, len(self.param_groups))
             for device, dtype in by_kind
         ]
-        counting = capturable and ops.counts_on_device(backends)
+        counting = capturable and counts_on_device(backends)
         if counting and len({device for device, _ in by_kind}) > 1:
             raise ValueError(
                 "capturable=True: one step's counters live on one device, but the parameters are on several"
             )
         flats = [make_flats(kind, counting) for kind in by_kind.values()]
         collectors = [Collector(kind) for kind in flats]
-        launchers = [ops.make_launcher(name, kind) for name, kind in zip(backends, flats, strict=True)]
+        launchers = [make_launcher(name, kind) for name, kind in zip(backends, flats, strict=True)]
         self._warn_of_differing_replicas([segment for segment in shared if segment.params[0] not in self.state])
 
         first = segments[0].params[0]
@@ -358,7 +369,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             self._step_on_device(gradients, hyper, losses, heldout)
             return loss
         inner_step, round_, meta_updates, skipped = self._counters.read()
-        if self._nonfinite == "skip" and ops.any_nonfinite(gradients):
+        if self._nonfinite == "skip" and any_nonfinite(gradients):
             self._counters.write((inner_step, round_, meta_updates, skipped + 1))
             return loss
 
@@ -373,40 +384,40 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def _step_on_device(self, gradients, hyper: list[ops.Hyper], losses, heldout) -> None:
+    def _step_on_device(self, gradients, hyper: list[Hyper], losses, heldout) -> None:
         """The step with every decision left to the device, so that a CUDA graph may hold it."""
         options = self.param_groups[0]
         check_options(options["horizon"], options["meta_interval"])
         found_inf = getattr(self, "found_inf", None)
         if self._nonfinite == "skip":
-            bad = ops.any_nonfinite(gradients)
+            bad = any_nonfinite(gradients)
             self._counters.tensor[3] += bad.to(torch.int64)
             found_inf = bad if found_inf is None else torch.maximum(found_inf.view(()), bad)
-        horizon = ops.NEVER if options["horizon"] is None else options["horizon"]
-        counting = ops.Counting(
+        horizon = NEVER if options["horizon"] is None else options["horizon"]
+        counting = Counting(
             self._counters.tensor, horizon, options["meta_interval"], found_inf, getattr(self, "grad_scale", None)
         )
-        control = ops.Control(False, False, options["reset_momentum"], counting=counting)
+        control = Control(False, False, options["reset_momentum"], counting=counting)
         self._apply_(gradients, hyper, control, self._flags, losses, heldout)
 
-    def _plan(self, inner_step: int, round_: int, meta_updates: int) -> tuple[ops.Control, tuple[int, int, int]]:
+    def _plan(self, inner_step: int, round_: int, meta_updates: int) -> tuple[Control, tuple[int, int, int]]:
         """What the next step does, and the three counters after it."""
         options = self.param_groups[0]
         check_options(options["horizon"], options["meta_interval"])
         inner_step += 1
         meta_update = inner_step % options["meta_interval"] == 0
         reset = options["horizon"] is not None and inner_step >= options["horizon"]
-        return ops.Control(meta_update, reset, options["reset_momentum"]), (
+        return Control(meta_update, reset, options["reset_momentum"]), (
             0 if reset else inner_step,
             round_ + reset,
             meta_updates + meta_update,
         )
 
-    def _apply_(self, gradients, hyper: list[ops.Hyper], control: ops.Control, nonfinite, losses, heldout) -> None:
+    def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
         """The step itself; another method of `cts_fast.baselines` puts its own meta-update here."""
-        ops.shifting_step_(self._launchers, self._flats, gradients, hyper, control, nonfinite)
+        shifting_step_(self._launchers, self._flats, gradients, hyper, control, nonfinite)
 
-    def _hyper(self) -> list[ops.Hyper]:
+    def _hyper(self) -> list[Hyper]:
         values = [value for group in self.param_groups for value in _values_of(group)]
         if len(values) != len(self._hyper_values) or not all(map(is_, values, self._hyper_values)):  # somebody set one
             self._known_hyper = [

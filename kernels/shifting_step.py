@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cts_fast.device_table import DeviceTable, host_addresses, rate_address
-from cts_fast.flat import Flat
-from cts_fast.gradients import Gradients
-from cts_fast.ops import Control, Hyper
-from cts_fast.passes import Passes
+from cts_fast.engine.backends.base import Passes
+from cts_fast.engine.backends.device_table import DeviceTable, host_addresses, rate_address
+from cts_fast.engine.gradients import Gradients
+from cts_fast.engine.layout import Flat
+from cts_fast.engine.step import Control, Hyper
 
 TILE = tl.constexpr(
     5

@@ -8,10 +8,9 @@ from itertools import accumulate
 
 import torch
 
-from cts_fast import ops
 from cts_fast.baselines.base import Method
-from cts_fast.ops import Control, Hyper
-from cts_fast.passes import sign_words
+from cts_fast.engine.backends.base import sign_words
+from cts_fast.engine.step import Control, Hyper, shifting_step_
 
 
 class NoShifting(Method):
@@ -58,7 +57,7 @@ class RandomShifting(NoShifting):
         key = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
         moved: list[float] = []
         launchers = self._launchers_of(lambda launcher, *step: moved.append(launcher.measured_step_(*step)))
-        ops.shifting_step_(launchers, self._flats, gradients, hyper, control, nonfinite)
+        shifting_step_(launchers, self._flats, gradients, hyper, control, nonfinite)
         scale = math.sqrt(sum(moved) / (self._numbers or 1))
         for passes, first in zip(self._passes(), self._first_words, strict=True):
             passes.add_signs_(key, first, scale)  # autograd has heard of this step's writes

@@ -9,12 +9,11 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from cts_fast import ops
-from cts_fast.flat import Flat
-from cts_fast.gradients import Collector, Gradients
-from cts_fast.ops import Control, Hyper
+from cts_fast.engine.backends.base import Passes
+from cts_fast.engine.gradients import Collector, Gradients
+from cts_fast.engine.layout import Flat
+from cts_fast.engine.step import Control, Hyper, shifting_step_
 from cts_fast.optimizer import ShiftingMetaOptimizer
-from cts_fast.passes import Passes
 
 
 class Method(ShiftingMetaOptimizer):
@@ -129,7 +128,7 @@ class Method(ShiftingMetaOptimizer):
     ) -> None:
         """The fused inner step of all tasks and nothing else; launchers: what runs it, if not the optimizer's."""
         inner = control._replace(meta_update=False, reset=False)
-        ops.shifting_step_(launchers or self._launchers, self._flats, gradients, hyper, inner, nonfinite)
+        shifting_step_(launchers or self._launchers, self._flats, gradients, hyper, inner, nonfinite)
 
     def _heldout_gradients(self, heldout: Sequence[Callable[[], Tensor]]) -> list[Gradients]:
         """∇ heldout_t(θ_t) of all tasks for each shared buffer: as many numbers as the training gradients are."""

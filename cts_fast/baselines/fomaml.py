@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cts_fast.baselines.base import Method
-from cts_fast.ops import Control, Hyper
+from cts_fast.engine.step import Control, Hyper
 
 
 class FOMAML(Method):

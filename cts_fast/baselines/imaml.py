@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from cts_fast.baselines.base import Method, evaluate
-from cts_fast.gradients import Gradients, adopt_moved_
-from cts_fast.ops import Control, Hyper
-from cts_fast.passes import add_present_
+from cts_fast.engine.backends.base import add_present_
+from cts_fast.engine.gradients import Gradients, adopt_moved_
+from cts_fast.engine.step import Control, Hyper
 
 
 class IMAML(Method):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from cts_fast.baselines.base import Method
-from cts_fast.counters import Numbers
-from cts_fast.ops import Control, Hyper
-from cts_fast.passes import LeapPoint
+from cts_fast.engine.backends.base import LeapPoint
+from cts_fast.engine.counters import Numbers
+from cts_fast.engine.step import Control, Hyper
 
 
 class Leap(Method):

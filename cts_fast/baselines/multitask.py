@@ -1,7 +1,7 @@
 """Multi-task learning: one body, trained on the mean loss of all tasks."""
 
 from cts_fast.baselines.base import Method
-from cts_fast.ops import Control, Hyper
+from cts_fast.engine.step import Control, Hyper
 
 
 class MultiTask(Method):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .suite import Task, load_suite
+from cts_fast.data.suite import Task, load_suite
 
 ROLES = {"train": "meta-training", "target": "held out"}
 COLUMNS, ROWS, CELL = 20, 3, 34  # images across, images down, pixels of a cell

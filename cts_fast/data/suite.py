@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import archive
+from cts_fast.data import archive
 
 BUILTIN_FILE = "builtin.bin"
 
@@ -49,7 +49,7 @@ def _image_set(images: Tensor, labels: Tensor) -> ImageSet:
 
 
 def _builtin(root: str | Path | None, names: list[str] | None) -> dict[str, Task]:
-    path = (Path(root) if root is not None else Path(__file__).parent) / BUILTIN_FILE
+    path = (Path(root) if root is not None else Path(__file__).parent / "builtin") / BUILTIN_FILE
     remedy = "install cts_fast again, or make it anew with `python -m cts_fast.data.build --out FILE`"
     if not path.is_file():
         raise FileNotFoundError(f"the built-in suite {path} is missing: {remedy}")

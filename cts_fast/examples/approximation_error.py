@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cts_fast.examples import study
 from cts_fast.examples.error_runs import Draw, Networks, errors, warmed_up
-from cts_fast.metatest import mean_and_interval
-from cts_fast.run_folder import save_figure
+from cts_fast.experiments import study
+from cts_fast.experiments.meta_test import mean_and_interval
+from cts_fast.experiments.run_folder import save_figure
 
 DRAWS, TASKS = 10, 3
 ALPHA, BETA, K = 0.02, 0.02, 20  # what the other panels hold fixed

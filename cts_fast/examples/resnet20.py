@@ -23,11 +23,11 @@ import torch
 from cts_fast.baselines import METHODS
 from cts_fast.capture import STREAMS
 from cts_fast.data import DamagedFile, Task, load_suite
-from cts_fast.examples.presets import PRESETS
-from cts_fast.examples.report import report
-from cts_fast.experiment import Entry, Experiment
-from cts_fast.run_folder import CheckpointError, Interrupted, first_line, stop_on_signals
-from cts_fast.training import PRECISIONS
+from cts_fast.experiments.experiment import Entry, Experiment
+from cts_fast.experiments.meta_train import PRECISIONS
+from cts_fast.experiments.report import report
+from cts_fast.experiments.run_folder import CheckpointError, Interrupted, first_line, stop_on_signals
+from cts_fast.experiments.settings import PRESETS
 
 PSEUDO_METHODS = ("finetune", "scratch")
 

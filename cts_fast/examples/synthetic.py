@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from cts_fast.baselines import METHODS
-from cts_fast.examples import study, synthetic_figures
+from cts_fast.examples import synthetic_figures
 from cts_fast.examples.landscapes import Landscape, attractors, meta_train
-from cts_fast.examples.presets import LABELS
+from cts_fast.experiments import study
+from cts_fast.experiments.settings import LABELS
 
 INNER = {"lr": 0.05, "momentum": 0.9, "meta_lr": 0.1}
 HORIZON, ROUNDS = 100, 3

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from cts_fast.baselines import METHODS
 from cts_fast.data import DamagedFile, load_suite
-from cts_fast.examples.presets import PRESETS
 from cts_fast.examples.resnet20 import add_folder_arguments
-from cts_fast.experiment import Entry, Experiment
-from cts_fast.run_folder import Interrupted, stop_on_signals, write_json
+from cts_fast.experiments.experiment import Entry, Experiment
+from cts_fast.experiments.run_folder import Interrupted, stop_on_signals, write_json
+from cts_fast.experiments.settings import PRESETS
 
 
 def parser() -> argparse.ArgumentParser:

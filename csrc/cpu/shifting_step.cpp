@@ -1,0 +1,283 @@
+// The step's kernel: applies the rule of shifting_step.h to all rows of a tile, vector by vector.
+//
+// Compiled once for each instruction set (-DCTS_ISA=avx512 | avx2 | plain); csrc/cpu/plan.cpp takes one at run time.
+#include "step.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cpu/ahead.h"
+#include "cpu/vec.h"
+
+namespace cts {
+inline namespace CTS_ISA {
+namespace {
+
+// One row at some column: S in memory, C in the master of a narrower S.
+template <class S, class C> struct Row {
+  S *theta, *momentum;
+  C* master;
+
+  CTS_HD Vec<C> load_theta(int64_t at) const {
+    if constexpr (sizeof(S) == sizeof(C)) return load(theta + at);
+    else return load_master(master + at, theta + at);
+  }
+  CTS_HD Vec<C> load_work(int64_t at) const {
+    if constexpr (sizeof(S) == sizeof(C)) return load(theta + at);
+    else return load(master + at);
+  }
+  CTS_HD void store_work(int64_t at, Vec<C> value) const {
+    if constexpr (sizeof(S) == sizeof(C)) store(theta + at, value);
+    else store(master + at, value);
+  }
+  CTS_HD void store_theta(int64_t at, Vec<C> value) const {
+    store_work(at, value);
+    if constexpr (sizeof(S) != sizeof(C)) store(theta + at, value);
+  }
+};
+
+// Row t of a flat buffer from some column on.
+template <class S, class C> CTS_HD Row<S, C> row_at(const Flat& flat, int64_t column, int64_t t) {
+  const int64_t at = column + t * flat.stride;
+  return {static_cast<S*>(flat.theta) + at, static_cast<S*>(flat.momentum) + at,
+          sizeof(S) != sizeof(C) ? static_cast<C*>(flat.master) + at : nullptr};
+}
+
+// What a kernel may take for granted about a tile. The usual kinds: every row has a gradient and momentum, nothing else
+// is asked for but perhaps weight decay, and what follows the inner step is nothing, the meta-update, or the
+// meta-update and a reset. The compiler then drops the other cases, and the kernel keeps up with memory.
+enum class Kind { any, inner, meta, reset };
+
+template <class C> Kind kind_of(const Rule<C>& rule, const Step& step, const Segment& segment, int32_t rows) {
+  if (step.nonfinite || !rule.has_momentum || rule.nesterov || rule.scaled || rule.maximize) return Kind::any;
+  if (rule.reset && !rule.meta_update) return Kind::any;
+  for (int32_t i = segment.first; i < segment.first + rows; ++i)
+    if (!step.gradients[i] || (step.started && !step.started[i] && rule.gain != C(1))) return Kind::any;
+  return rule.reset ? Kind::reset : rule.meta_update ? Kind::meta : Kind::inner;
+}
+
+// The rule with its numbers as vectors and, in the usual kinds, its flags as constants.
+template <Kind kind, class C> CTS_HD Rule<Vec<C>> broadcast(const Rule<C>& r) {
+  constexpr bool any = kind == Kind::any;
+  const auto v = [](C value) { return Vec<C>(value); };
+  return {v(r.descent),
+          v(r.momentum),
+          v(r.gain),
+          v(r.weight_decay),
+          v(r.rate),
+          v(r.shift),
+          v(r.scale),
+          any ? r.has_momentum : true,
+          r.has_weight_decay,
+          any && r.nesterov,
+          any && r.scaled,
+          any && r.maximize,
+          any ? r.meta_update : kind != Kind::inner,
+          any ? r.reset : kind == Kind::reset,
+          (any || kind == Kind::reset) && r.reset_momentum};
+}
+
+// The rows of a tile that a kernel steps together. g[i] is null where row i has no gradient; nonfinite[i] where nobody
+// asks.
+template <int G, class S, class C> struct Rows {
+  Row<S, C> row[G];
+  const S* g[G];
+  bool started[G];
+  uint8_t* nonfinite[G];
+};
+
+// One vector of columns of G rows: their inner steps and the sum over them. `all`: they are all rows there are, so that
+// the meta-update, the shift and the reset follow in registers. left: columns from here to the end of the segment; what
+// lies behind is padding. Returns the squares of what phi moves by here.
+template <int G, bool all, Kind kind, bool whole, class S, class C>
+CTS_HD Vec<C> step_vector(const Rows<G, S, C>& rows, C* phi, C* sums, int64_t column, int64_t left,
+                          const Rule<Vec<C>>& rule) {
+  using V = Vec<C>;
+  V theta[G], center{}, moved{};
+  if (rule.meta_update || rule.reset) center = load(phi + column);
+  CTS_UNROLL
+  for (int i = 0; i < G; ++i) {
+    const Row<S, C>& row = rows.row[i];
+    theta[i] = row.load_theta(column);
+    if (kind != Kind::any || rows.g[i]) {
+      V g = unscaled(whole ? load(rows.g[i] + column) : load_first<C>(rows.g[i] + column, left), rule), v{};
+      if (kind == Kind::any && rows.nonfinite[i] && !all_finite(g))
+        __atomic_store_n(rows.nonfinite[i], 1, __ATOMIC_RELAXED);
+      if (rule.has_momentum) v = load(row.momentum + column);
+      inner_step(theta[i], v, g, kind != Kind::any || rows.started[i], rule);
+      if (rule.has_momentum && !rule.reset_momentum) store(row.momentum + column, v);
+    }
+    if (rule.reset_momentum) store(row.momentum + column, V(C(0)));
+  }
+  if constexpr (all) {
+    const V before = center;
+    meta_step(theta, center, rule);
+    if (rule.meta_update) store(phi + column, center), moved = center - before;
+  } else if (rule.meta_update) {
+    V sum = load(sums + column);
+    CTS_UNROLL
+    for (int i = 0; i < G; ++i) sum = sum + (theta[i] - center);
+    store(sums + column, sum);
+  }
+  CTS_UNROLL
+  for (int i = 0; i < G; ++i) {
+    if (all || !(rule.meta_update || rule.reset)) rows.row[i].store_theta(column, theta[i]);
+    else if (!rule.reset) rows.row[i].store_work(column, theta[i]);
+  }
+  return moved * moved;
+}
+
+// The same for all columns of a tile, and the sum of the squares; sums and phi belong to its first. The rule is made in
+// here, behind the call that is not inlined, so that the compiler sees the kind's constants.
+template <int G, bool all, Kind kind, class S, class C>
+__attribute__((noinline)) double step_rows(const Flat& flat, const Tile& tile, int32_t first_row, const Step& step,
+                                           const Rule<C>& general, C* phi, C* sums, Ahead<S, C>& ahead) {
+  constexpr int64_t N = Vec<C>::size, line = kLine / int64_t(sizeof(S));
+  const Rule<Vec<C>> rule = broadcast<kind>(general);
+  const Segment& segment = flat.segments[tile.segment];
+  Rows<G, S, C> rows;
+  for (int i = 0; i < G; ++i) {
+    const int32_t entry = segment.first + first_row + i;
+    const S* g = static_cast<const S*>(step.gradients[entry]);
+    rows.row[i] = row_at<S, C>(flat, segment.offset + tile.begin, first_row + i);
+    rows.g[i] = g ? g + tile.begin : nullptr;
+    rows.started[i] = !step.started || step.started[entry];
+    rows.nonfinite[i] = step.nonfinite ? step.nonfinite + entry : nullptr;
+  }
+  int64_t streams = 0;
+  for (int i = 0; i < G; ++i) streams += ahead.streams(rows.g[i], rule.has_momentum);
+  const int64_t n = tile.end - tile.begin;
+  int64_t column = 0;
+  Vec<C> squares{};
+  for (; column + line <= n; column += line) {
+    ahead.allow(streams);
+    for (int64_t i = column; i < column + line; i += N)
+      squares = squares + step_vector<G, all, kind, true>(rows, phi, sums, i, N, rule);
+  }
+  if (column < n) ahead.allow(streams);
+  for (; column + N <= n; column += N)
+    squares = squares + step_vector<G, all, kind, true>(rows, phi, sums, column, N, rule);
+  if (column < n) squares = squares + step_vector<G, all, kind, false>(rows, phi, sums, column, n - column, rule);
+  return all ? sum_of(squares) : 0;
+}
+
+// A tile whose rows fit into registers.
+template <Kind kind, int G = 1, class S, class C>
+double step_together(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule, C* phi,
+                     Ahead<S, C>& ahead) {
+  if constexpr (G < kTogether)
+    if (flat.rows > G) return step_together < kind, G<8 ? G + 1 : 2 * G>(flat, tile, step, rule, phi, ahead);
+  return step_rows<G, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead);
+}
+
+template <class S, class C> bool fits_together(int32_t rows) {
+  return !Ahead<S, C>::has_master && (rows <= std::min(kTogether, 8) || rows == kTogether);
+}
+
+// The second visit to G rows of a tile: theta' + shift delta with the deltas given, or, at a reset, the values
+// themselves.
+template <int G, class S, class C>
+CTS_HD void shift_rows(const Flat& flat, const Tile& tile, int32_t first_row, const C* deltas,
+                       const Rule<Vec<C>>& rule) {
+  Row<S, C> row[G];
+  for (int i = 0; i < G; ++i)
+    row[i] = row_at<S, C>(flat, flat.segments[tile.segment].offset + tile.begin, first_row + i);
+  for (int64_t column = 0; column < tile.end - tile.begin; column += Vec<C>::size) {
+    const Vec<C> delta = load(deltas + column);
+    CTS_UNROLL
+    for (int i = 0; i < G; ++i) {
+      Vec<C> theta = delta;
+      if (!rule.reset) theta = row[i].load_work(column), shift(theta, delta, rule);
+      row[i].store_theta(column, theta);
+    }
+  }
+}
+
+// A tile of any number of rows: some or one at a time, with the sum over them in the first cache; then the meta-update,
+// the shift and the reset, with theta' in the second cache still, unless rows are very many.
+template <Kind kind, class S, class C>
+double step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& general, C* phi,
+                    Ahead<S, C>& ahead) {
+  using V = Vec<C>;
+  const Rule<V> rule = broadcast<kind>(general);
+  constexpr int64_t N = V::size;
+  alignas(64) C sums[kTileElements + N];
+  const int64_t n = tile.end - tile.begin;
+  if (rule.meta_update) memset(sums, 0, size_t(n + N) * sizeof(C));
+  int32_t t = 0;
+  constexpr int side = kInTurn ? 2 : 8;  // rows that share their visits to sums and phi
+  if constexpr (kind != Kind::any && !Ahead<S, C>::has_master && !(kInTurn && kind == Kind::inner))
+    for (; t + side <= flat.rows; t += side)
+      step_rows<side, false, kind>(flat, tile, t, step, general, phi, sums, ahead);
+  for (; t < flat.rows; ++t) step_rows<1, false, kind>(flat, tile, t, step, general, phi, sums, ahead);
+  if (!rule.meta_update && !rule.reset) return 0;
+
+  V squares{};
+  for (int64_t i = 0; i < n; i += N) {
+    const V before = load(phi + i);
+    V value = before, delta = value;
+    if (rule.meta_update) delta = meta_update(value, load(sums + i), rule), store(phi + i, value);
+    store(sums + i, rule.reset ? value : delta);
+    squares = squares + (value - before) * (value - before);
+  }
+  constexpr int abreast = 4;  // rows that share their visits to the deltas; one row alone waits for the second cache
+  for (; t >= abreast; t -= abreast)
+    shift_rows<abreast, S>(flat, tile, t - abreast, sums, rule);  // the last rows are the ones still near
+  while (t-- > 0) shift_rows<1, S>(flat, tile, t, sums, rule);
+  return sum_of(squares);
+}
+
+template <Kind kind, class S, class C>
+double step_tile(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule, Ahead<S, C>& ahead) {
+  C* const phi = flat.phi ? static_cast<C*>(flat.phi) + flat.segments[tile.segment].offset + tile.begin : nullptr;
+  if (phi && Ahead<S, C>::visits_phi(step)) ahead.allow(ahead.lines(tile));
+  if constexpr (kind != Kind::any && !Ahead<S, C>::has_master)
+    if (fits_together<S, C>(flat.rows)) return step_together<kind>(flat, tile, step, rule, phi, ahead);
+  return step_in_turn<kind>(flat, tile, step, rule, phi, ahead);
+}
+
+template <class S, class C>
+void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const Passes& passes,
+                const Leap* leap, double* moved) {
+  Ahead<S, C> ahead(flats, tiles, queue, step);
+  while (const Tile* tile = ahead.follow()) {
+    const Flat& flat = flats[tile->flat];
+    const Segment& segment = flat.segments[tile->segment];
+    const Rule<C> rule = make_rule<C>(step.groups[segment.group], step, flat.rows, flat.phi != nullptr);
+    if (leap && flat.phi) passes.leap(flat, *tile, step.gradients, *leap);
+    double squares = 0;
+    switch (kind_of(rule, step, segment, flat.rows)) {
+      case Kind::inner:
+        squares = step_tile<Kind::inner>(flat, *tile, step, rule, ahead);
+        break;
+      case Kind::meta:
+        squares = step_tile<Kind::meta>(flat, *tile, step, rule, ahead);
+        break;
+      case Kind::reset:
+        squares = step_tile<Kind::reset>(flat, *tile, step, rule, ahead);
+        break;
+      case Kind::any:
+        squares = step_tile<Kind::any>(flat, *tile, step, rule, ahead);
+        break;
+    }
+    if (moved) moved[tile - tiles] = squares;
+  }
+}
+
+}  // namespace
+
+Kernel kernel(DType dtype) {
+  switch (dtype) {
+    case DType::float64:
+      return {step_tiles<double, double>, fits_together<double, double>};
+    case DType::bfloat16:
+      return {step_tiles<BFloat16, float>, fits_together<BFloat16, float>};
+    case DType::float16:
+      return {step_tiles<Half, float>, fits_together<Half, float>};
+    default:
+      return {step_tiles<float, float>, fits_together<float, float>};
+  }
+}
+
+}  // namespace CTS_ISA
+}  // namespace cts

@@ -1,0 +1,514 @@
+// The step on a GPU: one launch for all tasks, one pass over memory. The rule itself is csrc/step.h.
+//
+// A block owns one tile, columns of one tensor; a thread owns 16 bytes of them (of phi), loads theta, momentum and
+// gradient of up to 8 tasks before it uses the first, and holds theta in registers. More tasks are split over slices of
+// the block, whose sums of differences meet in shared memory; a slice with more than 8 tasks takes them one after the
+// other and lets theta wait in global memory. Heads are tiles of one task that take the inner step alone.
+//
+// The usual step (1, 2, 4, 8 or more tasks, momentum, no dampening, no Nesterov, no maximize, no scale, no flags, every
+// gradient there) has lean kernels without a choice for each number; others go through the general kernels. In both, a
+// tile whose gradients are not aligned goes column by column.
+//
+// Compiled once for each dtype, -DCTS_DTYPE=float32 and so on.
+#ifndef CTS_HOST_SHIM
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
+
+// Stores in assembly, because the compiler would split some of them. streams: what is stored leaves the caches first.
+__device__ __forceinline__ void store_raw(uint4* to, uint4 x, bool streams) {
+  asm volatile(
+      "{\n .reg .pred s;\n setp.ne.s32 s, %5, 0;\n @s st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};\n"
+      " @!s st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(__cvta_generic_to_global(to)),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(int(streams))
+      : "memory");
+}
+__device__ __forceinline__ void store_raw(uint2* to, uint2 x, bool streams) {
+  asm volatile(
+      "{\n .reg .pred s;\n setp.ne.s32 s, %3, 0;\n @s st.global.cs.v2.u32 [%0], {%1, %2};\n @!s st.global.v2.u32 [%0], "
+      "{%1, %2};\n}" ::"l"(__cvta_generic_to_global(to)),
+      "r"(x.x), "r"(x.y), "r"(int(streams))
+      : "memory");
+}
+template <class T> __device__ __forceinline__ void store_raw(T* to, T x, bool) { *to = x; }
+
+// atomicAdd that comes after all that this thread, and those it has met at a barrier, have read.
+__device__ __forceinline__ unsigned add_after_reads(unsigned* at, unsigned more) {
+  unsigned before;
+  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(at)), "r"(more)
+               : "memory");
+  return before;
+}
+#endif
+
+#include "cuda/launch.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace cts {
+
+template <class C, class P> __device__ __forceinline__ C widen(P x) { return x; }
+template <> __device__ __forceinline__ float widen<float>(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <> __device__ __forceinline__ float widen<float>(__half x) { return __half2float(x); }
+
+template <class P> struct Narrow;  // ties to even
+template <> struct Narrow<float> {
+  static __device__ __forceinline__ float of(float x) { return x; }
+};
+template <> struct Narrow<double> {
+  static __device__ __forceinline__ double of(double x) { return x; }
+};
+template <> struct Narrow<__nv_bfloat16> {
+  static __device__ __forceinline__ __nv_bfloat16 of(float x) { return __float2bfloat16_rn(x); }
+};
+template <> struct Narrow<__half> {
+  static __device__ __forceinline__ __half of(float x) { return __float2half_rn(x); }
+};
+
+namespace {
+
+// Tasks of a thread whose numbers are in flight at a time. More of them cost registers, and so blocks on a
+// multiprocessor: on an H100, 1 and 2 with 6 and 5 blocks took equally long, 4 with 4 blocks longer.
+template <class P, bool SLICED> constexpr int LOADED = SLICED && sizeof(P) == 8 ? 1 : 2;
+
+template <class P> struct Work {
+  using type = float;
+};
+template <> struct Work<double> {
+  using type = double;
+};
+
+template <int BYTES> struct Raw;
+template <> struct Raw<16> {
+  using type = uint4;
+};
+template <> struct Raw<8> {
+  using type = uint2;
+};
+template <> struct Raw<4> {
+  using type = unsigned;
+};
+template <> struct Raw<2> {
+  using type = unsigned short;
+};
+
+// W numbers in one access; `from` and `to` are aligned to all of them.
+template <int W, class P> __device__ __forceinline__ void load(P (&out)[W], const P* from) {
+  auto raw = *reinterpret_cast<const typename Raw<W * sizeof(P)>::type*>(from);
+  memcpy(out, &raw, sizeof raw);
+}
+
+template <int W, class P> __device__ __forceinline__ void store(P* to, const P (&in)[W], bool streams) {
+  typename Raw<W * sizeof(P)>::type raw;
+  memcpy(&raw, in, sizeof raw);
+  store_raw(reinterpret_cast<decltype(raw)*>(to), raw, streams);
+}
+
+// A gradient: read once, so it may leave the caches first.
+template <int W, class P> __device__ __forceinline__ void load_once(P (&out)[W], const P* from) {
+  auto raw = __ldcs(reinterpret_cast<const typename Raw<W * sizeof(P)>::type*>(from));
+  memcpy(out, &raw, sizeof raw);
+}
+
+template <int W, class P, class C>
+__device__ __forceinline__ void narrow_and_store(P* to, const C (&in)[W], bool streams) {
+  P out[W];
+  CTS_UNROLL
+  for (int i = 0; i < W; ++i) out[i] = Narrow<P>::of(in[i]);
+  store(to, out, streams);
+}
+
+template <class P> struct Buffers {
+  typename Work<P>::type* phi;  // null: heads
+  P *theta, *momentum;
+  float* master;
+  int64_t stride;
+};
+
+// What a launch is given. `table` is the device's copy of the gradients' addresses, or null: `gradients` holds them.
+// wide: all gradients are aligned. dampened: some group's first gradients differ, so steps
+// read the flags. A slice of a block takes `share` of the tasks.
+template <class P, int POINTERS, int GROUPS> struct Params {
+  Buffers<P> shared, heads;
+  const Tile* tiles;
+  const P* const* table;
+  uint8_t *started, *nonfinite;
+  Counting counting;
+  int32_t tasks, share, count, shared_count;
+  bool reset_momentum, wide, streams, dampened;
+  Rule<typename Work<P>::type> rules[GROUPS];
+  uintptr_t lr[GROUPS],
+      meta_lr[GROUPS];  // where a tensor's value is: a float's address, or a double's plus one; 0: it is in the rule
+  const P* gradients[POINTERS];
+
+  __device__ __forceinline__ const P* gradient(int i) const { return table != nullptr ? table[i] : gradients[i]; }
+};
+
+__device__ __forceinline__ double value_at(uintptr_t address) {
+  return address & 1 ? *reinterpret_cast<const double*>(address - 1) : *reinterpret_cast<const float*>(address);
+}
+
+// The inner step of the first `tasks` of N tasks at W columns: theta [N][W] holds the result, momentum is stored.
+// first: the first one's gradient in the table; place: of the tile in its row; at: of the tile in its gradient; column:
+// of the thread in the tile, apart from what the whole block shares, so that one register holds it for all addresses.
+// LEAN: the usual rule, no flags, no gradient is missing.
+template <bool LEAN, int N, int W, class P, class C, class Launch>
+__device__ __forceinline__ void inner_steps(C (*theta)[W], const Launch& p, const Buffers<P>& b, const Rule<C>& rule,
+                                            int first, int tasks, int64_t place, int64_t at, unsigned column) {
+  P x[N][W], v[N][W], g[N][W];
+  const P* from[N];
+  CTS_UNROLL
+  for (int t = 0; t < N; ++t) {
+    if (t >= tasks) continue;
+    const int64_t here = place + t * b.stride;
+    load(x[t], b.theta + here + column);
+    if (sizeof(P) < sizeof(C)) load(theta[t], reinterpret_cast<const C*>(b.master) + here + column);
+    if (rule.has_momentum) load(v[t], b.momentum + here + column);
+  }
+  CTS_UNROLL
+  for (int t = 0; t < N; ++t) {
+    if (t >= tasks) continue;
+    from[t] = p.gradient(first + t);
+    if (LEAN || from[t] != nullptr) load_once(g[t], from[t] + at + column);
+  }
+  CTS_UNROLL
+  for (int t = 0; t < N; ++t) {
+    if (t >= tasks) continue;
+    C momentum[W];
+    bool bad = false;
+    const bool present = LEAN || from[t] != nullptr;
+    const bool started = LEAN || p.started == nullptr || rule.gain == 1 || p.started[first + t] != 0;
+    CTS_UNROLL
+    for (int i = 0; i < W;
+         ++i) {  // low precision: the parameter counts where it is not its rounded master: the user wrote it
+      if (sizeof(P) == sizeof(C) || widen<C>(Narrow<P>::of(theta[t][i])) != widen<C>(x[t][i]))
+        theta[t][i] = widen<C>(x[t][i]);
+      momentum[i] = 0;
+      if (!present) continue;
+      C gradient = unscaled(widen<C>(g[t][i]), rule);
+      if (!LEAN && p.nonfinite != nullptr) bad = bad || !(gradient - gradient == 0);
+      if (rule.has_momentum) momentum[i] = widen<C>(v[t][i]);
+      inner_step(theta[t][i], momentum[i], gradient, started, rule);
+    }
+    if (!LEAN && bad) p.nonfinite[first + t] = 1;
+    if (rule.reset_momentum) {
+      CTS_UNROLL
+      for (int i = 0; i < W; ++i) momentum[i] = 0;
+    }
+    if (rule.reset_momentum || (present && rule.has_momentum))
+      narrow_and_store(b.momentum + place + t * b.stride + column, momentum, p.streams);
+  }
+}
+
+template <int W, class P, class C>
+__device__ __forceinline__ void store_theta(const Buffers<P>& b, int64_t place, unsigned column, const C (&theta)[W],
+                                            bool streams) {
+  narrow_and_store(b.theta + place + column, theta, streams);
+  if (sizeof(P) < sizeof(C)) store(reinterpret_cast<C*>(b.master) + place + column, theta, streams);
+}
+
+template <int W, class P, class C>
+__device__ __forceinline__ void load_theta(C (&theta)[W], const Buffers<P>& b, int64_t place, unsigned column) {
+  load(theta, reinterpret_cast<const C*>(sizeof(P) < sizeof(C) ? static_cast<const void*>(b.master) : b.theta) + place +
+                  column);
+}
+
+// sum <- the sum over all slices, in their order.
+template <int W, class C> __device__ __forceinline__ void add_slices(C (&sum)[W]) {
+  DYNAMIC_SHARED(memory);
+  using Part = typename Raw<W * sizeof(C)>::type;
+  Part* parts = reinterpret_cast<Part*>(memory) + threadIdx.x;  // [slices][lanes]
+  memcpy(&parts[threadIdx.y * blockDim.x], sum, sizeof sum);
+  __syncthreads();
+  for (unsigned s = 0; s < blockDim.y; ++s) {
+    C one[W];
+    memcpy(one, &parts[s * blockDim.x], sizeof one);
+    CTS_UNROLL
+    for (int i = 0; i < W; ++i) sum[i] = s == 0 ? one[i] : sum[i] + one[i];
+  }
+  __syncthreads();  // the next columns' parts go to the same place
+}
+
+// One step of W columns of a shared tensor. A thread takes all tasks, or those of its slice; one that is not active
+// only keeps the others company at their barriers. EXACT: there are N tasks.
+template <bool LEAN, int N, bool SLICED, bool EXACT, int W, class P, class C, class Launch>
+__device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, const Rule<C>& rule, unsigned column,
+                                            bool active) {
+  const Buffers<P>& b = p.shared;
+  constexpr int BATCH = N < LOADED<P, SLICED> ? N : LOADED<P, SLICED>;
+  const int from = SLICED ? threadIdx.y * p.share : 0, to = EXACT ? N : SLICED ? min(from + p.share, p.tasks) : p.tasks;
+  int begin = from;
+  C theta[N][W], phi[W], sum[W] = {};
+  if (active) {
+    load(phi, b.phi + tile.column + column);
+    for (;; begin += N) {
+      CTS_UNROLL
+      for (int t = 0; t < N; t += BATCH)
+        inner_steps<LEAN, BATCH>(theta + t, p, b, rule, tile.first + begin + t, to - begin - t,
+                                 (begin + t) * b.stride + tile.column, tile.at, column);
+      CTS_UNROLL
+      for (int t = 0; t < N; ++t) {
+        if (begin + t >= to) continue;
+        CTS_UNROLL
+        for (int i = 0; i < W; ++i)
+          sum[i] = t == 0 && begin == from ? theta[0][i] - phi[i] : sum[i] + (theta[t][i] - phi[i]);
+      }
+      if constexpr (!SLICED) break;
+      if (begin + N >= to) break;
+      CTS_UNROLL
+      for (int t = 0; t < N; ++t) store_theta(b, (begin + t) * b.stride + tile.column, column, theta[t], p.streams);
+    }
+  }
+  C delta[W] = {};
+  if (rule.meta_update) {
+    if (SLICED && blockDim.y > 1) add_slices(sum);
+    CTS_UNROLL
+    for (int i = 0; i < W; ++i) delta[i] = meta_update(phi[i], sum[i], rule);
+  }
+  if (!active) return;
+  if (rule.meta_update && (!SLICED || threadIdx.y == 0)) store(b.phi + tile.column + column, phi, p.streams);
+  const auto finish = [&](C(&one)[W], int t) {
+    CTS_UNROLL
+    for (int i = 0; i < W; ++i) {
+      if (rule.meta_update) shift(one[i], delta[i], rule);
+      if (rule.reset) one[i] = phi[i];
+    }
+    store_theta(b, t * b.stride + tile.column, column, one, p.streams);
+  };
+  CTS_UNROLL
+  for (int t = 0; t < N; ++t)
+    if (begin + t < to) finish(theta[t], begin + t);
+  if (SLICED) {
+    for (int t = from; t < begin; ++t) {
+      C one[W];
+      load_theta(one, b, t * b.stride + tile.column, column);
+      finish(one, t);
+    }
+  }
+}
+
+// The inner step of W columns of a head.
+template <bool LEAN, int W, class P, class C, class Launch>
+__device__ __forceinline__ void step_head(const Launch& p, const Tile& tile, const Rule<C>& rule, unsigned column) {
+  C theta[1][W];
+  inner_steps<LEAN, 1>(theta, p, p.heads, rule, tile.first, 1, tile.column, tile.at, column);
+  store_theta(p.heads, tile.column, column, theta[0], p.streams);
+}
+
+// All of a tile. Its columns up to `packed` go 16 bytes (of phi) at a time, by way of the gradients' alignment; the
+// rest one by one.
+template <bool LEAN, int N, bool SLICED, class P, class C, class Launch>
+__device__ __forceinline__ void step_tile(const Launch& p, const Tile& tile, const Rule<C>& rule) {
+  constexpr int W = 16 / sizeof(C);
+  bool wide = p.wide;
+  if (!wide) {
+    uintptr_t addresses = 0;
+    for (int t = 0; t < (tile.head ? 1 : p.tasks); ++t)
+      addresses |= reinterpret_cast<uintptr_t>(p.gradient(tile.first + t));
+    wide = addresses % (W * sizeof(P)) == 0;
+  }
+  const int packed = wide ? tile.columns / W * W : 0;
+  if (tile.head) {
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+    if (thread * W < packed) step_head<LEAN, W, P>(p, tile, rule, thread * W);
+    for (int column = packed + thread; column < tile.columns; column += threads)
+      step_head<LEAN, 1, P>(p, tile, rule, column);
+    return;
+  }
+  constexpr bool EXACT = !SLICED && (LEAN || N <= 2);  // there are N tasks
+  const int lane = threadIdx.x, lanes = blockDim.x;
+  const bool active = lane * W < packed;
+  if (active || (SLICED && packed > 0)) step_shared<LEAN, N, SLICED, EXACT, W, P>(p, tile, rule, lane * W, active);
+  for (int column = packed + lane; column - (SLICED ? lane : 0) < tile.columns; column += lanes)
+    step_shared<LEAN, N, SLICED, EXACT, 1, P>(p, tile, rule, column, column < tile.columns);
+}
+
+// What a captured step decides on the device, before anything is counted.
+struct Decision {
+  bool works, meta_update, reset;
+};
+
+__device__ __forceinline__ Decision decide(const Counting& c) {
+  const int64_t inner_step = *c.counters + 1;
+  return {c.found_inf == nullptr || *c.found_inf == 0, c.meta_interval == 1 || inner_step % c.meta_interval == 0,
+          inner_step >= c.horizon};
+}
+
+// The rule of a tile's group at this step: what the device was to read or decide is filled in, what a lean kernel takes
+// for granted is constant.
+template <bool LEAN, class C, class Launch>
+__device__ __forceinline__ Rule<C> rule_of(const Launch& p, const Tile& tile, const Decision& decision) {
+  Rule<C> rule = p.rules[tile.group];
+  const Counting& c = p.counting;
+  if (c.counters != nullptr) {
+    if (p.lr[tile.group] != 0) rule.descent = C(-value_at(p.lr[tile.group]));
+    if (p.meta_lr[tile.group] != 0) rule.rate = C(value_at(p.meta_lr[tile.group]) / p.tasks);
+    if (c.grad_scale != nullptr) rule.scale = C(1 / double(*c.grad_scale)), rule.scaled = true;
+    rule.meta_update = rule.rate != 0 && decision.meta_update;
+    rule.reset = decision.reset;
+    rule.reset_momentum = rule.reset && p.reset_momentum;
+  }
+  if (tile.head) rule.meta_update = rule.reset = rule.reset_momentum = false;
+  if (LEAN) rule.has_momentum = true, rule.gain = 1, rule.nesterov = rule.maximize = rule.scaled = false;
+  return rule;
+}
+
+// The flag of a gradient for the next step.
+template <class C, class Launch>
+__device__ __forceinline__ void advance_flag(const Launch& p, const Rule<C>& rule, int i, bool clears) {
+  if (clears) p.started[i] = 0;
+  else if (rule.has_momentum && p.gradient(i) != nullptr) p.started[i] = 1;
+}
+
+// The counters, and the ticket for the next launch. One thread of the block with the last ticket calls it.
+__device__ __forceinline__ void advance_counters(const Counting& c, const Decision& decision) {
+  *c.ticket = 0;
+  if (!decision.works || !c.advances) return;
+  int64_t* counters = c.counters;  // inner_step, round, meta_updates
+  counters[0] = decision.reset ? 0 : counters[0] + 1;
+  counters[1] += decision.reset;
+  counters[2] += decision.meta_update;
+}
+
+// Whether this is the last block to have read what the last one writes. All threads call it; one, of the warp with the
+// least to do, knows.
+__device__ __forceinline__ bool is_last(const Counting& c) {
+  __syncthreads();
+  return threadIdx.x == blockDim.x - 1 && threadIdx.y == blockDim.y - 1 &&
+         add_after_reads(c.ticket, 1) == gridDim.x - 1;
+}
+
+// Blocks that share a multiprocessor, which bounds the registers; what an H100 is fastest with, where that spills
+// nothing.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+template <class P> constexpr int MOST_BLOCKS = sizeof(P) >= 4 ? 5 : 4;
+#else
+template <class P> constexpr int MOST_BLOCKS = 4;
+#endif
+template <class P, bool LEAN, int N, bool SLICED>
+constexpr int MIN_BLOCKS = SLICED   ? 1
+                           : N <= 2 ? (LEAN ? 8 : 7)
+                           : N <= 4 ? 5
+                           : LEAN   ? MOST_BLOCKS<P>
+                                    : 4;
+
+template <bool LEAN, int N, bool SLICED, class P, int POINTERS, int GROUPS>
+__global__ void __launch_bounds__(SLICED ? MAX_SLICES * 32 : THREADS, MIN_BLOCKS<P, LEAN, N, SLICED>)
+    shifting_step(const __grid_constant__ Params<P, POINTERS, GROUPS> p) {
+  const Counting& c = p.counting;
+  const Tile tile = p.tiles[blockIdx.x];
+  const bool counts = c.counters != nullptr;
+  const Decision decision = counts ? decide(c) : Decision{};
+  const auto rule = rule_of<LEAN, typename Work<P>::type>(p, tile, decision);
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  const bool late = !LEAN && p.dampened;  // steps read the flags, so they are written when all blocks are through
+  if (counts && !late) {                  // the counters have been read; a tensor's first block writes its flags
+    if (is_last(c)) advance_counters(c, decision);
+    for (int t = thread; decision.works && tile.at == 0 && t < (tile.head ? 1 : p.tasks); t += threads)
+      advance_flag(p, rule, tile.first + t, rule.reset_momentum);
+  }
+  if (decision.works || !counts) step_tile<LEAN, N, SLICED, P>(p, tile, rule);
+  if (!counts || !late) return;
+  __shared__ int last;
+  const bool mine = is_last(c);
+  if (thread == threads - 1) last = mine;
+  __syncthreads();
+  if (mine) advance_counters(c, decision);
+  for (int i = thread; last && decision.works && i < p.count; i += threads)
+    advance_flag(p, p.rules[c.groups[i]], i, decision.reset && p.reset_momentum && i < p.shared_count);
+}
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Whether all gradients are aligned to `bytes`; a missing one is.
+bool are_aligned(const Launch& l, const Step& step, size_t bytes) {
+  uintptr_t addresses = 0;
+  for (int i = 0; i < l.count; ++i) addresses |= reinterpret_cast<uintptr_t>(step.gradients[i]);
+  return addresses % bytes == 0;
+}
+
+template <bool LEAN, int N, bool SLICED, class P, int POINTERS, int GROUPS>
+void launch_kernel(const Launch& l, const Step& step, const Counting& counting) {
+  using C = typename Work<P>::type;
+  static_assert(sizeof(Params<P, POINTERS, GROUPS>) <= MAX_PARAMETER_BYTES, "a kernel takes no more");
+  auto buffers = [](const Flat& f) {
+    return Buffers<P>{static_cast<C*>(f.phi), static_cast<P*>(f.theta), static_cast<P*>(f.momentum),
+                      static_cast<float*>(f.master), f.stride};
+  };
+  const Shape shape = shape_of(l.shared.rows);
+  Params<P, POINTERS, GROUPS> p;
+  p.shared = buffers(l.shared), p.heads = buffers(l.heads);
+  p.tiles = l.tiles, p.table = static_cast<const P* const*>(l.table), p.counting = counting;
+  p.started = l.started, p.nonfinite = step.nonfinite;
+  p.tasks = l.shared.rows, p.share = shape.share, p.count = l.count, p.shared_count = l.shared_count;
+  p.reset_momentum = step.reset_momentum, p.wide = are_aligned(l, step, 16 / sizeof(C) * sizeof(P));
+  p.streams = l.streams,
+  p.dampened = std::any_of(step.groups, step.groups + l.num_groups, [](const Group& g) { return g.dampening != 0; });
+  for (int i = 0; i < l.num_groups; ++i) {
+    p.rules[i] = make_rule<C>(step.groups[i], step, l.shared.rows, true);
+    p.lr[i] = l.lr[i], p.meta_lr[i] = l.meta_lr[i];
+  }
+  if (l.table == nullptr) memcpy(p.gradients, step.gradients, l.count * sizeof(void*));
+  void* arguments[] = {&p};
+  check(cudaLaunchKernel(shifting_step<LEAN, N, SLICED, P, POINTERS, GROUPS>, dim3(l.num_tiles),
+                         dim3(shape.lanes, shape.slices), arguments,
+                         shape.slices > 1 ? shape.lanes * shape.slices * 16 : 0, static_cast<cudaStream_t>(l.stream)),
+        "launch of the step");
+}
+
+// Whether all groups have the rule that lean kernels are made for, of N tasks or any number.
+template <int N, bool SLICED> bool is_usual(const Launch& l, const Step& step, const Counting& counting) {
+  if ((!SLICED && l.shared.rows != N) || step.nonfinite != nullptr || step.inverse_scale != 1 ||
+      counting.grad_scale != nullptr)
+    return false;
+  if (std::find(step.gradients, step.gradients + l.count, nullptr) != step.gradients + l.count) return false;
+  return std::all_of(step.groups, step.groups + l.num_groups,
+                     [&](const Group& g) { return g.momentum != 0 && !g.nesterov && !g.maximize && g.dampening == 0; });
+}
+
+template <class P, int N, bool SLICED = false>
+void launch_sized(const Launch& l, const Step& step, const Counting& counting) {
+  const bool usual = is_usual<N, SLICED>(l, step, counting);
+  if constexpr (sizeof(P) == 4) {  // small nets count microseconds; the other types do without these kernels
+    if (usual && l.num_groups <= SMALL_GROUPS && (l.table != nullptr || l.count <= SMALL_POINTERS))
+      return launch_kernel<true, N, SLICED, P, SMALL_POINTERS, SMALL_GROUPS>(l, step, counting);
+  }
+  if (usual) launch_kernel<true, N, SLICED, P, MAX_POINTERS, MAX_GROUPS>(l, step, counting);
+  else launch_kernel<false, N, SLICED, P, MAX_POINTERS, MAX_GROUPS>(l, step, counting);
+}
+
+}  // namespace
+
+namespace float32 {
+using Parameter = float;
+}
+namespace float64 {
+using Parameter = double;
+}
+namespace bfloat16 {
+using Parameter = __nv_bfloat16;
+}
+namespace float16 {
+using Parameter = __half;
+}
+
+void CTS_DTYPE::launch(const Launch& l, const Step& step, const Counting& counting) {
+  using P = Parameter;
+  check(cudaSetDevice(l.device), "choice of the device");
+  const int tasks = l.shared.rows;
+  if (tasks <= 1) launch_sized<P, 1>(l, step, counting);
+  else if (tasks <= 2) launch_sized<P, 2>(l, step, counting);
+  else if (tasks <= 4) launch_sized<P, 4>(l, step, counting);
+  else if (tasks <= 8) launch_sized<P, 8>(l, step, counting);
+  else launch_sized<P, HELD, true>(l, step, counting);
+}
+
+}  // namespace cts

@@ -1,0 +1,129 @@
+// The Python module cts_fast._cpu: raw addresses and numbers in, no logic. cts_fast/engine/backends/cpu.py and cts_fast/engine/gradients.py
+// use it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "cpu/plan.h"
+#include "python/gradients.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+using FlatTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int32_t>;
+using SegmentTuple = std::tuple<int64_t, int64_t, int32_t, int32_t>;
+using LeapTuple =
+    std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, std::vector<double>, std::vector<double>, double, bool>;
+using GroupTuple = std::tuple<double, double, double, double, bool, bool, double, double>;
+
+cts::Plan make_plan(int dtype, const std::vector<FlatTuple>& flats,
+                    const std::vector<std::vector<SegmentTuple>>& segments, const std::string& isa) {
+  std::vector<cts::Flat> native;
+  for (auto [phi, theta, momentum, master, stride, rows] : flats)
+    native.push_back({pointer<void>(phi), pointer<void>(theta), pointer<void>(momentum), pointer<void>(master), stride,
+                      rows, 0, nullptr});
+  std::vector<std::vector<cts::Segment>> places;
+  for (const auto& of_flat : segments) {
+    places.emplace_back();
+    for (auto [offset, numel, group, first] : of_flat) places.back().push_back({offset, numel, group, first});
+  }
+  return cts::Plan(static_cast<cts::DType>(dtype), std::move(native), std::move(places), isa);
+}
+
+double step(const cts::Plan& plan, uintptr_t gradients, uintptr_t started, uintptr_t nonfinite,
+            const std::vector<GroupTuple>& hyper, bool meta_update, bool reset, bool reset_momentum,
+            double inverse_scale, const std::optional<LeapTuple>& leap, bool measures, int threads) {
+  std::vector<cts::Group> groups;
+  for (auto [lr, momentum, dampening, weight_decay, nesterov, maximize, meta_lr, shift] : hyper)
+    groups.push_back({lr, momentum, dampening, weight_decay, meta_lr, shift, nesterov, maximize});
+  const cts::Step step{pointer<const void* const>(gradients),
+                       pointer<const uint8_t>(started),
+                       pointer<uint8_t>(nonfinite),
+                       groups.data(),
+                       inverse_scale,
+                       meta_update,
+                       reset,
+                       reset_momentum};
+  cts::Leap native;
+  if (leap) {
+    const auto& [total, theta, gradient, stride, weights, changes, scale, keeps] = *leap;
+    native = {pointer<void>(total),
+              pointer<void>(theta),
+              pointer<void>(gradient),
+              stride,
+              weights.empty() ? nullptr : weights.data(),
+              changes.data(),
+              scale,
+              keeps};
+  }
+  py::gil_scoped_release release;
+  return plan.step(step, leap ? &native : nullptr, measures, threads);
+}
+
+void add_gradients(const cts::Plan& plan, uintptr_t gradients, uintptr_t target, double weight, int threads) {
+  py::gil_scoped_release release;
+  plan.add_gradients(pointer<const void* const>(gradients), pointer<void>(target), weight, threads);
+}
+
+void end_round(const cts::Plan& plan, uintptr_t gradients, uintptr_t total, double weight,
+               const std::vector<double>& rates, bool momentum, int threads) {
+  py::gil_scoped_release release;
+  plan.end_round({pointer<const void* const>(gradients), pointer<void>(total), weight, rates.data(), momentum},
+                 threads);
+}
+
+std::vector<double> squared_distances(const cts::Plan& plan, uintptr_t rows, int64_t stride, int threads) {
+  py::gil_scoped_release release;
+  return plan.squared_distances(pointer<const void>(rows), stride, threads);
+}
+
+void add_signs(const cts::Plan& plan, uint64_t key, uint64_t first, double scale, int threads) {
+  py::gil_scoped_release release;
+  plan.add_signs(key, first, scale, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "The step on the CPU, and the addresses of gradients on any device.";
+  m.def("instruction_sets", &cts::instruction_sets, "Instruction sets that can run here, the widest first.");
+  m.def("share_openmp", &cts::share_openmp, "library"_a,
+        "Use the OpenMP runtime that a loaded library is linked with; False if none.");
+  py::class_<cts::Plan>(m, "Plan", "Buffers of one dtype, cut into tiles; the buffers must outlive it.")
+      .def(py::init(&make_plan), "dtype"_a, "flats"_a, "segments"_a, "isa"_a,
+           "dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. flats: (phi, theta, momentum, master, stride, rows), "
+           "addresses or 0. "
+           "segments: for each flat, (offset, numel, group, index of row 0's gradient).")
+      .def("step", &step, "gradients"_a, "started"_a, "nonfinite"_a, "hyper"_a, "meta_update"_a, "reset"_a,
+           "reset_momentum"_a, "inverse_scale"_a, "leap"_a, "measures"_a, "threads"_a,
+           "One step in place. The first three are addresses, the last two of them may be 0. leap: None, or for Leap's "
+           "part before the step "
+           "(total, theta, gradient, stride of the last two, weights, changes, scale, keeps): its sum takes in the "
+           "segment that ends here "
+           "(weights empty: none); then this point is kept. Returns |phi - phi before|^2 if it measures, else 0.")
+      .def("add_gradients", &add_gradients, "gradients"_a, "target"_a, "weight"_a, "threads"_a,
+           "target [S] += weight times the sum over the rows of their gradients.")
+      .def("end_round", &end_round, "gradients"_a, "total"_a, "weight"_a, "rates"_a, "momentum"_a, "threads"_a,
+           "phi -= rates[group] * (total + weight * sum of gradients), total <- 0, theta <- phi, and if asked momentum "
+           "<- 0. Addresses may be 0.")
+      .def("squared_distances", &squared_distances, "rows"_a, "stride"_a, "threads"_a,
+           "|theta_t - rows_t|^2 of every row t.")
+      .def("add_signs", &add_signs, "key"_a, "first"_a, "scale"_a, "threads"_a,
+           "theta_t += scale * (1 where the bit of the key's words is set, else -1) in every row.");
+  m.def("prefetch_tensors", &cts::prefetch_tensors, "tensors"_a,
+        "Fetch what torch reads when it advances the versions of a tuple of tensors.");
+  py::class_<cts::GradientTable>(m, "GradientTable", "The addresses of the gradients of a list of parameters.")
+      .def(py::init<py::list, const std::vector<uintptr_t>&, const std::vector<py::tuple>&, py::object>(), "params"_a,
+           "addresses"_a, "layouts"_a, "like"_a)
+      .def("collect", &cts::GradientTable::collect, "given"_a = py::none(),
+           "(gradients, how many, changed, odd, moved)")
+      .def("set", &cts::GradientTable::set, "i"_a, "address"_a, "Enter the address of a gradient that was made dense.")
+      .def_property_readonly(
+          "address", [](const cts::GradientTable& t) { return reinterpret_cast<uintptr_t>(t.data()); },
+          "Where the table is: one pointer for each parameter, null where there is no gradient.");
+}

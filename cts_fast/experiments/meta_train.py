@@ -1,0 +1,223 @@
+"""Meta-training: one loop for every method of `cts_fast.baselines.METHODS`."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cts_fast.capture import STREAMS, CapturedStep
+from cts_fast.experiments.batches import TaskBatches, draw_together, task_seed
+from cts_fast.models.batch_counts import BatchCounts
+from cts_fast.models.resnet20 import ResNet20
+
+PRECISIONS = ("fp32", "bf16")
+_GLOBAL_GENERATOR = threading.Lock()  # modules draw from torch's one generator, and nets are made in many threads
+
+
+@dataclass(frozen=True)
+class MetaTrainSettings:
+    """What all methods have in common while they meta-train.
+
+    horizon: inner steps per round (K); rounds: M; size: side length of the images, None for each task's own;
+    padding: of the random crop, None for 4 up to 32 pixels and 8 above; lr, momentum, weight_decay: inner SGD without
+    Nesterov; held_back: fraction of each task's training images that no inner step sees, for methods that need
+    held-out losses (the same for every method).
+    """
+
+    horizon: int
+    rounds: int
+    batch_size: int = 128
+    size: int | None = None
+    padding: int | None = None
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    held_back: float = 0.1
+
+    @property
+    def steps(self) -> int:
+        """Inner steps of every task in the whole of meta-training: K M."""
+        return self.horizon * self.rounds
+
+
+def new_net(num_classes: int, *, seed: int, head: object) -> ResNet20:
+    """A ResNet20 whose body depends on `seed` alone, and whose head on `seed` and the name `head`."""
+    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(task_seed(seed, "head", head))
+        net = ResNet20(num_classes)
+        torch.manual_seed(task_seed(seed, "body"))
+        net.body.load_state_dict(ResNet20(1).body.state_dict())
+    return net
+
+
+class MetaTrainer:
+    """T ResNet20s with one meta-learned body, trained by one method; each `train_step` is one inner step of all.
+
+    With the same seed, every method starts from the same phi and heads and sees the same batches.
+
+    Args:
+        method: a class of `cts_fast.baselines.METHODS`; options: further arguments of it.
+        tasks: `cts_fast.data.Task`s; their training images are used.
+        meta_lr: the method's beta.
+        map_tasks: runs a function for every task, as `cts_fast.experiments.parallel.task_map` yields it.
+        capture: replay the whole of a step, its batches included, as a CUDA graph (`cts_fast.capture`); only for methods with no needs.
+        streams: of a captured step.
+        precision: "fp32", or "bf16" for forward passes under autocast; parameters, gradients and batch-norm statistics stay float32.
+    """
+
+    def __init__(
+        self,
+        method: type,
+        tasks: Sequence[Any],
+        settings: MetaTrainSettings,
+        *,
+        meta_lr: float,
+        seed: int,
+        device: torch.device | str = "cpu",
+        map_tasks: Callable[..., Any] = map,
+        capture: bool = False,
+        streams: int = STREAMS,
+        precision: str = "fp32",
+        **options: Any,
+    ):
+        if not tasks:
+            raise ValueError("meta-training needs at least one task")
+        self.tasks = tuple(task.name for task in tasks)
+        self.step = 0
+        self.map_tasks = map_tasks
+        self.nets = [new_net(len(task.classes), seed=seed, head=task.name).to(device) for task in tasks]
+        self.streams, self.held_back = [], []
+        for task in tasks:
+            held = int(settings.held_back * len(task.train.labels))
+            order = torch.randperm(
+                len(task.train.labels), generator=torch.Generator().manual_seed(task_seed(seed, "held back", task.name))
+            )
+            for streams, part, use in (
+                (self.streams, order[held:], "train"),
+                (self.held_back, order[:held], "held out"),
+            ):
+                if len(part):
+                    streams.append(
+                        TaskBatches(
+                            task.train.images[part],
+                            task.train.labels[part],
+                            settings.batch_size,
+                            size=settings.size,
+                            padding=settings.padding,
+                            flip=task.flip,
+                            device=device,
+                            seed=task_seed(seed, use, task.name),
+                        )
+                    )
+        options = {
+            "lr": settings.lr,
+            "momentum": settings.momentum,
+            "weight_decay": settings.weight_decay,
+            "horizon": settings.horizon,
+            "meta_lr": meta_lr,
+            **({"capturable": True} if capture else {}),
+            **options,
+        }
+        self.optimizer = method(
+            [net.body.named_parameters() for net in self.nets],
+            heads=[net.head.parameters() for net in self.nets],
+            **options,
+        )
+        self.needs = frozenset(getattr(self.optimizer, "needs", ()))
+        if "heldout" in self.needs and len(self.held_back) < len(tasks):
+            raise ValueError(f"{method.__name__} needs held-out images of every task: raise held_back")
+        if capture and self.needs:
+            raise ValueError(
+                f"{method.__name__} needs {', '.join(sorted(self.needs))}, which a CUDA graph cannot give it"
+            )
+        self.loss = partial(loss, precision=precision)
+        self.counts = BatchCounts(self.nets)
+        self.captured = None
+        if capture:
+            prepare = [stream.batch for stream in self.streams]
+            self.captured = CapturedStep(self.nets, self.optimizer, self.loss, prepare, streams)
+
+    @property
+    def initialization(self) -> dict[str, Tensor]:
+        """A copy of phi, name to tensor."""
+        return {name: tensor.detach().clone() for name, tensor in self.optimizer.initialization_state_dict().items()}
+
+    def train_step(self) -> Tensor:
+        """One inner step of every task and what the method does with it; returns the T training losses, detached."""
+        drawn = draw_together(self.streams)
+        losses = self.captured(drawn) if self.captured else self.inner_step(drawn)
+        self.step += 1
+        return losses
+
+    def inner_step(self, drawn: Tensor) -> Tensor:
+        """The work on what `draw_together` drew: T forward and backward passes and the optimizer's step; reads nothing back."""
+        drawn = drawn.to(self.streams[0].images.device, non_blocking=True)
+        self.optimizer.zero_grad()
+        with self.counts.together():
+            losses = list(self.map_tasks(self._backward, self.nets, self.streams, drawn))
+        needed: dict[str, Any] = {}
+        if "losses" in self.needs:
+            needed["losses"] = losses
+        if "heldout" in self.needs:
+            needed["heldout"] = [
+                _HeldOutLoss(self.loss, net, stream) for net, stream in zip(self.nets, self.held_back, strict=True)
+            ]
+        self.optimizer.step(**needed)
+        return torch.stack(losses)
+
+    def _backward(self, net: ResNet20, stream: TaskBatches, drawn: Tensor) -> Tensor:
+        """Adds the gradients of one task's batch; returns its loss, detached."""
+        loss = self.loss(net, *stream.batch(drawn))
+        loss.backward()
+        return loss.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a bit-equal continuation needs; loads with `torch.load(weights_only=True)`."""
+        return {
+            "tasks": list(self.tasks),
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "nets": [net.state_dict() for net in self.nets],
+            "streams": [stream.state_dict() for stream in self.streams],
+            "held_back": [stream.state_dict() for stream in self.held_back],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on exactly where `state` was taken; raises ValueError if it is of other tasks."""
+        if tuple(state["tasks"]) != self.tasks:
+            raise ValueError(f"the state is of the tasks {', '.join(state['tasks'])}, not of {', '.join(self.tasks)}")
+        for net, saved in zip(self.nets, state["nets"], strict=True):
+            net.load_state_dict(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for streams, saved in ((self.streams, state["streams"]), (self.held_back, state["held_back"])):
+            for stream, one in zip(streams, saved, strict=True):
+                stream.load_state_dict(one)
+        self.step = state["step"]
+
+
+class _HeldOutLoss:
+    """Calling it returns the loss, with its graph, of the next batch of images that no inner step sees."""
+
+    def __init__(self, loss: Callable[..., Tensor], net: ResNet20, stream: TaskBatches):
+        self.loss, self.net, self.stream = loss, net, stream
+
+    def __call__(self) -> Tensor:
+        return self.loss(self.net, *next(self.stream))
+
+
+def logits(net: torch.nn.Module, x: Tensor, precision: str = "fp32") -> Tensor:
+    """What a net says of images, in float32; "bf16" runs it under autocast, with parameters and statistics in float32."""
+    if precision == "fp32":
+        return net(x)
+    with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # each weight is cast once a pass anyway
+        return net(x).float()
+
+
+def loss(net: torch.nn.Module, x: Tensor, y: Tensor, precision: str = "fp32") -> Tensor:
+    """Mean cross-entropy of a batch."""
+    return F.cross_entropy(logits(net, x, precision), y)

@@ -1,0 +1,129 @@
+"""What a run of `resnet20` leaves behind: results.json, initializations, figures and the printed table."""
+
+import math
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from cts_fast.experiments import plots as figures
+from cts_fast.experiments.experiment import Experiment
+from cts_fast.experiments.meta_test import mean_and_interval
+from cts_fast.experiments.run_folder import Stop, save_tensors, write_json
+from cts_fast.experiments.settings import LABELS
+
+Accuracy = Mapping[str, Mapping[str, Sequence[float]]]  # method to held-out task to fractions, one per seed
+
+
+def report(experiment: Experiment, out: Path, started: float, stop: Stop) -> None:
+    """Writes the files into `out`, marks the run as finished and prints the table; started: when the program was, time.monotonic().
+
+    Raises `Interrupted` between two files if `stop` was requested: a resumed run reports anew.
+    """
+    accuracy = experiment.final_accuracy()
+    best = "cts" if "cts" in experiment.entries else next(iter(experiment.entries), None)
+    names = []
+    for name, write in (*initializations(experiment, best), *drawings(experiment, accuracy)):
+        stop.check()
+        write(out / name)
+        names.append(name)
+    write_json(out / "results.json", results(experiment, accuracy), indent=1)
+    stop.check()
+    experiment.folder.finish()
+    print(f"\n{table(accuracy)}\n\n{account(experiment)}\n")
+    files = ", ".join(["results.json", "metrics.csv", *names])
+    print(fill(f"In {out}: {files}. This took {(time.monotonic() - started) / 60:.1f} minutes."))
+
+
+def results(experiment: Experiment, accuracy: Accuracy) -> dict:
+    """The content of results.json; a loss that is not finite becomes null."""
+    return {
+        "config": experiment.config,
+        "meta_train": {
+            name: {"steps": curve.steps, "loss": [x if math.isfinite(x) else None for x in curve.mean]}
+            for name, curve in experiment.curves.items()
+        },
+        "meta_test": {
+            name: {target: {"accuracy": values} for target, values in by_target.items()}
+            for name, by_target in accuracy.items()
+        },
+    }
+
+
+def initializations(experiment: Experiment, best: str | None) -> list[tuple[str, Callable[[Path], None]]]:
+    """(name, what writes it) of one file per method, and of `initialization.safetensors` for the method `best`."""
+    files = [("initialization", best)] if best else []
+    files += [(f"initialization-{name}", name) for name in experiment.entries]
+    return [
+        (
+            f"{file}.safetensors",
+            partial(
+                save_tensors, tensors=experiment.snapshots[name][experiment.train.steps], metadata={"method": name}
+            ),
+        )
+        for file, name in files
+    ]
+
+
+def drawings(experiment: Experiment, accuracy: Accuracy) -> list[tuple[str, Callable[[Path], None]]]:
+    """(name, what draws it) of the figures."""
+    drawn = [("accuracy.png", lambda path: figures.final_accuracy(path, accuracy, LABELS))]
+    if experiment.entries:
+        curves = {name: (curve.steps, curve.mean) for name, curve in experiment.curves.items()}
+        points = {
+            name: {step: per_seed_mean(experiment.accuracy_at(name, step)) for step in kept}
+            for name, kept in experiment.snapshots.items()
+        }
+        scratch = per_seed_mean(accuracy["scratch"])
+        drawn.append(("convergence.png", lambda path: figures.convergence(path, curves, LABELS)))
+        drawn.append(("accuracy-vs-steps.png", lambda path: figures.accuracy_vs_steps(path, points, scratch, LABELS)))
+    return drawn
+
+
+def per_seed_mean(by_target: Mapping[str, Sequence[float]]) -> list[float]:
+    """Mean over held-out tasks, for every seed."""
+    return [sum(values) / len(values) for values in zip(*by_target.values(), strict=True)]
+
+
+def table(accuracy: Accuracy) -> str:
+    """Accuracy in percent by starting point and held-out task, the best starting point first."""
+    rows = [["starting point of the network", *next(iter(accuracy.values())), "mean"]]
+    for name in sorted(accuracy, key=lambda name: -sum(per_seed_mean(accuracy[name]))):
+        columns = [*accuracy[name].values(), per_seed_mean(accuracy[name])]
+        rows.append([LABELS.get(name, name), *map(percent, columns)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def account(experiment: Experiment) -> str:
+    """What the table shows and what was run, for a reader who knows no paper."""
+    config, train, test = experiment.config, experiment.train, experiment.test
+    size = f", images of {train.size} x {train.size} pixels" if train.size else ""
+    images = f"{test.images} training images" if test.images else "all its training images"
+    rounds = f"in {train.rounds} rounds of {train.horizon}" if train.rounds > 1 else "in one round"
+    steps = f"{train.steps} steps of batch {train.batch_size} per task {rounds}"
+    paragraphs = [
+        f"Accuracy in % on the test sets of {len(config['targets'])} image tasks that meta-training never saw: "
+        f"mean of {test.seeds} fine-tuning run{'s' * (test.seeds > 1)} ± 95 % interval; the last column is the mean over these tasks.",
+        f"What was run: each method meta-trained a ResNet20 on the tasks {', '.join(config['tasks'])}: {steps}{size}. "
+        "All began at the same weights and saw the same batches. Then each starting point was fine-tuned on each "
+        f"held-out task: {images}, {test.steps} steps of batch {test.batch_size}, with a new last layer.",
+    ]
+    return "\n\n".join(map(fill, paragraphs))
+
+
+def fill(text: str) -> str:
+    """A paragraph of lines of up to 120 letters."""
+    return textwrap.fill(text, 120, break_on_hyphens=False)
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean and 95 % interval of fractions, in percent."""
+    mean, half = mean_and_interval(values)
+    return f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if math.isfinite(half) else "")

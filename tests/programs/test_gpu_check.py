@@ -1,0 +1,58 @@
+"""Facts about the GPU check that need no GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.gpu import check as gpu_check
+
+PROGRAM = Path(gpu_check.__file__)
+
+
+def test_of_a_section_that_was_stopped_the_last_whole_result_is_kept():
+    output = 'RESULT {"rows": [1]}\nnoise\nRESULT {"rows": [1, 2]}\nRESULT {"rows": [1, 2, {"us'
+    assert gpu_check.last_result(output) == {"rows": [1, 2]}
+    assert gpu_check.last_result("noise") is None
+
+
+def test_a_dry_run_writes_its_results_as_json_and_as_a_table(tmp_path):
+    command = [
+        sys.executable,
+        str(PROGRAM),
+        "--device",
+        "cpu",
+        "--only",
+        "sanitizers",
+        "bandwidth",
+        "--out",
+        str(tmp_path),
+    ]
+    out = subprocess.run(command, capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout + out.stderr
+    (report,) = tmp_path.glob("cpu-*.json")
+    results = json.loads(report.read_text())
+    assert results["sections"]["bandwidth"]["bytes_per_second"] > 0 and set(results["sections"]) == {
+        "sanitizers",
+        "bandwidth",
+    }
+    assert "copy bandwidth" in report.with_suffix(".txt").read_text()
+
+
+def test_a_section_without_time_says_so_and_the_run_fails(tmp_path):
+    command = [
+        sys.executable,
+        str(PROGRAM),
+        "--device",
+        "cpu",
+        "--only",
+        "bandwidth",
+        "--seconds",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    out = subprocess.run(command, capture_output=True, text=True)
+    assert out.returncode == 1 and "no time was left" in out.stdout
+    (report,) = tmp_path.glob("cpu-*.json")
+    assert "no time" in json.loads(report.read_text())["sections"]["bandwidth"]["error"]

@@ -1,0 +1,369 @@
+"""`python -m cts_fast.examples.resnet20`: what it writes, what it refuses, and how it goes on after Ctrl-C."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.image_tasks import make_suite
+
+from cts_fast.baselines import METHODS
+from cts_fast.data import suite
+from cts_fast.examples import resnet20, tune
+from cts_fast.experiments.meta_train import MetaTrainer
+from cts_fast.experiments.settings import LABELS
+from cts_fast.models.resnet20 import ResNet20
+
+SMALL = ["--suite", "tiny", "--horizon", "2", "--rounds", "2", "--test-steps", "2", "--test-seeds", "2"]
+FIGURES = ("convergence.png", "accuracy-vs-steps.png", "accuracy.png")
+
+
+@pytest.fixture(autouse=True)
+def tiny_suite(monkeypatch):
+    monkeypatch.setitem(suite.SUITES, "tiny", make_suite)
+
+
+def run(out, *arguments):
+    return resnet20.main([*SMALL, "--out", str(out), *arguments])
+
+
+def refused(capsys, out, *arguments):
+    """What the program says when it ends with status 2."""
+    with pytest.raises(SystemExit) as end:
+        run(out, *arguments)
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run of three methods, and the text that it printed."""
+    out = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(suite.SUITES, "tiny", make_suite)
+        assert run(out, "--methods", "reptile,cts,finetune") == 0
+    return out
+
+
+def test_results_have_the_promised_form(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results) == {"config", "meta_train", "meta_test"}
+    assert set(results["meta_train"]) == {"cts", "reptile", "finetune"}
+    for curve in results["meta_train"].values():
+        assert curve["steps"] == [1, 2, 3, 4]
+        assert all(isinstance(loss, float) for loss in curve["loss"])
+    assert set(results["meta_test"]) == {"cts", "reptile", "finetune", "scratch"}
+    for by_target in results["meta_test"].values():
+        assert set(by_target) == {"rings", "stars"}
+        for entry in by_target.values():
+            assert len(entry["accuracy"]) == 2 and all(0 <= x <= 1 for x in entry["accuracy"])
+
+
+def test_metrics_hold_every_loss_and_accuracy(finished):
+    with open(finished / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    train = [row for row in rows if row["phase"] == "meta-train"]
+    assert {(row["method"], row["task"]) for row in train if row["step"] == "4"} == {
+        ("finetune", "waves"),
+        *((method, task) for method in ("cts", "reptile") for task in ("stripes", "dots", "waves")),
+    }
+    assert all(float(row["loss"]) > 0 for row in train)
+    test = [row for row in rows if row["phase"] == "meta-test"]
+    assert len(test) == (3 * 2 + 1) * 2 * 2  # (three methods at two points, and scratch) x targets x seeds
+    assert all(0 <= float(row["accuracy"]) <= 1 for row in test)
+
+
+def test_the_initialization_is_that_of_cts_and_loads_into_a_body(finished):
+    phi = load_file(finished / "initialization.safetensors")
+    net = ResNet20(3)
+    assert set(phi) == {name for name, _ in net.body.named_parameters()}
+    assert not net.body.load_state_dict(phi, strict=False).unexpected_keys
+    of_cts, of_reptile = (load_file(finished / f"initialization-{name}.safetensors") for name in ("cts", "reptile"))
+    assert all(torch.equal(phi[name], of_cts[name]) for name in phi)
+    assert not torch.equal(of_cts["conv.weight"], of_reptile["conv.weight"])
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_written(finished, name):
+    assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_resuming_a_finished_run_prints_its_table_again(finished, capsys):
+    before = (finished / "results.json").read_text()
+    assert run(finished, "--methods", "reptile,cts,finetune", "--resume") == 0
+    text = capsys.readouterr().out
+    assert (finished / "results.json").read_text() == before
+    for words in ("rings", "stars", "mean", "Reptile", "continual trajectory shifting", "scratch", "What was run"):
+        assert words in text
+
+
+def test_two_runs_with_one_seed_give_bit_equal_phi(finished, tmp_path):
+    run(tmp_path, "--methods", "cts")
+    one, other = (load_file(out / "initialization-cts.safetensors") for out in (finished, tmp_path))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_scratch_alone_needs_no_meta_training(tmp_path):
+    assert run(tmp_path, "--methods", "scratch", "--targets", "rings", "--test-seeds", "1") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["meta_test"]) == {"scratch"} and not results["meta_train"]
+
+
+def test_all_methods_run_and_are_ranked(tmp_path, capsys):
+    arguments = ["--methods", "all", "--targets", "rings", "--rounds", "1", "--test-steps", "1", "--test-seeds", "1"]
+    assert run(tmp_path, *arguments) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["meta_test"]) == {*METHODS, "finetune", "scratch"}
+    table = capsys.readouterr().out.split("starting point")[1]
+    accuracy = {LABELS[name]: by_target["rings"]["accuracy"][0] for name, by_target in results["meta_test"].items()}
+    rows = [label for line in table.splitlines() for label in LABELS.values() if line.startswith(label + " ")]
+    assert sorted(rows) == sorted(accuracy) and [accuracy[row] for row in rows] == sorted(
+        accuracy.values(), reverse=True
+    )
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--methods", "cts,sgd"], ["'sgd'", "reptile"]),
+        (["--tasks", "stripes,zebra"], ["'zebra'", "stripes"]),
+        (["--targets", "zebra"], ["'zebra'", "rings"]),
+        (["--tasks", "stripes,rings"], ["rings", "held out"]),
+        (["--suite", "nowhere"], ["nowhere", "builtin"]),
+        (["--source", "zebra", "--methods", "finetune"], ["zebra", "stripes"]),
+        (["--preset", "huge"], ["huge", "quick"]),
+        (["--horizon", "0"], ["horizon", "'0'"]),
+        (["--meta-lr", "cts=fast"], ["cts=fast"]),
+        (["--meta-lr", "sgd=1"], ["'sgd'"]),
+        (["--meta-lr", "cts=-1", "--methods", "cts"], ["cts=-1", "negative"]),
+        (["--device", "abacus"], ["abacus"]),
+        (["--capture"], ["--capture", "--device cpu"]),
+        (["--resume"], ["config.json", "no run to resume"]),
+    ],
+)
+def test_bad_arguments_are_named_and_end_with_status_2(arguments, words, tmp_path, capsys):
+    message = refused(capsys, tmp_path, *arguments)
+    for word in words:
+        assert word in message
+
+
+def test_missing_data_are_named(tmp_path, capsys):
+    message = refused(capsys, tmp_path / "out", "--suite", "builtin", "--data-root", str(tmp_path / "empty"))
+    assert str(tmp_path / "empty") in message
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
+    run(tmp_path, "--methods", "cts", "--targets", "rings")
+    checkpoint = tmp_path / "checkpoint-cts.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    message = refused(capsys, tmp_path, "--methods", "cts", "--targets", "rings", "--resume")
+    assert str(checkpoint) in message and "delete" in message
+
+
+def test_resuming_with_other_arguments_names_the_difference(tmp_path, capsys):
+    run(tmp_path, "--methods", "scratch", "--targets", "rings")
+    message = refused(capsys, tmp_path, "--methods", "scratch", "--targets", "rings", "--seed", "7", "--resume")
+    assert "seed was 0, now 7" in message
+
+
+# Interruption
+
+DRIVER = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from support.image_tasks import make_suite
+from cts_fast.data import suite
+from cts_fast.examples import resnet20
+suite.SUITES["tiny"] = make_suite
+sys.exit(resnet20.main())
+"""
+
+
+SLOW_ENOUGH = "--suite tiny --horizon 10 --rounds 2 --test-steps 1 --test-seeds 3 --targets rings --methods cts".split()
+
+
+def driven(*arguments, limit=None):
+    """The program as a process of its own; limit: bytes that a file of it may have."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", DRIVER, str(Path(__file__).parents[1]), *arguments]
+    if limit is not None:
+        command = ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "bash", *command]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    "moment, number",
+    [("meta-train cts: 4/", signal.SIGINT), ("meta-train cts: 4/", signal.SIGHUP), ("meta-test: 1/", signal.SIGTERM)],
+)
+def test_a_signal_saves_and_resume_gives_the_uninterrupted_result(moment, number, tmp_path, capsys):
+    process = driven(*SLOW_ENOUGH, "--out", str(tmp_path / "stopped"))
+    for line in process.stdout:
+        if line.startswith(moment.split("/")[0].rstrip("0123456789")):
+            process.send_signal(number)
+            break
+    process.stdout.read()
+    message = process.stderr.read()
+    assert process.wait(timeout=120) == 128 + number, message
+    assert "--resume" in message and "Traceback" not in message
+    assert not (tmp_path / "stopped" / "results.json").exists()
+
+    stopped = [*SLOW_ENOUGH, "--out", str(tmp_path / "stopped")]
+    with pytest.raises(SystemExit, match="2"):
+        resnet20.main(stopped)
+    assert "--resume" in capsys.readouterr().err
+    assert resnet20.main([*stopped, "--resume"]) == 0
+    assert resnet20.main([*SLOW_ENOUGH, "--out", str(tmp_path / "whole")]) == 0
+    for file in ("results.json", "metrics.csv", "initialization.safetensors"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def test_a_signal_during_the_report_stops_it_and_resume_reports_anew(tmp_path, monkeypatch, capsys):
+    from cts_fast.experiments import plots as figures
+
+    draw = figures.convergence
+
+    def signalled(*arguments):
+        draw(*arguments)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "convergence", signalled)
+        assert run(tmp_path, "--methods", "cts") == 128 + signal.SIGTERM
+    assert "--resume" in capsys.readouterr().err
+    assert not (tmp_path / "finished.json").exists() and (tmp_path / "checkpoint-cts.pt").exists()
+    assert run(tmp_path, "--methods", "cts", "--resume") == 0
+    assert (tmp_path / "finished.json").exists() and (tmp_path / "accuracy-vs-steps.png").exists()
+
+
+# What a folder keeps
+
+
+def test_a_run_whose_results_are_torn_is_not_finished_and_loses_nothing(tmp_path, capsys):
+    run(tmp_path, "--methods", "cts")
+    checkpoint = (tmp_path / "checkpoint-cts.pt").read_bytes()
+    (tmp_path / "finished.json").unlink()
+    (tmp_path / "results.json").write_text('{"config": {')
+    assert "interrupted" in refused(capsys, tmp_path, "--methods", "cts")
+    assert (tmp_path / "checkpoint-cts.pt").read_bytes() == checkpoint
+    assert run(tmp_path, "--methods", "cts", "--resume") == 0
+    assert json.loads((tmp_path / "results.json").read_text())["meta_test"]
+
+
+def test_a_finished_run_is_replaced_only_when_that_is_asked_for(tmp_path, capsys):
+    run(tmp_path, "--methods", "cts")
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    message = refused(capsys, tmp_path, "--methods", "cts", "--seed", "1")
+    assert "finished" in message and "--overwrite" in message and "--resume" in message
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert run(tmp_path, "--methods", "cts", "--seed", "1", "--overwrite") == 0
+    assert json.loads((tmp_path / "results.json").read_text())["config"]["seed"] == 1
+
+
+def test_a_full_disk_ends_with_one_line_and_leaves_the_old_checkpoint_whole(tmp_path):
+    out = tmp_path / "out"
+    process = driven(*SLOW_ENOUGH, "--out", str(out))
+    for line in process.stdout:
+        if line.startswith("meta-train cts"):
+            process.send_signal(signal.SIGINT)
+            break
+    process.communicate(timeout=120)
+    before = (out / "checkpoint-cts.pt").read_bytes()
+    process = driven(*SLOW_ENOUGH, "--out", str(out), "--resume", limit=64 << 10)  # the system's limit on a file's size
+    message = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and "Traceback" not in message, message
+    errors = [line for line in message.splitlines() if "error:" in line]
+    assert len(errors) == 1 and str(out / "checkpoint-cts.pt") in errors[0] and "cannot write" in errors[0], message
+    assert (out / "checkpoint-cts.pt").read_bytes() == before and not list(out.glob(".*tmp"))
+    assert resnet20.main([*SLOW_ENOUGH, "--out", str(out), "--resume"]) == 0
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path, capsys, monkeypatch):
+    step = resnet20.Experiment._meta_test
+
+    def removed(self, *arguments):
+        shutil.rmtree(self.out)
+        step(self, *arguments)
+
+    monkeypatch.setattr(resnet20.Experiment, "_meta_test", removed)
+    assert str(tmp_path / "out") in refused(capsys, tmp_path / "out", "--methods", "cts")
+
+
+def test_an_empty_checkpoint_is_named(tmp_path, capsys):
+    run(tmp_path, "--methods", "cts", "--targets", "rings")
+    checkpoint = tmp_path / "checkpoint-cts.pt"
+    checkpoint.write_bytes(b"")
+    message = refused(capsys, tmp_path, "--methods", "cts", "--targets", "rings", "--resume")
+    assert str(checkpoint) in message and "damaged" in message
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), torch.OutOfMemoryError("CUDA out of memory")]
+)
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path, capsys, monkeypatch, error):
+    run(tmp_path, "--methods", "cts", "--targets", "rings")
+
+    def fails(self, state):
+        raise error
+
+    monkeypatch.setattr(MetaTrainer, "load_state_dict", fails)
+    message = refused(capsys, tmp_path, "--methods", "cts", "--targets", "rings", "--resume")
+    assert str(tmp_path / "checkpoint-cts.pt") in message and "nothing is lost" in message
+    assert "damaged" not in message and "delete" not in message
+
+
+def test_an_overwritten_run_leaves_nothing_of_the_old_one(tmp_path):
+    run(tmp_path, "--methods", "reptile", "--targets", "rings")
+    (tmp_path / ".checkpoint-reptile.pt.1-0.tmp").write_bytes(b"of a killed save")
+    run(tmp_path, "--methods", "scratch", "--targets", "rings", "--overwrite")
+    assert not [path.name for path in tmp_path.iterdir() if "reptile" in path.name or path.suffix == ".safetensors"]
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path, capsys):
+    assert "not allowed with" in refused(capsys, tmp_path, "--resume", "--overwrite")
+
+
+def test_a_python_without_lzma_gets_one_line(tmp_path):
+    code = "import sys; sys.modules['_lzma'] = None; from cts_fast.examples import resnet20; sys.exit(resnet20.main())"
+    command = [sys.executable, "-c", code, "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert process.returncode == 2 and "liblzma" in process.stderr and "Traceback" not in process.stderr, process.stderr
+
+
+# Tuning
+
+
+def test_tuning_never_touches_held_out_tasks(tmp_path, capsys):
+    arguments = [
+        "--suite",
+        "tiny",
+        "--horizon",
+        "2",
+        "--rounds",
+        "1",
+        "--grid",
+        "cts=0.1",
+        "--grid",
+        "reptile=0.5,1",
+        "--test-steps",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
+    assert tune.main(arguments) == 0
+    results = json.loads((tmp_path / "tune.json").read_text())
+    assert set(results["mean"]) == {"cts@0.1", "reptile@0.5", "reptile@1", "scratch"}
+    assert all(set(by_task) == {"stripes", "dots", "waves"} for by_task in results["accuracy"].values())
+    assert "mean accuracy on 3 validation tasks" in capsys.readouterr().out

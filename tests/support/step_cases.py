@@ -1,0 +1,196 @@
+"""Random step problems, and how to run one on any backend: gradients are drawn, not computed, so only the step's arithmetic counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cts_fast import ShiftingMetaOptimizer
+from cts_fast.engine.step import BACKENDS, unavailable
+
+CPU = torch.device("cpu")
+
+
+def places() -> list[tuple[str, str]]:
+    """(backend, device) pairs that run here; "reference" is the oracle and tested on its own."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return [
+        (name, device)
+        for name in BACKENDS
+        for device in devices
+        if name != "reference" and unavailable(name, torch.device(device), torch.float32) is None
+    ]
+
+
+@dataclass
+class Case:
+    tasks: int = 3
+    shapes: tuple = ((5, 3), (7,))
+    heads: tuple = ()  # shapes of each task's head; a task without an entry has none
+    dtype: torch.dtype = torch.float32
+    steps: int = 5
+    seed: int = 0
+    missing: frozenset = frozenset()  # (step, task, index of the parameter, heads after the shared ones)
+    layout: str = "contiguous"  # of parameters
+    grad_layout: str = "same"
+    options: dict = field(default_factory=lambda: {"lr": 0.1})
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout."""
+    if layout == "transposed" and values.dim() >= 2:
+        return values.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "channels_last" and values.dim() == 4:
+        return values.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced" and values.dim() >= 1:
+        wide = torch.full(
+            (*values.shape[:-1], 2 * values.shape[-1] + 1), float("nan"), dtype=values.dtype, device=values.device
+        )
+        wide[..., 1::2] = values
+        return wide[..., 1::2]
+    if layout == "unaligned":
+        room = torch.full((values.numel() + 2,), float("nan"), dtype=values.dtype, device=values.device)
+        inner = room[1:-1].view(values.shape)
+        inner.copy_(values)
+        return inner
+    return values.clone()
+
+
+def build(
+    case: Case, backend: str, device: str = "cpu", dtype: torch.dtype | None = None, cls=ShiftingMetaOptimizer, **more
+):
+    """(optimizer, parameters of each task, shared ones first) of a case; every task starts at the first one's values."""
+    dtype = dtype or case.dtype
+    draw = torch.Generator().manual_seed(case.seed)
+    start = [torch.randn(shape, generator=draw).to(case.dtype) for shape in case.shapes]
+    own = [[torch.randn(shape, generator=draw).to(case.dtype) for shape in shapes] for shapes in case.heads]
+
+    def parameter(values: Tensor) -> torch.nn.Parameter:
+        return torch.nn.Parameter(laid_out(values.to(device, dtype), case.layout))
+
+    shared = [[parameter(values) for values in start] for _ in range(case.tasks)]
+    heads = [[parameter(values) for values in own[t]] if t < len(own) else [] for t in range(case.tasks)]
+    opt = cls(shared, **case.options, heads=heads if case.heads else None, backend=backend, **more)
+    return opt, [a + b for a, b in zip(shared, heads, strict=True)]
+
+
+def set_gradients(case: Case, params: list[list[Tensor]], step: int) -> None:
+    """The drawn gradients of one step: the same values for every backend and dtype."""
+    for t, task in enumerate(params):
+        for i, param in enumerate(task):
+            draw = torch.Generator().manual_seed(case.seed * 1_000_003 + step * 10_007 + t * 101 + i)
+            values = torch.randn(param.shape, generator=draw).to(case.dtype).to(param.device, param.dtype)
+            param.grad = None if (step, t, i) in case.missing else laid_out(values, case.grad_layout)
+
+
+def result(opt: ShiftingMetaOptimizer) -> list[Tensor]:
+    """phi, then theta and momentum of every parameter, in float64 on the CPU."""
+    states = [opt.state[param] for group in opt.param_groups for param in group["params"]]
+    tensors = [*opt.initialization, *(s["theta"] for s in states), *(s["momentum_buffer"] for s in states)]
+    return [tensor.detach().double().cpu() for tensor in tensors]
+
+
+def run(case: Case, backend: str, device: str = "cpu", dtype: torch.dtype | None = None, **more) -> list[Tensor]:
+    """What the buffers hold after the case's steps."""
+    opt, params = build(case, backend, device, dtype, **more)
+    for step in range(case.steps):
+        set_gradients(case, params, step)
+        opt.step()
+    return result(opt)
+
+
+def assert_as_exact_as_reference(case: Case, backend: str, device: str = "cpu") -> None:
+    """|out − ref64| ≤ 2 |ref − ref64| + a few units in the last place, coordinate by coordinate; ref is the reference in the case's dtype."""
+    exact = run(case, "reference", dtype=torch.float64)
+    reference = run(case, "reference")
+    out = run(case, backend, device)
+    eps = torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps
+    low = torch.finfo(case.dtype).eps
+    names = [f"phi[{i}]" for i in range(len(case.shapes))]
+    kinds = ["theta", "momentum"]
+    count = (len(out) - len(names)) // 2
+    names += [f"{kind}[{i}]" for kind in kinds for i in range(count)]
+    for name, o, r, e in zip(names, out, reference, exact, strict=True):
+        unit = low if name.startswith("momentum") else eps
+        scale = e.abs().max() if e.numel() else torch.tensor(0.0)
+        bound = 2 * (r - e).abs() + 8 * case.steps * unit * (scale + 1)
+        wrong = ((o - e).abs() > bound) | o.isnan()
+        if wrong.any():
+            at = tuple(wrong.nonzero()[0].tolist())
+            raise AssertionError(
+                f"{backend} on {device}: {name}{list(at)} is {o[at]:.9g}, exact {e[at]:.9g}, reference {r[at]:.9g}; {case}"
+            )
+
+
+def assert_is_torch_sgd(case: Case, backend: str) -> None:
+    """Without meta-learning every task follows a torch.optim.SGD of its own, bit for bit."""
+    sgd = {name: case.options[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
+    case = replace(case, options={**sgd, "meta_lr": 0.0, "horizon": None})
+    opt, params = build(case, backend)
+    twins = [[torch.nn.Parameter(p.detach().clone()) for p in task] for task in params]
+    sgds = [torch.optim.SGD(task, **sgd) for task in twins]
+    for step in range(case.steps):
+        set_gradients(case, params, step)
+        set_gradients(case, twins, step)
+        opt.step()
+        for one in sgds:
+            one.step()
+    for task, twin in zip(params, twins, strict=True):
+        for p, q in zip(task, twin, strict=True):
+            assert torch.equal(p, q)
+
+
+@st.composite
+def cases(draw) -> Case:
+    """Cases over everything the step offers."""
+    tasks = draw(st.sampled_from([1, 2, 3, 4, 8, 9, 17]))
+    shape = st.lists(st.integers(0, 9), min_size=0, max_size=4).map(tuple)
+    shapes = tuple(
+        draw(st.lists(st.one_of(shape, st.sampled_from([(129,), (1,), (16, 8), (), (300,)])), min_size=1, max_size=4))
+    )
+    heads = tuple(tuple(draw(st.lists(shape, max_size=2))) for _ in range(tasks)) if draw(st.booleans()) else ()
+    if not any(heads):
+        heads = ()
+    steps = draw(st.integers(1, 6))
+    sizes = [len(shapes) + (len(heads[t]) if heads else 0) for t in range(tasks)]
+    everything = [(s, t, i) for s in range(steps) for t in range(tasks) for i in range(sizes[t])]
+    missing = (
+        frozenset(draw(st.sets(st.sampled_from(everything), max_size=len(everything))))
+        if draw(st.booleans())
+        else frozenset()
+    )
+    momentum = draw(st.sampled_from([0.0, 0.9, 0.5]))
+    nesterov = momentum > 0 and draw(st.booleans())
+    options = dict(
+        lr=draw(st.sampled_from([0.1, 0.01, 0.0])),
+        momentum=momentum,
+        nesterov=nesterov,
+        dampening=0.0 if nesterov else draw(st.sampled_from([0.0, 0.3, 1.0])),
+        weight_decay=draw(st.sampled_from([0.0, 5e-4, 0.1])),
+        maximize=draw(st.booleans()),
+        meta_lr=draw(st.sampled_from([0.0, 0.01, 0.3, 1.0])),
+        shift=draw(st.sampled_from([1.0, 0.0, 0.3])),
+        horizon=draw(st.sampled_from([None, 1, 2, 3])),
+        meta_interval=draw(st.sampled_from([1, 1, 2, 3])),
+        reset_momentum=draw(st.booleans()),
+    )
+    return Case(
+        tasks, shapes, heads, draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])), steps,
+        draw(st.integers(0, 1000)), missing, draw(st.sampled_from(["contiguous", "transposed", "channels_last"])),
+        draw(st.sampled_from(["same", "same", "transposed", "sliced", "unaligned"])), options,
+    )  # fmt: skip
+
+
+def assert_table_is_sent_again_only_when_it_changed(opt, params):
+    """Steps an optimizer whose kernel reads the gradients' addresses from a device table; params: [T][N], with gradients."""
+    opt.step()
+    (launcher,) = opt._launchers
+    version = launcher.table.table._version
+    opt.step()
+    assert launcher.table.table._version == version
+    params[-1][0].grad = params[-1][0].grad.clone()
+    opt.step()
+    assert launcher.table.table._version == version + 1
