@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Collects wheels for a GPU machine without a network: bash benchmarks/gpu_wheels.sh FOLDER NAME...
+# Collects wheels for a GPU machine without a network: bash benchmarks/gpu/wheels.sh FOLDER NAME...
 # NAME: what `bash benchmarks/gpu_check.sh --missing` prints there, without what those need themselves. PYTHON_VERSION: that machine's Python.
 set -euo pipefail
 folder=$1
