@@ -1,4 +1,7 @@
-"""The counters of batch norms, `num_batches_tracked`, of many networks advanced in one op: a layer's own costs a launch each."""
+"""Batch norms' counters, `num_batches_tracked`, advanced for many networks in one op.
+
+Left to themselves they cost a launch for each layer.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class BatchCounts:
     """The batch norms of `nets` that can be counted for: torch's own, with a momentum, so that nothing reads the count.
 
-    Others count for themselves: those of another forward pass (SyncBatchNorm wants its counter), without a momentum, or shared by networks.
+    Others count for themselves: those of another forward pass (SyncBatchNorm wants its counter), without a momentum,
+    or shared by networks.
     """
 
     def __init__(self, nets: Iterable[nn.Module]) -> None:
@@ -28,7 +32,7 @@ class BatchCounts:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Inside, every network takes one forward pass, which counts nothing; at its end all that train have counted one batch.
+        """Inside, every network takes one forward pass, which counts nothing; at the end all that train count one.
 
         A state dict that is taken inside lacks the counters. Nothing is counted where an exception ends it.
         """

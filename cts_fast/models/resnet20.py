@@ -1,8 +1,10 @@
-"""Networks of the image experiments: a shared `body` and a `head` that belongs to one task."""
+"""The ResNet20 of the image experiments."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cts_fast.models.task_net import TaskNet
 
 
 class ResidualBlock(nn.Module):
@@ -53,20 +55,6 @@ class ResNet20Body(nn.Sequential):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-class TaskNet(nn.Module):
-    """logits = head(body(x)): the body's parameters are meta-learned, the linear head is the task's own."""
-
-    def __init__(self, body: nn.Module, features: int, num_classes: int):
-        super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        self.body = body
-        self.head = nn.Linear(features, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
 
 
 class ResNet20(TaskNet):

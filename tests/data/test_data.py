@@ -10,7 +10,8 @@ import torch
 import cts_fast.data
 from cts_fast.data import DamagedFile, archive, load_suite, show, suite
 
-FILE = Path(cts_fast.data.__file__).parent / suite.BUILTIN_FILE
+FOLDER = Path(cts_fast.data.__file__).parent
+FILE = FOLDER / "builtin" / suite.BUILTIN_FILE
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ def test_show_refuses_an_unknown_task_by_name(tmp_path, capsys):
 
 
 def test_every_task_stands_on_the_licence_page():
-    page = (FILE.parent / "LICENSES.md").read_text(encoding="utf-8")
+    page = (FOLDER / "LICENSES.md").read_text(encoding="utf-8")
     header, _ = archive.read_header(FILE)
     for entry in header["tasks"]:
         assert entry["name"] in page, entry["name"]

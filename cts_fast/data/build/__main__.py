@@ -2,9 +2,9 @@
 
 Needs numpy, pillow and fonttools (the extra ``[data]``), pip and, for four Debian packages, ``apt-get`` (or the .deb
 files put into ``FOLDER/downloads``); about 220 MB are downloaded. The sources and their versions stand in
-`cts_fast.data.build.sources`. With these sources and the renderer's versions of `sources.RENDERER` the file comes out byte
-for byte as it is committed; another FreeType may change grey levels of rendered type, another liblzma the compressed
-bytes. The file's header records the versions.
+`cts_fast.data.build.sources`. With these sources and the renderer's versions of `sources.RENDERER` the file comes out
+byte for byte as it is committed; another FreeType may change grey levels of rendered type, another liblzma the
+compressed bytes. The file's header records the versions.
 """
 
 from __future__ import annotations

@@ -49,34 +49,23 @@ def fetch(folder: Path) -> Path:
     """
     downloads, trees = folder / "downloads", folder / "trees"
     downloads.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "download", "-q", *_PIP, "-d", "."]
     for package, version in WHEELS.items():
         tree = trees / package
         if not tree.is_dir():
-            stem = f"{package.replace('-', '_')}-{version}-*.whl"
-            wheel = _download(
-                downloads,
-                stem,
-                [sys.executable, "-m", "pip", "download", "-q", *_PIP, "-d", ".", f"{package}=={version}"],
-                package,
-                version,
-            )
+            pattern = f"{package.replace('-', '_')}-{version}-*.whl"
+            wheel = _download(f"{package} {version}", downloads, pattern, [*pip, f"{package}=={version}"])
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(tree)
     for package, version in DEBS.items():
         tree = trees / package
         if not tree.is_dir():
-            deb = _download(
-                downloads,
-                f"{package}_{version}_*.deb",
-                ["apt-get", "download", f"{package}={version}"],
-                package,
-                version,
-            )
-            _unpack_deb(deb, tree)
+            pattern, command = f"{package}_{version}_*.deb", ["apt-get", "download", f"{package}={version}"]
+            _unpack_deb(_download(f"{package} {version}", downloads, pattern, command), tree)
     return trees
 
 
-def _download(folder: Path, pattern: str, command: list[str], package: str, version: str) -> Path:
+def _download(what: str, folder: Path, pattern: str, command: list[str]) -> Path:
     found = list(folder.glob(pattern))
     if not found:
         try:
@@ -84,7 +73,7 @@ def _download(folder: Path, pattern: str, command: list[str], package: str, vers
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", "") or str(error)
             raise RuntimeError(
-                f"{package} {version} could not be downloaded by `{' '.join(command)}`: {said.strip()}; "
+                f"{what} could not be downloaded by `{' '.join(command)}`: {said.strip()}; "
                 f"put a file {pattern} into {folder} by other means and run again"
             ) from None
         found = list(folder.glob(pattern))
