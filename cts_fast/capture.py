@@ -17,25 +17,33 @@ EAGER_STEPS = 3  # before the capture: libraries choose algorithms and allocate,
 class CapturedStep:
     """``losses = step(batches)``: one training step of every task; after a few eager ones, the replay of a CUDA graph.
 
-    Tasks run on a few streams side by side, so small networks fill the GPU together. Every call is a real training step. Numbers that are not
-    tensors (a float lr) are what they were at the capture; give `lr` as a tensor to change it.
+    Tasks run on a few streams side by side, so small networks fill the GPU together. Every call is a real training
+    step. Numbers that are not tensors (a float lr) are what they were at the capture; give `lr` as a tensor to change
+    it.
 
     Args:
         nets: T networks on one CUDA device; optimizer: over their parameters, made with ``capturable=True``.
         loss: (net, *batch) → a scalar with its graph; must not wait for the device.
-        prepare: T functions that make a task's batch of what is given for it, on the device and inside the graph (gather, crop, normalise);
-            None: what is given are the batches.
+        prepare: T functions that make a task's batch of what is given for it, on the device and inside the graph
+            (gather, crop, normalise); None: what is given are the batches.
         streams: on which the tasks take turns.
-        benchmark: let cuDNN try its algorithms in the eager steps and keep the fastest; results then differ from run to run by rounding.
+        benchmark: let cuDNN try its algorithms in the eager steps and keep the fastest; results then differ from run to
+            run by rounding.
 
     Raises:
-        ValueError: an optimizer that cannot be captured, a network that is not on a CUDA device, or batches of another shape than the first.
+        ValueError: an optimizer that cannot be captured, a network that is not on a CUDA device, or batches of another
+            shape than the first.
     """
 
     def __init__(
-        self, nets: Sequence[nn.Module], optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor],
-        prepare: Sequence[Callable[..., tuple[Tensor, ...]]] | None = None, streams: int = STREAMS, benchmark: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        nets: Sequence[nn.Module],
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[..., Tensor],
+        prepare: Sequence[Callable[..., tuple[Tensor, ...]]] | None = None,
+        streams: int = STREAMS,
+        benchmark: bool = False,
+    ) -> None:
         self.nets, self.optimizer, self.loss, self.benchmark = list(nets), optimizer, loss, benchmark
         self.device = next(nets[0].parameters()).device
         if self.device.type != "cuda":
@@ -55,7 +63,10 @@ class CapturedStep:
         self.losses: Tensor | None = None
 
     def __call__(self, batches: Tensor | Sequence[tuple[Tensor, ...]]) -> Tensor:
-        """One training step on a batch of tensors for each task, or on one tensor [T, …] of what is given for all; the T losses, detached."""
+        """One training step on a batch of tensors for each task, or on one tensor [T, …] for all of them.
+
+        Returns the T losses, detached.
+        """
         with torch.cuda.device(self.device), self._algorithms():
             self._fill(batches)
             if self.graph is None and self.eager_steps < EAGER_STEPS:
@@ -79,28 +90,33 @@ class CapturedStep:
 
     def _fill(self, batches: Tensor | Sequence[tuple[Tensor, ...]]) -> None:
         """Copy the batches to where the graph reads them."""
-        together = isinstance(batches, Tensor)  # one copy for all tasks
         if len(batches) != len(self.nets):
             raise ValueError(f"batches of {len(batches)} tasks given, but there are {len(self.nets)} networks")
-        if self.inputs is not None and together is not isinstance(self.inputs, Tensor):
-            raise ValueError("batches come as one tensor or as a list, as the first ones did")
         if self.inputs is None:
-            self.inputs = (
-                torch.empty_like(batches, device=self.device) if together
-                else [tuple(torch.empty_like(tensor, device=self.device) for tensor in batch) for batch in batches]
-            )  # fmt: skip
-        given = [("all tasks", self.inputs, batches)] if together else [
-            (f"task {task}", here, tensor)
-            for task, (inputs, batch) in enumerate(zip(self.inputs, batches, strict=True))
-            for here, tensor in zip(inputs, batch, strict=True)
-        ]  # fmt: skip
-        for whose, here, tensor in given:
-            if here.shape != tensor.shape or here.dtype != tensor.dtype:
-                raise ValueError(
-                    f"{whose}: a batch of {tensor.dtype} {tuple(tensor.shape)}, but the first one had {here.dtype} {tuple(here.shape)}; "
-                    "a CUDA graph takes batches of one shape"
-                )
-            here.copy_(tensor, non_blocking=True)
+            self.inputs = self._empty_like(batches)
+        if isinstance(batches, Tensor) is not isinstance(self.inputs, Tensor):
+            raise ValueError("batches come as one tensor or as a list, as the first ones did")
+        if isinstance(batches, Tensor):
+            self._copy("all tasks", self.inputs, batches)  # one copy for all
+            return
+        for task, (inputs, batch) in enumerate(zip(self.inputs, batches, strict=True)):
+            for here, tensor in zip(inputs, batch, strict=True):
+                self._copy(f"task {task}", here, tensor)
+
+    def _empty_like(self, batches: Tensor | Sequence[tuple[Tensor, ...]]) -> Tensor | list[tuple[Tensor, ...]]:
+        """Room for such batches on the device."""
+        if isinstance(batches, Tensor):
+            return torch.empty_like(batches, device=self.device)
+        return [tuple(torch.empty_like(tensor, device=self.device) for tensor in batch) for batch in batches]
+
+    @staticmethod
+    def _copy(whose: str, here: Tensor, given: Tensor) -> None:
+        if here.shape != given.shape or here.dtype != given.dtype:
+            first, now = f"{here.dtype} {tuple(here.shape)}", f"{given.dtype} {tuple(given.shape)}"
+            raise ValueError(
+                f"{whose}: a batch of {now}, but the first one had {first}; a CUDA graph takes batches of one shape"
+            )
+        here.copy_(given, non_blocking=True)
 
     def _step(self) -> Tensor:
         main = torch.cuda.current_stream()
@@ -125,7 +141,8 @@ class CapturedStep:
         self.optimizer.zero_grad()  # so that the graph's gradients are new ones at addresses that stay
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # other threads of the program may go on meanwhile: one that pins a data loader's batches would end a capture that minds all threads
+        # other threads of the program may go on meanwhile: one that pins a data loader's batches would end a capture
+        # that minds all threads
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.losses = self._step()
         self.graph = graph
