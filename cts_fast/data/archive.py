@@ -149,16 +149,6 @@ def _corners(data: bytes, count: int) -> Tensor:
     return _tensor(data[-6 * count :], torch.int16).view(count, 3).long()
 
 
-def stratified_order(labels: Tensor) -> Tensor:
-    """Indices that put the classes in turn: the first image of each, then the second; any prefix is balanced."""
-    by_class = labels.argsort(stable=True)
-    counts = labels.bincount()
-    starts = counts.cumsum(0) - counts
-    rank = torch.empty_like(labels)
-    rank[by_class] = torch.arange(labels.numel()) - starts[labels[by_class]]
-    return rank.argsort(stable=True)
-
-
 def write(path: Path, about: dict, members: list[tuple[dict, bytes]]) -> None:
     """Write a suite file: ``about`` is the header's general part, ``members`` each task's (entry, compressed data)."""
     entries, offset = [], 0

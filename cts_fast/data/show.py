@@ -44,25 +44,19 @@ def samples(task: Task) -> tuple[Tensor, list[tuple[float, str]]]:
 
 def sheet(tasks: dict[str, Task], path: Path) -> None:
     """Write the contact sheet of ``tasks`` as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11.3, 0.6 + 2.15 * len(tasks)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
     for axis, task in zip(axes, tasks.values(), strict=True):
         tile, names = samples(task)
         axis.imshow(tile.numpy(), interpolation="nearest")
         room = tile.shape[1] / len(names) / 4  # letters of a name before it touches the next one
         wide = max(len(name) for _, name in names) > room
-        axis.set_xticks(
-            [place for place, _ in names],
-            [textwrap.shorten(name, 20, placeholder=" …") for _, name in names],
-            fontsize=8,
-            rotation=20 if wide else 0,
-            ha="right" if wide else "center",
-            rotation_mode="anchor",
-        )
+        places = [place for place, _ in names]
+        shown = [textwrap.shorten(name, 20, placeholder=" …") for _, name in names]
+        turned = {"rotation": 20, "ha": "right"} if wide else {"rotation": 0, "ha": "center"}
+        axis.set_xticks(places, shown, fontsize=8, rotation_mode="anchor", **turned)
         axis.set_anchor("W")
         axis.set_yticks([(row + 0.5) * CELL for row in range(ROWS)], ["train"] * (ROWS - 1) + ["test"], fontsize=8)
         axis.tick_params(length=0)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cts_fast.data import archive
@@ -42,9 +43,19 @@ class Task:
     source: str
 
 
+def stratified_order(labels: Tensor) -> Tensor:
+    """Indices that put the classes in turn: the first image of each, then the second; a prefix is balanced."""
+    by_class = labels.argsort(stable=True)
+    counts = labels.bincount()
+    starts = counts.cumsum(0) - counts
+    rank = torch.empty_like(labels)
+    rank[by_class] = torch.arange(labels.numel()) - starts[labels[by_class]]
+    return rank.argsort(stable=True)
+
+
 def _image_set(images: Tensor, labels: Tensor) -> ImageSet:
     """A split with its classes in turn, so that any prefix of it is balanced."""
-    order = archive.stratified_order(labels)
+    order = stratified_order(labels)
     return ImageSet(images[order], labels[order])
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from cts_fast.examples.error_runs import Draw, Networks, errors, warmed_up
 from cts_fast.experiments import study
-from cts_fast.experiments.meta_test import mean_and_interval
+from cts_fast.experiments.plots import new_figure
 from cts_fast.experiments.run_folder import save_figure
+from cts_fast.experiments.statistics import mean_and_interval
 
 DRAWS, TASKS = 10, 3
 ALPHA, BETA, K = 0.02, 0.02, 20  # what the other panels hold fixed
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> str:
         "alpha": ALPHA,
         "beta": BETA,
         "k": K,
-        "grids": {n: list(g) for n, g in GRIDS.items()},
+        "grids": {name: list(grid) for name, grid in GRIDS.items()},
         "seed": args.seed,
     }
     work = study.Study(args.out, config, resume=args.resume, overwrite=args.overwrite, device=args.device)
@@ -80,69 +82,60 @@ def run(args: argparse.Namespace) -> str:
     for activation, pool in COMBINATIONS:
         panels = ("alpha", "beta", "k") if pool == "average" else ("default",)
         total = 2 * K + 2 * max(GRIDS["k"]) * ("k" in panels)
-        found[activation, pool] = work.stage(
-            f"{activation}-{pool}",
-            total,
-            lambda advance, a=activation, p=pool, q=panels: measure(a, p, draw, q, advance),
-        )
+        compute = partial(measure, activation, pool, draw, panels)
+        found[activation, pool] = work.stage(f"{activation}-{pool}", total, compute)
     curves = {panel: {a: found[a, "average"][panel] for a in COLOURS} for panel in GRIDS}
     middle = GRIDS["k"].index(K)
     kinds = {(a, p): found[a, p]["default"][0] if p == "max" else found[a, p]["k"][middle] for a, p in COMBINATIONS}
     orders = {
-        panel: {a: exponent(GRIDS[panel], values.mean(1)) for a, values in by.items()} for panel, by in curves.items()
+        panel: {a: exponent(GRIDS[panel], values.mean(1)) for a, values in by_activation.items()}
+        for panel, by_activation in curves.items()
     }
-    results = {
-        "error": {panel: {"grid": list(GRIDS[panel]), **{a: values.tolist() for a, values in by.items()}}
-                  for panel, by in curves.items()},
-        "error_by_kind": {f"{a}, {p} pooling": values.tolist() for (a, p), values in kinds.items()},
-        "exponent": orders, "theory": THEORY,
-    }  # fmt: skip
-    rows = [(panel, x, a, "average", i, e) for panel, by in curves.items() for a, v in by.items()
-            for x, draws in zip(GRIDS[panel], v.tolist(), strict=True) for i, e in enumerate(draws)]  # fmt: skip
-    rows += [("kind", "", a, p, i, e) for (a, p), values in kinds.items() for i, e in enumerate(values.tolist())]
+    error = {
+        panel: {"grid": list(GRIDS[panel]), **{a: values.tolist() for a, values in by_activation.items()}}
+        for panel, by_activation in curves.items()
+    }
+    error_by_kind = {f"{a}, {p} pooling": values.tolist() for (a, p), values in kinds.items()}
     work.write(
-        results,
+        {"error": error, "error_by_kind": error_by_kind, "exponent": orders, "theory": THEORY},
         ("panel", "value", "activation", "pooling", "draw", "error"),
-        rows,
+        rows(curves, kinds),
         {f"{a}-{p}": one["phi"] for (a, p), one in found.items()},
     )
     figure_3(args.out / "figure-3.png", curves, kinds, orders)
     return table(curves, kinds, orders)
 
 
+def rows(curves: dict, kinds: dict) -> Iterator[tuple]:
+    """The lines of metrics.csv: the error of every draw."""
+    for panel, by_activation in curves.items():
+        for activation, values in by_activation.items():
+            for x, draws in zip(GRIDS[panel], values.tolist(), strict=True):
+                for i, error in enumerate(draws):
+                    yield panel, x, activation, "average", i, error
+    for (activation, pool), values in kinds.items():
+        for i, error in enumerate(values.tolist()):
+            yield "kind", "", activation, pool, i, error
+
+
 def figure_3(path: Path, curves: dict, kinds: dict, orders: dict) -> None:
     """Error against α, β and k for both activations, and for each kind of network; mean and 95 % interval."""
-    figure, (axes,) = study.grid(1, 4, 16, 3.8)
+    figure, (axes,) = new_figure(1, 4, 16, 3.8)
     held = {"alpha": f"β = {BETA}, k = {K}", "beta": f"α = {ALPHA}, k = {K}", "k": f"α = {ALPHA}, β = {BETA}"}
     for ax, letter, (panel, by) in zip(axes, "abc", curves.items(), strict=False):
         for activation, values in by.items():
             centres, halves = zip(*(mean_and_interval(v) for v in values.tolist()), strict=True)
             label = f"{NAMES[activation]}: order {orders[panel][activation]:.1f}"
-            ax.errorbar(
-                GRIDS[panel],
-                centres,
-                halves,
-                color=COLOURS[activation],
-                marker="o",
-                ms=4,
-                lw=1.8,
-                capsize=3,
-                label=label,
-            )
+            style = {"color": COLOURS[activation], "marker": "o", "ms": 4, "lw": 1.8, "capsize": 3}
+            ax.errorbar(GRIDS[panel], centres, halves, label=label, **style)
         ax.set(xscale="log", yscale="log", ylim=(1e-4, 1e-1), xlabel=NAMES[panel], title=f"({letter}) {held[panel]}")
         ax.set_xticks(GRIDS[panel], [f"{x:g}" for x in GRIDS[panel]])
         ax.minorticks_off()
         ax.legend(frameon=False, fontsize=9)
     axes[0].set_ylabel("norm of the approximation error ε")
     centres, halves = zip(*(mean_and_interval(v.tolist()) for v in kinds.values()), strict=True)
-    axes[3].bar(
-        [f"{NAMES[a]},\n{p} pool" for a, p in kinds],
-        centres,
-        yerr=halves,
-        capsize=4,
-        color=[COLOURS[a] for a, _ in kinds],
-        width=0.65,
-    )
+    labels = [f"{NAMES[a]},\n{p} pool" for a, p in kinds]
+    axes[3].bar(labels, centres, yerr=halves, capsize=4, color=[COLOURS[a] for a, _ in kinds], width=0.65)
     axes[3].tick_params(axis="x", labelsize=8)
     axes[3].set_title(f"(d) α = {ALPHA}, β = {BETA}, k = {K}")
     for ax in axes:
@@ -155,15 +148,19 @@ def table(curves: dict, kinds: dict, orders: dict) -> str:
     lines = ["", f"{'the error grows with':<24}{'Softplus':>10}{'ReLU':>10}{'Eq. (5)':>10}", "-" * 54]
     for panel, by in orders.items():
         lines.append(f"{NAMES[panel]:<24}{by['softplus']:>10.2f}{by['relu']:>10.2f}{THEORY[panel]:>10}")
-    lines += ["", "Fitted exponents. Eq. (5) bounds the error by O(β α h k² + β² k) for a meta-gradient of order 1;",
-              "where θ − φ itself grows as α k, as at the start of a trajectory, its first term is of order β α² h k³.",
-              "", f"{'network':<24}{'error':>10}{'± 95 %':>10}", "-" * 44]  # fmt: skip
+    lines += [
+        "",
+        "Fitted exponents. Eq. (5) bounds the error by O(β α h k² + β² k) for a meta-gradient of order 1;",
+        "where θ − φ itself grows as α k, as at the start of a trajectory, its first term is of order β α² h k³.",
+        "",
+        f"{'network':<24}{'error':>10}{'± 95 %':>10}",
+        "-" * 44,
+    ]
     for (activation, pool), values in kinds.items():
         centre, half = mean_and_interval(values.tolist())
         lines.append(f"{NAMES[activation] + ', ' + pool + ' pooling':<24}{centre:>10.4f}{half:>10.4f}")
-    return "\n".join(
-        [*lines, "", f"Mean over {DRAWS} draws of data, network and batches, at α = {ALPHA}, β = {BETA}, k = {K}."]
-    )
+    lines += ["", f"Mean over {DRAWS} draws of data, network and batches, at α = {ALPHA}, β = {BETA}, k = {K}."]
+    return "\n".join(lines)
 
 
 def main(argv=None) -> int:

@@ -14,9 +14,10 @@ from cts_fast import ShiftingMetaOptimizer
 
 SIDE, CLASSES, WIDTHS, BATCH, IMAGES = 8, 5, (4, 8, 8), 16, 200
 POOLED = 2  # of the convolutions, the first ones, are followed by pooling to half the side
-SHAPES = tuple(
-    shape for inputs, width in zip((1, *WIDTHS), WIDTHS, strict=False) for shape in ((width, 9 * inputs), (width,))
-) + ((CLASSES, WIDTHS[-1] * (SIDE // 2**POOLED) ** 2), (CLASSES,))  # fmt: skip
+INPUTS = (1, *WIDTHS[:-1])  # channels
+CONVOLUTIONS = tuple(((width, 9 * inputs), (width,)) for inputs, width in zip(INPUTS, WIDTHS, strict=True))
+LINEAR = ((CLASSES, WIDTHS[-1] * (SIDE // 2**POOLED) ** 2), (CLASSES,))
+SHAPES = (*(shape for layer in CONVOLUTIONS for shape in layer), *LINEAR)  # weight and bias of each layer
 WARM_UP, WARM_UP_LR = 100, 0.1  # joint training before the error is measured
 ACTIVATIONS = {"softplus": F.softplus, "relu": F.relu}
 POOLS = {"average": F.avg_pool2d, "max": F.max_pool2d}
@@ -39,11 +40,10 @@ class Draw:
     def new(cls, seed: int, draws: int, tasks: int, steps: int, device: torch.device | str = "cpu") -> Draw:
         """Classes around random prototypes, other ones in every task, and a Kaiming-normal network; float64."""
         g = torch.Generator().manual_seed(seed)
-        scales = [math.sqrt(2 / s[1]) if len(s) == 2 else 0.0 for s in SHAPES]
-        parts = [
-            torch.randn(draws, *s, generator=g, dtype=torch.float64) * scale
-            for s, scale in zip(SHAPES, scales, strict=True)
-        ]
+        parts = []
+        for shape in SHAPES:
+            scale = math.sqrt(2 / shape[1]) if len(shape) == 2 else 0.0
+            parts.append(torch.randn(draws, *shape, generator=g, dtype=torch.float64) * scale)
         labels = torch.randint(CLASSES, (draws, tasks, IMAGES), generator=g)
         prototypes = torch.randn(draws, tasks, CLASSES, SIDE * SIDE, generator=g, dtype=torch.float64)
         images = prototypes.gather(2, labels[..., None].expand(-1, -1, -1, SIDE * SIDE))
@@ -67,9 +67,8 @@ class Networks:
     def losses(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of each network, [N]; theta: [N, P], x: [N, B, SIDE²], y: [N, B]."""
         n, b = y.shape
-        *layers, last, last_bias = (
-            v.view(n, *s) for v, s in zip(theta.split([math.prod(s) for s in SHAPES], 1), SHAPES, strict=True)
-        )
+        parts = theta.split([math.prod(shape) for shape in SHAPES], 1)
+        *layers, last, last_bias = (part.view(n, *shape) for part, shape in zip(parts, SHAPES, strict=True))
         x, side = x.reshape(n * b, 1, SIDE, SIDE), SIDE
         for i, (weight, bias) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
             patches = F.unfold(x, 3, padding=1).view(n, b, -1, side * side)
@@ -116,10 +115,8 @@ def errors(
         for s, (lr, meta_lr) in enumerate(settings)
     ]
     opt = ShiftingMetaOptimizer(groups, horizon=None)
-    starts, shifted = (
-        [],
-        [],
-    )  # for each k in ks: φ + Δ_1 + … + Δ_{k−1}, [settings, D, P]; θ_k before its own shift, [settings, D, T, P]
+    # for each k in ks: φ + Δ_1 + … + Δ_{k−1}, [settings, D, P], and θ_k before its own shift, [settings, D, T, P]
+    starts, shifted = [], []
     for k in range(1, ks[-1] + 1):
         phi = torch.stack(opt.initialization)
         gradients = networks.gradients(torch.stack([torch.stack(own) for own in theta], 2), *draw.batch(k))

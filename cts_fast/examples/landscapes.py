@@ -68,9 +68,8 @@ class Landscape:
 
 
 def meta_train(
-    landscape: Landscape, make: Callable, starts: Tensor, meta_updates: int, on_update: Callable[[], None] = lambda:
-    None
-) -> tuple[Tensor, int]:  # fmt: skip
+    landscape: Landscape, make: Callable, starts: Tensor, meta_updates: int, on_update: Callable[[], None] | None = None
+) -> tuple[Tensor, int]:
     """φ after 0 … `meta_updates` meta-updates from every start, [updates + 1, S, 2], and a task's inner steps.
 
     make: tasks → optimizer. starts: [S, 2]. One optimizer serves all starts, as a step computes each coordinate by
@@ -89,7 +88,8 @@ def meta_train(
         steps += 1
         if opt.meta_updates == len(path):
             path.append(phi.clone())
-            on_update()
+            if on_update is not None:
+                on_update()
     return torch.stack(path), steps
 
 

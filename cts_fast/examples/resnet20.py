@@ -9,84 +9,46 @@ start on the same batches, fine-tunes both and a random initialization on held-o
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import json
-import math
-import shlex
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from cts_fast.baselines import METHODS
-from cts_fast.capture import STREAMS
-from cts_fast.data import DamagedFile, Task, load_suite
-from cts_fast.experiments.experiment import Entry, Experiment
-from cts_fast.experiments.meta_train import PRECISIONS
+from cts_fast.data import DamagedFile, Task
+from cts_fast.experiments import cli
+from cts_fast.experiments.experiment import Experiment, MethodSetup
 from cts_fast.experiments.report import report
-from cts_fast.experiments.run_folder import CheckpointError, Interrupted, first_line, stop_on_signals
+from cts_fast.experiments.run_folder import CheckpointError, Interrupted, stop_on_signals
 from cts_fast.experiments.settings import PRESETS
+from cts_fast.models.resnet20 import ResNet20
 
+MODULE = "cts_fast.examples.resnet20"
 PSEUDO_METHODS = ("finetune", "scratch")
+KNOWN_METHODS = (*METHODS, *PSEUDO_METHODS)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m cts_fast.examples.resnet20",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    names = (*METHODS, *PSEUDO_METHODS)
-    p.add_argument("--suite", default="builtin", help="builtin (default: comes with the package) or paper")
-    p.add_argument("--data-root", type=Path, metavar="DIR", help="where the suite's data are (paper)")
-    p.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="quick",
-        help="settings: quick (default; minutes on two CPU cores) or paper",
-    )
-    p.add_argument(
-        "--methods",
-        type=_names,
-        default=["cts", "reptile"],
-        metavar="A,B,...",
-        help=f"all, or some of {', '.join(names)} (default: cts,reptile; scratch is always tested)",
-    )
-    p.add_argument("--tasks", type=_names, metavar="A,B,...", help="tasks to meta-train on (default: the suite's)")
-    p.add_argument(
-        "--targets", type=_names, metavar="C,D,...", help="held-out tasks to meta-test on (default: the suite's)"
-    )
-    p.add_argument(
-        "--source", metavar="TASK", help="the task that finetune trains on (default: the one with most images)"
-    )
-    p.add_argument("--horizon", type=_positive, metavar="K", help="inner steps per round")
-    p.add_argument("--rounds", type=_positive, metavar="M", help="rounds")
-    p.add_argument(
-        "--meta-lr", type=_rates, default={}, metavar="A=X,B=Y,...", help="step size of the meta-update, by method"
-    )
-    p.add_argument("--test-steps", type=_positive, metavar="N", help="fine-tuning steps of the meta-test")
-    p.add_argument("--test-seeds", type=_positive, metavar="N", help="fine-tuning runs per held-out task")
-    p.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/resnet20"),
-        metavar="DIR",
-        help="folder for all results (default: runs/resnet20)",
-    )
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
-    p.add_argument("--capture", action="store_true", help="replay each training step as one CUDA graph")
-    p.add_argument("--streams", type=_positive, default=STREAMS, metavar="N", help="of a captured step (default: 8)")
-    p.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="fp32",
-        help="of the networks' passes: fp32 (default) or bf16 autocast",
-    )
-    add_folder_arguments(p)
+    p = cli.new_parser(MODULE, __doc__)
+    cli.add_data_arguments(p)
+    methods_help = f"all, or some of {', '.join(KNOWN_METHODS)} (default: cts,reptile; scratch is always tested)"
+    p.add_argument("--methods", type=cli.names, default=["cts", "reptile"], metavar="A,B,...", help=methods_help)
+    p.add_argument("--tasks", type=cli.names, metavar="A,B,...", help="tasks to meta-train on (default: the suite's)")
+    targets_help = "held-out tasks to meta-test on (default: the suite's)"
+    p.add_argument("--targets", type=cli.names, metavar="C,D,...", help=targets_help)
+    source_help = "the task that finetune trains on (default: the one with most images)"
+    p.add_argument("--source", metavar="TASK", help=source_help)
+    p.add_argument("--horizon", type=cli.positive, metavar="K", help="inner steps per round")
+    p.add_argument("--rounds", type=cli.positive, metavar="M", help="rounds")
+    rates_help = "step size of the meta-update, by method"
+    p.add_argument("--meta-lr", type=cli.rates, default={}, metavar="A=X,B=Y,...", help=rates_help)
+    p.add_argument("--test-steps", type=cli.positive, metavar="N", help="fine-tuning steps of the meta-test")
+    p.add_argument("--test-seeds", type=cli.positive, metavar="N", help="fine-tuning runs per held-out task")
+    cli.add_run_arguments(p, "runs/resnet20")
+    cli.add_compute_arguments(p)
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into --out as well")
     return p
 
@@ -108,9 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.exit(2, f"{p.prog}: error: {error}\n")
     except Interrupted as stopped:
         with contextlib.suppress(OSError):  # a hang-up may have closed the output
-            print(
-                f"\nstopped; everything so far is in {args.out}. To go on:\n  {resume_command(argv)}", file=sys.stderr
-            )
+            print(cli.stopped_note(args.out, argv, MODULE), file=sys.stderr)
         return stopped.status
     return 0
 
@@ -118,45 +78,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(args: argparse.Namespace) -> Experiment:
     """From arguments to an experiment; raises ValueError or OSError that says what is wrong with them."""
     preset = PRESETS[args.preset]
-    changes = {key: value for key in ("horizon", "rounds") if (value := getattr(args, key)) is not None}
-    train = dataclasses.replace(preset.train, **changes)
-    test_changes = {"steps": args.test_steps, "seeds": args.test_seeds}
-    test = dataclasses.replace(preset.test, **{key: value for key, value in test_changes.items() if value is not None})
-    check_extras("matplotlib", "safetensors", "scipy", "tqdm", *(["tensorboard"] if args.tensorboard else []))
-    check_device(args.device)
+    train = dataclasses.replace(preset.train, **cli.given(args, horizon="horizon", rounds="rounds"))
+    test = dataclasses.replace(preset.test, **cli.given(args, steps="test_steps", seeds="test_seeds"))
+    cli.check_extras("matplotlib", "safetensors", "scipy", "tqdm", *(["tensorboard"] if args.tensorboard else []))
+    cli.check_device(args.device)
     if args.capture and torch.device(args.device).type != "cuda":
         raise ValueError(f"--capture makes a CUDA graph, which --device {args.device} has not: give --device cuda")
-
-    known = (*METHODS, *PSEUDO_METHODS)
-    methods = list(known) if args.methods == ["all"] else list(dict.fromkeys(args.methods))
-    for name in (*methods, *args.meta_lr):
-        if name not in known:
-            raise ValueError(f"there is no method {name!r}; there are: {', '.join(known)}, all")
-    meta_lr = {**preset.meta_lr, **args.meta_lr}
-
-    tasks, targets = choose_tasks(args)
-    source = choose_source(args.source, tasks)
-    entries = {}
-    for name in methods:
-        if name == "finetune":  # plain SGD on one task: phi takes the whole of every step
-            entries[name] = Entry(METHODS["no-shift"], (source,), 1.0, {"horizon": None})
-        elif name != "scratch":
-            if name not in meta_lr:
-                raise ValueError(f"the preset has no meta_lr for {name!r}: give --meta-lr {name}=X")
-            entries[name] = Entry(METHODS[name], tasks, meta_lr[name])
-    for name, entry in entries.items() if args.capture else ():
-        if getattr(entry.method, "on_host", False):
-            raise ValueError(f"--capture: {name} takes decisions on the host, which a CUDA graph cannot; leave it out")
+    names = chosen_methods(args)
+    tasks, targets = cli.choose_tasks(args)
+    source = cli.choose_source(args.source, tasks)
+    methods = method_setups(names, {**preset.meta_lr, **args.meta_lr}, tasks, source, args.capture)
     config = {
         "suite": args.suite,
         "preset": args.preset,
-        "methods": [*entries, "scratch"],
+        "methods": [*methods, "scratch"],
         "seed": args.seed,
         "precision": args.precision,
         "tasks": [task.name for task in tasks],
         "targets": [task.name for task in targets],
-        "source": source.name if "finetune" in entries else None,
-        "meta_lr": {name: entry.meta_lr for name, entry in entries.items() if name != "finetune"},
+        "source": source.name if "finetune" in methods else None,
+        "meta_lr": {name: setup.meta_lr for name, setup in methods.items() if name != "finetune"},
         "meta_train": dataclasses.asdict(train),
         "meta_test": json.loads(json.dumps(dataclasses.asdict(test))),
     }
@@ -164,111 +105,48 @@ def prepare(args: argparse.Namespace) -> Experiment:
     return Experiment(
         args.out,
         config,
-        entries,
+        methods,
         targets,
+        make_net=ResNet20,
         train=train,
         test=test,
+        snapshots=[round(train.steps * (i + 1) / points) for i in range(points)],
+        tensorboard=args.tensorboard,
         seed=args.seed,
         device=args.device,
-        snapshots=[round(train.steps * (i + 1) / points) for i in range(points)],
         resume=args.resume,
         overwrite=args.overwrite,
-        tensorboard=args.tensorboard,
         capture=args.capture,
         streams=args.streams,
         precision=args.precision,
     )
 
 
-def choose_tasks(args: argparse.Namespace) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
-    """The tasks to meta-train on and those to meta-test on, by `--tasks` and `--targets` or by their role."""
-    wanted = None if args.tasks is None or args.targets is None else [*args.tasks, *args.targets]
-    suite = load_suite(args.suite, args.data_root, wanted)
-    chosen = []
-    for names, role in ((args.tasks, "train"), (args.targets, "target")):
-        for name in names or ():
-            if name not in suite:
-                raise ValueError(f"suite {args.suite!r} has no task {name!r}; it has: {', '.join(suite)}")
-        chosen.append(
-            tuple(suite[name] for name in dict.fromkeys(names))
-            if names is not None
-            else tuple(task for task in suite.values() if task.role == role)
-        )
-    tasks, targets = chosen
-    both = {task.name for task in tasks} & {task.name for task in targets}
-    if both:
-        raise ValueError(
-            f"{', '.join(sorted(both))}: a task is either meta-trained on or held out; "
-            "take it out of --tasks or --targets"
-        )
-    return tasks, targets
+def chosen_methods(args: argparse.Namespace) -> list[str]:
+    """The methods asked for, each once; raises ValueError for an unknown name, also one in `--meta-lr`."""
+    methods = list(KNOWN_METHODS) if args.methods == ["all"] else list(dict.fromkeys(args.methods))
+    for name in (*methods, *args.meta_lr):
+        if name not in KNOWN_METHODS:
+            raise ValueError(f"there is no method {name!r}; there are: {', '.join(KNOWN_METHODS)}, all")
+    return methods
 
 
-def choose_source(name: str | None, tasks: Sequence[Task]) -> Task:
-    """The task that `finetune` trains on."""
-    if name is None:
-        return max(tasks, key=lambda task: len(task.train.labels))
-    for task in tasks:
-        if task.name == name:
-            return task
-    raise ValueError(
-        f"--source {name}: not one of the tasks to meta-train on: {', '.join(task.name for task in tasks)}"
-    )
-
-
-def check_extras(*modules: str) -> None:
-    """Raises ValueError if a module of the extra "examples" is missing: better now than after the training."""
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} is not installed: pip install 'cts-fast[examples]'")
-
-
-def check_device(name: str) -> None:
-    """Raises ValueError if tensors cannot be made on the device."""
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {first_line(error)}") from None
-
-
-def resume_command(argv: Sequence[str] | None, module: str = "cts_fast.examples.resnet20") -> str:
-    """The command that goes on with this run of a program."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    arguments = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
-    return shlex.join(["python", "-m", module, *arguments, "--resume"])
-
-
-def add_folder_arguments(p: argparse.ArgumentParser) -> None:
-    """What to do with a run that is in --out already."""
-    group = p.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
-    group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError("give at least one name")
-    return names
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _rates(text: str) -> dict[str, float]:
-    rates = {}
-    for part in _names(text):
-        name, _, value = part.partition("=")
-        try:
-            rates[name] = float(value)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{part!r} is not METHOD=NUMBER") from None
-        if not 0 <= rates[name] < math.inf:
-            raise argparse.ArgumentTypeError(f"{part!r}: the step size must be finite and not negative")
-    return rates
+def method_setups(
+    names: Sequence[str], meta_lr: Mapping[str, float], tasks: tuple[Task, ...], source: Task, capture: bool
+) -> dict[str, MethodSetup]:
+    """What each method meta-trains on and how; raises ValueError for one that cannot run so."""
+    setups = {}
+    for name in names:
+        if name == "finetune":  # plain SGD on one task: phi takes the whole of every step
+            setups[name] = MethodSetup(METHODS["no-shift"], (source,), 1.0, {"horizon": None})
+        elif name != "scratch":
+            if name not in meta_lr:
+                raise ValueError(f"the preset has no meta_lr for {name!r}: give --meta-lr {name}=X")
+            setups[name] = MethodSetup(METHODS[name], tasks, meta_lr[name])
+    for name, setup in setups.items() if capture else ():
+        if getattr(setup.method, "on_host", False):
+            raise ValueError(f"--capture: {name} takes decisions on the host, which a CUDA graph cannot; leave it out")
+    return setups
 
 
 if __name__ == "__main__":

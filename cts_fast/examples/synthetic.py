@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,9 +78,8 @@ def run(args: argparse.Namespace) -> str:
     work = study.Study(args.out, config, resume=args.resume, overwrite=args.overwrite, device=args.device)
     landscape = Landscape(args.device)
     scored = square(torch.tensor(START_AXIS, dtype=torch.float64, device=args.device))
-    everywhere = torch.cat(
-        [scored, square(torch.linspace(LOW, HIGH, GRID_SIDE, dtype=torch.float64, device=args.device))]
-    )
+    grid = square(torch.linspace(LOW, HIGH, GRID_SIDE, dtype=torch.float64, device=args.device))
+    everywhere = torch.cat([scored, grid])
 
     background = work.stage("quality", HORIZON, partial(quality_map, landscape))
     runs = {
@@ -98,38 +99,37 @@ def run(args: argparse.Namespace) -> str:
     }
     runs = {name: runs[name] for name in COMPARED}
 
-    finite = torch.stack([one["quality"] for one in runs.values()]).isfinite().all(0)
-    final_loss = {name: one["quality"][finite].mean().item() for name, one in runs.items()}
     rests = {k: attractors(one["path"][:, len(scored) :], LOW, HIGH) for k, one in reptile.items()}
     bias = short_horizon_bias(background)
-    results = {
-        "final_loss": final_loss,
-        "final_loss_by_start": {name: [x if math.isfinite(x) else None for x in one["quality"].tolist()]
-                                for name, one in runs.items()},
+    found = results(runs, reptile, scored, rests, bias)
+    work.write(
+        found,
+        ("method", "horizon", "start_x", "start_y", "meta_update", "phi_x", "phi_y"),
+        rows(runs, reptile, everywhere, updates),
+        {"starts": scored, **{name: one["path"][-1] for name, one in runs.items()}},
+    )
+    quality = {k: one["quality"] for k, one in reptile.items()}
+    synthetic_figures.figure_4(args.out / "figure-4.png", landscape, bias, quality, found["task_steps"])
+    maps = {k: (reptile[k]["path"], rests[k]) for k in (5, HORIZON)}
+    synthetic_figures.figure_5(args.out / "figure-5.png", background, maps, runs)
+    return table(found)
+
+
+def results(runs: dict, reptile: dict, scored: Tensor, rests: dict[int, Tensor], bias: Tensor) -> dict[str, Any]:
+    """The content of results.json beside the config; a loss that is not finite becomes null."""
+    finite = torch.stack([one["quality"] for one in runs.values()]).isfinite().all(0)
+    return {
+        "final_loss": {name: one["quality"][finite].mean().item() for name, one in runs.items()},
+        "final_loss_by_start": {
+            name: [x if math.isfinite(x) else None for x in one["quality"].tolist()] for name, one in runs.items()
+        },
         "starts": scored.tolist(),
         "finite_for_all": finite.tolist(),
         "task_steps": {name: int(one["task_steps"]) for name, one in runs.items()},
         "attractors": {str(k): points.tolist() for k, points in rests.items()},
         "short_horizon_bias": {"k": list(range(1, HORIZON + 1)), "loss_after_100": bias.tolist()},
         "reptile_mean_loss": {str(k): _finite_mean(one["quality"]) for k, one in reptile.items()},
-    }  # fmt: skip
-    work.write(
-        results,
-        ("method", "horizon", "start_x", "start_y", "meta_update", "phi_x", "phi_y"),
-        rows(runs, reptile, everywhere, updates),
-        {"starts": scored, **{name: one["path"][-1] for name, one in runs.items()}},
-    )
-    synthetic_figures.figure_4(
-        args.out / "figure-4.png",
-        landscape,
-        bias,
-        {k: one["quality"] for k, one in reptile.items()},
-        results["task_steps"],
-    )
-    synthetic_figures.figure_5(
-        args.out / "figure-5.png", background, {k: (reptile[k]["path"], rests[k]) for k in (5, HORIZON)}, runs
-    )
-    return table(final_loss, results["task_steps"], int(finite.sum()), {k: len(points) for k, points in rests.items()})
+    }
 
 
 def short_horizon_bias(background: dict[str, Tensor]) -> Tensor:
@@ -142,31 +142,36 @@ def short_horizon_bias(background: dict[str, Tensor]) -> Tensor:
     return losses[-1][best].mean(1)
 
 
-def rows(runs: dict, reptile: dict, everywhere: Tensor, updates: int):
+def rows(runs: dict, reptile: dict, everywhere: Tensor, updates: int) -> Iterator[tuple]:
     """The lines of metrics.csv: φ at every tenth meta-update of every trajectory that is still finite."""
-    for name, horizon, path in [*((name, HORIZON, runs[name]["path"]) for name in ("cts", "cts-accurate")),
-                                *(("reptile", k, one["path"]) for k, one in reptile.items())]:  # fmt: skip
+    paths = [(name, HORIZON, runs[name]["path"]) for name in ("cts", "cts-accurate")]
+    paths += [("reptile", k, one["path"]) for k, one in reptile.items()]
+    for name, horizon, path in paths:
         for update in range(0, updates + 1, 10):
             for start, phi in zip(everywhere.tolist(), path[update].tolist(), strict=False):
                 if all(map(math.isfinite, phi)):
                     yield name, horizon, *start, update, *phi
 
 
-def table(final_loss: dict[str, float], task_steps: dict[str, int], starts: int, rests: dict[int, int]) -> str:
-    """The result in words and numbers."""
-    width = max(len(LABELS[name]) for name in final_loss)
-    lines = [f"{LABELS[name]:<{width}}  {loss:10.2f}  {task_steps[name]:15,}" for name, loss in final_loss.items()]
-    places = ", ".join(f"k = {k}: {n}" for k, n in rests.items())
-    return "\n".join([
+def table(found: dict[str, Any]) -> str:
+    """The results in words and numbers."""
+    losses, task_steps = found["final_loss"], found["task_steps"]
+    starts, updates = sum(found["finite_for_all"]), HORIZON * ROUNDS
+    places = ", ".join(f"k = {k}: {len(points)}" for k, points in found["attractors"].items())
+    width = max(len(LABELS[name]) for name in losses)
+    lines = [
         "",
         f"{'meta-trained with':<{width}}  final loss  inner steps, all",
-        f"{'-' * width}  ----------  ----------------",
-        *lines,
+        f"{'-' * width}  {'-' * 10}  {'-' * 16}",
+    ]
+    lines += [f"{LABELS[name]:<{width}}  {loss:10.2f}  {task_steps[name]:15,}" for name, loss in losses.items()]
+    lines += [
         "",
         f"Final loss: mean over the 8 tasks after 100 steps of Adam from the initialization, and over the {starts} of",
-        f"{len(START_AXIS) ** 2} starts from which every method stays finite; each made {HORIZON * ROUNDS} meta-updates.",
+        f"{len(START_AXIS) ** 2} starts from which every method stays finite; each made {updates} meta-updates.",
         f"Places in the square where Reptile with k inner steps comes to rest: {places}.",
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)
 
 
 def _finite_mean(values: Tensor) -> float:

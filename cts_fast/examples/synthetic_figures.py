@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cts_fast.examples.landscapes import ANGLES, MIDDLE, Landscape, centres, template
+from cts_fast.experiments.plots import new_figure
 from cts_fast.experiments.run_folder import save_figure
-from cts_fast.experiments.study import grid
 
 COLOURS = {"reptile": "#0072B2", "cts": "#D55E00", "cts-accurate": "#009E73"}
 SHORT = {"reptile": "Reptile", "cts": "cts", "cts-accurate": "cts, exact"}
@@ -25,7 +25,7 @@ def figure_4(
     bias: [K], see `short_horizon_bias`. reptile: horizon k → final losses over starts. task_steps: inner steps of all
     tasks.
     """
-    figure, ((template_axes, task_axes, bias_axes, cost_axes),) = grid(1, 4, 17, 3.9, "compressed")
+    figure, ((template_axes, task_axes, bias_axes, cost_axes),) = new_figure(1, 4, 17, 3.9, "compressed")
     axis = torch.linspace(LOW, HIGH, 201, dtype=torch.float64)
     x, y = torch.meshgrid(axis, axis, indexing="xy")
     _surface(template_axes, axis, template((x - MIDDLE) / 3, (y - MIDDLE) / 3))
@@ -36,30 +36,19 @@ def figure_4(
     places = centres().tolist()
     task_axes.scatter(*zip(*places, strict=True), s=22, color="#E8000B", zorder=3)
     task_axes.annotate("", places[0], (MIDDLE, MIDDLE), arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 1.4})
-    task_axes.annotate(f"rotated by {ANGLES[0]:.2f} rad", places[0], (6, 4), textcoords="offset points", fontsize=8,
-                       bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8})  # fmt: skip
+    box = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8}
+    rotated = f"rotated by {ANGLES[0]:.2f} rad"
+    task_axes.annotate(rotated, places[0], (6, 4), textcoords="offset points", fontsize=8, bbox=box)
     task_axes.set_title("(b) loss of task 1; dots: the 8 centres")
     figure.colorbar(shown, ax=[template_axes, task_axes], label="log10(1 + loss)", shrink=0.85)
 
     figure.get_layout_engine().set(wspace=0.05)
 
-    bias_axes.plot(
-        range(1, len(bias) + 1),
-        bias.tolist(),
-        color="black",
-        lw=2,
-        label="φ*: the best 1 % of the square after k steps",
-    )
+    best_of_map = "φ*: the best 1 % of the square after k steps"
+    bias_axes.plot(range(1, len(bias) + 1), bias.tolist(), color="black", lw=2, label=best_of_map)
     means = [values[values.isfinite()].mean().item() for values in reptile.values()]
-    bias_axes.plot(
-        list(reptile),
-        means,
-        "o--",
-        color=COLOURS["reptile"],
-        ms=5,
-        lw=1,
-        label="Reptile with k inner steps, all starts",
-    )
+    all_starts = "Reptile with k inner steps, all starts"
+    bias_axes.plot(list(reptile), means, "o--", color=COLOURS["reptile"], ms=5, lw=1, label=all_starts)
     bias_axes.set_yscale("log")
     bias_axes.set_xlabel("k, the horizon that φ* was obtained for")
     bias_axes.set_ylabel("task-average loss after 100 steps")
@@ -67,12 +56,8 @@ def figure_4(
     bias_axes.legend(frameon=False, fontsize=8, loc="upper right")
     bias_axes.set_ylim(top=8)
 
-    bars = cost_axes.bar(
-        [SHORT[name] for name in task_steps],
-        task_steps.values(),
-        color=[COLOURS[name] for name in task_steps],
-        width=0.6,
-    )
+    names, colours = [SHORT[name] for name in task_steps], [COLOURS[name] for name in task_steps]
+    bars = cost_axes.bar(names, task_steps.values(), color=colours, width=0.6)
     cost_axes.bar_label(bars, [f"{steps:,}" for steps in task_steps.values()], padding=2)
     cost_axes.set_yscale("log")
     cost_axes.set_ylim(1e3, 1e6)
@@ -94,7 +79,7 @@ def figure_5(
     background: `quality_map`. maps: horizon → (path [updates + 1, S, 2], attractors [A, 2]). runs: method → its path
     from each start.
     """
-    figure, (panels,) = grid(1, 4, 17, 4.3, "compressed")
+    figure, (panels,) = new_figure(1, 4, 17, 4.3, "compressed")
     for axes, letter, (k, (paths, rests)) in zip(panels, "ab", maps.items(), strict=False):
         for line in paths.transpose(0, 1).cpu():
             if line.isfinite().all():
@@ -107,9 +92,8 @@ def figure_5(
     quality = background["losses"][-1].view(side, side).T.cpu()
     starts = next(iter(runs.values()))["path"][0].cpu()
     for axes, letter, start in zip(panels[2:], "cd", ((-5.0, 5.0), (15.0, -5.0)), strict=True):
-        shown = axes.contourf(
-            axis, axis, quality.clamp(1e-2, 1e2).log10(), levels=torch.linspace(-2, 2, 17).tolist(), cmap="Blues_r"
-        )
+        levels = torch.linspace(-2, 2, 17).tolist()
+        shown = axes.contourf(axis, axis, quality.clamp(1e-2, 1e2).log10(), levels=levels, cmap="Blues_r")
         i = int((starts - torch.tensor(start, dtype=torch.float64)).norm(dim=1).argmin())
         for name, one in runs.items():
             line = one["path"][:, i].cpu()
@@ -121,9 +105,8 @@ def figure_5(
         axes.legend(loc="upper right", fontsize=8)
     figure.colorbar(shown, ax=list(panels), label="log10 task-average loss after 100 steps", shrink=0.85)
     for axes in panels:
-        axes.set(
-            xlim=(LOW - 0.7, HIGH + 0.7), ylim=(LOW - 0.7, HIGH + 0.7), aspect="equal", xlabel="φ, first coordinate"
-        )
+        square = (LOW - 0.7, HIGH + 0.7)
+        axes.set(xlim=square, ylim=square, aspect="equal", xlabel="φ, first coordinate")
     panels[0].set_ylabel("φ, second coordinate")
     save_figure(path, figure)
 

@@ -10,40 +10,35 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from cts_fast.baselines import METHODS
-from cts_fast.data import DamagedFile, load_suite
-from cts_fast.examples.resnet20 import add_folder_arguments
-from cts_fast.experiments.experiment import Entry, Experiment
+from cts_fast.data import DamagedFile, Task, load_suite
+from cts_fast.experiments import cli
+from cts_fast.experiments.experiment import Experiment, MethodSetup
+from cts_fast.experiments.meta_test import MetaTestSettings
+from cts_fast.experiments.meta_train import MetaTrainSettings
 from cts_fast.experiments.run_folder import Interrupted, stop_on_signals, write_json
 from cts_fast.experiments.settings import PRESETS
+from cts_fast.models.resnet20 import ResNet20
+
+LAST = 20  # steps whose mean training loss is shown
+Grid = Mapping[str, tuple[str, float]]  # "cts@0.1" to ("cts", 0.1)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m cts_fast.examples.tune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument(
-        "--grid", action="append", required=True, metavar="METHOD=X,Y,...", help="step sizes to try; may be repeated"
-    )
-    p.add_argument("--suite", default="builtin")
-    p.add_argument("--data-root", type=Path, metavar="DIR")
-    p.add_argument("--preset", choices=PRESETS, default="quick")
+    p = cli.new_parser("cts_fast.examples.tune", __doc__)
+    grid_help = "step sizes to try; may be repeated"
+    p.add_argument("--grid", action="append", required=True, metavar="METHOD=X,Y,...", help=grid_help)
+    cli.add_data_arguments(p)
     for name, kind in (("horizon", int), ("rounds", int), ("lr", float), ("batch-size", int)):
         p.add_argument(f"--{name}", type=kind, help="instead of the preset's")
     p.add_argument("--test-steps", type=int, help="fine-tuning steps, instead of the preset's")
     p.add_argument("--test-images", type=int, help="training images to fine-tune on, instead of the preset's")
     p.add_argument("--test-seeds", type=int, default=1, help="fine-tuning runs per task (default: 1)")
     p.add_argument("--folds", type=int, default=2)
-    p.add_argument("--out", type=Path, default=Path("runs/tune"), metavar="DIR")
-    p.add_argument("--seed", type=int, default=1000, help="default: 1000, apart from the seeds of final runs")
-    p.add_argument("--device", default="cpu")
-    add_folder_arguments(p)
+    cli.add_run_arguments(p, "runs/tune", seed=1000, seed_help="default: 1000, apart from the seeds of final runs")
     return p
 
 
@@ -59,57 +54,66 @@ def read_grid(texts: Sequence[str]) -> dict[str, tuple[str, float]]:
     return grid
 
 
+def fold_experiment(
+    args: argparse.Namespace,
+    fold: int,
+    grid: Grid,
+    tasks: Sequence[Task],
+    train: MetaTrainSettings,
+    test: MetaTestSettings,
+) -> Experiment:
+    """Meta-train on the tasks of the other folds, fine-tune on those of this one."""
+    others = tuple(task for i, task in enumerate(tasks) if i % args.folds != fold)
+    methods = {key: MethodSetup(METHODS[name], others, meta_lr) for key, (name, meta_lr) in grid.items()}
+    config = {
+        "fold": fold,
+        "folds": args.folds,
+        "grid": sorted(grid),
+        "seed": args.seed,
+        "meta_train": dataclasses.asdict(train),
+        "meta_test": json.loads(json.dumps(dataclasses.asdict(test))),
+    }
+    out = args.out / f"fold{fold}"
+    return Experiment(
+        out,
+        config,
+        methods,
+        tasks[fold :: args.folds],
+        make_net=ResNet20,
+        train=train,
+        test=test,
+        snapshots=(),
+        seed=args.seed,
+        device=args.device,
+        resume=args.resume and out.exists(),
+        overwrite=args.overwrite,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the folds, prints the table and writes tune.json."""
     p = parser()
     args = p.parse_args(argv)
     preset = PRESETS[args.preset]
-    changes = {
-        key: value for key in ("horizon", "rounds", "lr", "batch_size") if (value := getattr(args, key)) is not None
-    }
-    train = dataclasses.replace(preset.train, **changes)
-    test_changes = {"steps": args.test_steps, "images": args.test_images, "seeds": args.test_seeds}
-    test = dataclasses.replace(preset.test, **{key: value for key, value in test_changes.items() if value is not None})
+    train_changes = cli.given(args, horizon="horizon", rounds="rounds", lr="lr", batch_size="batch_size")
+    train = dataclasses.replace(preset.train, **train_changes)
+    test_changes = cli.given(args, steps="test_steps", images="test_images", seeds="test_seeds")
+    test = dataclasses.replace(preset.test, **test_changes)
     accuracy: dict[str, dict[str, list[float]]] = {}
-    loss: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {}  # of each fold
     try:
         with stop_on_signals() as stop:
             grid = read_grid(args.grid)
             tasks = [task for task in load_suite(args.suite, args.data_root).values() if task.role == "train"]
             for fold in range(args.folds):
-                held, others = (
-                    tasks[fold :: args.folds],
-                    tuple(task for i, task in enumerate(tasks) if i % args.folds != fold),
-                )
-                entries = {key: Entry(METHODS[name], others, meta_lr) for key, (name, meta_lr) in grid.items()}
-                config = {
-                    "fold": fold,
-                    "folds": args.folds,
-                    "grid": sorted(grid),
-                    "seed": args.seed,
-                    "meta_train": dataclasses.asdict(train),
-                    "meta_test": json.loads(json.dumps(dataclasses.asdict(test))),
-                }
-                experiment = Experiment(
-                    args.out / f"fold{fold}",
-                    config,
-                    entries,
-                    held,
-                    train=train,
-                    test=test,
-                    snapshots=(),
-                    seed=args.seed,
-                    device=args.device,
-                    resume=args.resume and (args.out / f"fold{fold}").exists(),
-                    overwrite=args.overwrite,
-                )
+                experiment = fold_experiment(args, fold, grid, tasks, train, test)
                 experiment.run(stop)
                 stop.check()
                 experiment.folder.finish()
                 for key, by_task in experiment.final_accuracy().items():
                     accuracy.setdefault(key, {}).update(by_task)
                 for key, curve in experiment.curves.items():
-                    loss.setdefault(key, []).append(sum(curve.mean[-20:]) / len(curve.mean[-20:]))
+                    losses.setdefault(key, []).append(mean(curve.mean[-LAST:]))
         means = {
             key: sum(map(sum, by_task.values())) / sum(map(len, by_task.values())) for key, by_task in accuracy.items()
         }
@@ -121,13 +125,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.exit(2, f"{p.prog}: error: {error}\n")
     print(
         f"horizon {train.horizon}, rounds {train.rounds}, lr {train.lr}, batch {train.batch_size}: "
-        f"mean accuracy on {len(tasks)} validation tasks, mean training loss of the last 20 steps"
+        f"mean accuracy on {len(tasks)} validation tasks, mean training loss of the last {LAST} steps"
     )
     for key in sorted(means, key=means.__getitem__, reverse=True):
-        print(
-            f"{key:24} {100 * means[key]:6.2f} %" + (f"   {sum(loss[key]) / len(loss[key]):.3f}" if key in loss else "")
-        )
+        loss = f"   {mean(losses[key]):.3f}" if key in losses else ""
+        print(f"{key:24} {100 * means[key]:6.2f} %{loss}")
     return 0
+
+
+def mean(values: Sequence[float]) -> float:
+    """Their mean."""
+    return sum(values) / len(values)
 
 
 if __name__ == "__main__":

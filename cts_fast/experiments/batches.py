@@ -33,7 +33,7 @@ def task_seed(seed: int, *names: object) -> int:
 
 
 def draw_together(streams: Sequence["TaskBatches"]) -> Tensor:
-    """The next draws of all tasks, int64 [T, 4, B], pinned where their images are on a GPU, so that one copy takes them there."""
+    """The next draws of all tasks, int64 [T, 4, B]; pinned for images on a GPU: one copy takes all there."""
     drawn = torch.stack([stream.draw() for stream in streams])
     return drawn.pin_memory() if streams[0].images.is_cuda else drawn
 
@@ -87,7 +87,7 @@ class TaskBatches:
         return self.batch(self.draw().to(self.images.device, non_blocking=True))
 
     def draw(self) -> Tensor:
-        """What the next batch is made of, int64 [4, B] on the CPU: image numbers, rows and columns of the crop, whether it is flipped."""
+        """What the next batch is made of, int64 [4, B] on the CPU: image numbers, crop's rows and columns, flips."""
         index = self._indices()
         n = len(index)
         offsets = torch.randint(2 * self.padding + 1, (2, n, 1), generator=self.generator)

@@ -1,15 +1,15 @@
 """Meta-test: fine-tune an initialization on a task that meta-training has not seen, and count what it gets right."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cts_fast.data.suite import stratified_order
 from cts_fast.experiments.batches import TaskBatches, normalize, resize, task_seed
-from cts_fast.experiments.meta_train import logits, loss, new_net
+from cts_fast.experiments.meta_train import MakeNet, logits, loss, new_net
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,22 @@ class MetaTestSettings:
 
 
 class MetaTester:
-    """Fine-tunes initializations on one task; equal seeds give equal images, batches and heads to each of them."""
+    """Fine-tunes initializations on one task; equal seeds give equal images, batches and heads to each of them.
+
+    make_net: number of classes to a network with a `body`, which an initialization belongs to, and a `head`.
+    """
 
     def __init__(
         self,
         task: Any,
         settings: MetaTestSettings,
         *,
+        make_net: MakeNet,
         device: torch.device | str = "cpu",
         precision: str = "fp32",
     ):
-        self.task, self.settings, self.device, self.precision = task, settings, device, precision
+        self.task, self.settings, self.make_net = task, settings, make_net
+        self.device, self.precision = device, precision
         self.train_images = resize(task.train.images, settings.size)
         self.test_images = resize(task.test.images, settings.size).to(device)
         self.test_labels = task.test.labels.to(device)
@@ -56,22 +61,23 @@ class MetaTester:
         an empty one leaves the random body of `seed`: training from scratch.
         """
         settings = self.settings
-        net = new_net(len(self.task.classes), seed=seed, head=("meta-test", self.task.name))
-        loaded = net.body.load_state_dict(dict(initialization), strict=False)
-        if loaded.unexpected_keys:
+        name = self.task.name
+        net = new_net(self.make_net, len(self.task.classes), seed=seed, head=("meta-test", name))
+        unexpected = net.body.load_state_dict(dict(initialization), strict=False).unexpected_keys
+        if unexpected:
             raise ValueError(
-                f"the initialization holds tensors that ResNet20 has not: {', '.join(loaded.unexpected_keys)}"
+                f"the initialization holds tensors that {type(net).__name__} has not: {', '.join(unexpected)}"
             )
         net.to(self.device)
-        chosen = _balanced_subset(self.task.train.labels, settings.images, task_seed(seed, "images", self.task.name))
-        stream = TaskBatches(
+        chosen = balanced_subset(self.task.train.labels, settings.images, task_seed(seed, "images", name))
+        batches = TaskBatches(
             self.train_images[chosen],
             self.task.train.labels[chosen],
             settings.batch_size,
             padding=settings.padding,
             flip=self.task.flip,
             device=self.device,
-            seed=task_seed(seed, "meta-test", self.task.name),
+            seed=task_seed(seed, "meta-test", name),
         )
         optimizer = torch.optim.SGD(
             net.parameters(),
@@ -80,11 +86,10 @@ class MetaTester:
             weight_decay=settings.weight_decay,
             nesterov=settings.momentum > 0,
         )
-        schedule = torch.optim.lr_scheduler.MultiStepLR(
-            optimizer, [round(fraction * settings.steps) for fraction in settings.decay_at], gamma=settings.decay
-        )
+        milestones = [round(fraction * settings.steps) for fraction in settings.decay_at]
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=settings.decay)
         for _ in range(settings.steps):
-            x, y = next(stream)
+            x, y = next(batches)
             optimizer.zero_grad()
             loss(net, x, y, self.precision).backward()
             optimizer.step()
@@ -94,33 +99,15 @@ class MetaTester:
     @torch.inference_mode()
     def _test(self, net: torch.nn.Module) -> float:
         net.eval()
-        parts = zip(self.test_images.split(500), self.test_labels.split(500), strict=True)
-        correct = sum(
-            (logits(net, normalize(images), self.precision).argmax(1) == labels).sum() for images, labels in parts
-        )
+        correct = 0
+        for images, labels in zip(self.test_images.split(500), self.test_labels.split(500), strict=True):
+            correct += (logits(net, normalize(images), self.precision).argmax(1) == labels).sum()
         return int(correct) / len(self.test_labels)
 
 
-def _balanced_subset(labels: Tensor, count: int | None, seed: int) -> Tensor:
+def balanced_subset(labels: Tensor, count: int | None, seed: int) -> Tensor:
     """Numbers of `count` images, each class in turn as long as it lasts; all images if count is None or too large."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     if count is None or count >= len(labels):
         return order
-    shuffled = labels[order]
-    position = torch.empty_like(shuffled)  # of an image within its class
-    for label in shuffled.unique():
-        members = shuffled == label
-        position[members] = torch.arange(int(members.sum()))
-    return order[position.argsort(stable=True)[:count]]
-
-
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % confidence interval (Student's t); NaN for fewer than two values."""
-    from scipy.stats import t
-
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return mean, math.nan
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return order[stratified_order(labels[order])[:count]]

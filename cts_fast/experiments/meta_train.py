@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cts_fast.capture import STREAMS, CapturedStep
 from cts_fast.experiments.batches import TaskBatches, draw_together, task_seed
 from cts_fast.models.batch_counts import BatchCounts
-from cts_fast.models.resnet20 import ResNet20
 
 PRECISIONS = ("fp32", "bf16")
+MakeNet = Callable[[int], nn.Module]  # number of classes → a network with `body` (meta-learned) and `head` (the task's)
 _GLOBAL_GENERATOR = threading.Lock()  # modules draw from torch's one generator, and nets are made in many threads
 
 
@@ -45,29 +45,32 @@ class MetaTrainSettings:
         return self.horizon * self.rounds
 
 
-def new_net(num_classes: int, *, seed: int, head: object) -> ResNet20:
-    """A ResNet20 whose body depends on `seed` alone, and whose head on `seed` and the name `head`."""
+def new_net(make_net: MakeNet, num_classes: int, *, seed: int, head: object) -> nn.Module:
+    """A network whose body depends on `seed` alone, and whose head on `seed` and the name `head`."""
     with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(task_seed(seed, "head", head))
-        net = ResNet20(num_classes)
+        net = make_net(num_classes)
         torch.manual_seed(task_seed(seed, "body"))
-        net.body.load_state_dict(ResNet20(1).body.state_dict())
+        net.body.load_state_dict(make_net(1).body.state_dict())
     return net
 
 
 class MetaTrainer:
-    """T ResNet20s with one meta-learned body, trained by one method; each `train_step` is one inner step of all.
+    """T networks with one meta-learned body, trained by one method; each `train_step` is one inner step of all.
 
     With the same seed, every method starts from the same phi and heads and sees the same batches.
 
     Args:
         method: a class of `cts_fast.baselines.METHODS`; options: further arguments of it.
         tasks: `cts_fast.data.Task`s; their training images are used.
+        make_net: number of classes to a network with `body`, which is meta-learned, and `head`, which is the task's.
         meta_lr: the method's beta.
         map_tasks: runs a function for every task, as `cts_fast.experiments.parallel.task_map` yields it.
-        capture: replay the whole of a step, its batches included, as a CUDA graph (`cts_fast.capture`); only for methods with no needs.
-        streams: of a captured step.
-        precision: "fp32", or "bf16" for forward passes under autocast; parameters, gradients and batch-norm statistics stay float32.
+        capture: replay the whole of a step, its batches included, as a CUDA graph (`cts_fast.capture`); only for
+            methods with no needs.
+        streams: CUDA streams of a captured step.
+        precision: "fp32", or "bf16" for forward passes under autocast; parameters, gradients and batch-norm statistics
+            stay float32.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class MetaTrainer:
         tasks: Sequence[Any],
         settings: MetaTrainSettings,
         *,
+        make_net: MakeNet,
         meta_lr: float,
         seed: int,
         device: torch.device | str = "cpu",
@@ -90,56 +94,28 @@ class MetaTrainer:
         self.tasks = tuple(task.name for task in tasks)
         self.step = 0
         self.map_tasks = map_tasks
-        self.nets = [new_net(len(task.classes), seed=seed, head=task.name).to(device) for task in tasks]
-        self.streams, self.held_back = [], []
-        for task in tasks:
-            held = int(settings.held_back * len(task.train.labels))
-            order = torch.randperm(
-                len(task.train.labels), generator=torch.Generator().manual_seed(task_seed(seed, "held back", task.name))
-            )
-            for streams, part, use in (
-                (self.streams, order[held:], "train"),
-                (self.held_back, order[:held], "held out"),
-            ):
-                if len(part):
-                    streams.append(
-                        TaskBatches(
-                            task.train.images[part],
-                            task.train.labels[part],
-                            settings.batch_size,
-                            size=settings.size,
-                            padding=settings.padding,
-                            flip=task.flip,
-                            device=device,
-                            seed=task_seed(seed, use, task.name),
-                        )
-                    )
-        options = {
-            "lr": settings.lr,
-            "momentum": settings.momentum,
-            "weight_decay": settings.weight_decay,
-            "horizon": settings.horizon,
-            "meta_lr": meta_lr,
-            **({"capturable": True} if capture else {}),
-            **options,
-        }
+        self.nets = [new_net(make_net, len(task.classes), seed=seed, head=task.name).to(device) for task in tasks]
+        self.batches, self.held_out = _split_batches(tasks, settings, seed, device)
+        settings_of_all = {name: getattr(settings, name) for name in ("lr", "momentum", "weight_decay", "horizon")}
+        if capture:
+            settings_of_all["capturable"] = True
         self.optimizer = method(
             [net.body.named_parameters() for net in self.nets],
             heads=[net.head.parameters() for net in self.nets],
-            **options,
+            meta_lr=meta_lr,
+            **(settings_of_all | options),
         )
         self.needs = frozenset(getattr(self.optimizer, "needs", ()))
-        if "heldout" in self.needs and len(self.held_back) < len(tasks):
+        if "heldout" in self.needs and len(self.held_out) < len(tasks):
             raise ValueError(f"{method.__name__} needs held-out images of every task: raise held_back")
         if capture and self.needs:
-            raise ValueError(
-                f"{method.__name__} needs {', '.join(sorted(self.needs))}, which a CUDA graph cannot give it"
-            )
+            needs = ", ".join(sorted(self.needs))
+            raise ValueError(f"{method.__name__} needs {needs}, which a CUDA graph cannot give it")
         self.loss = partial(loss, precision=precision)
         self.counts = BatchCounts(self.nets)
         self.captured = None
         if capture:
-            prepare = [stream.batch for stream in self.streams]
+            prepare = [batches.batch for batches in self.batches]
             self.captured = CapturedStep(self.nets, self.optimizer, self.loss, prepare, streams)
 
     @property
@@ -149,30 +125,30 @@ class MetaTrainer:
 
     def train_step(self) -> Tensor:
         """One inner step of every task and what the method does with it; returns the T training losses, detached."""
-        drawn = draw_together(self.streams)
+        drawn = draw_together(self.batches)
         losses = self.captured(drawn) if self.captured else self.inner_step(drawn)
         self.step += 1
         return losses
 
     def inner_step(self, drawn: Tensor) -> Tensor:
-        """The work on what `draw_together` drew: T forward and backward passes and the optimizer's step; reads nothing back."""
-        drawn = drawn.to(self.streams[0].images.device, non_blocking=True)
+        """T forward and backward passes on what `draw_together` drew, and the optimizer's step; reads nothing back."""
+        drawn = drawn.to(self.batches[0].images.device, non_blocking=True)
         self.optimizer.zero_grad()
         with self.counts.together():
-            losses = list(self.map_tasks(self._backward, self.nets, self.streams, drawn))
+            losses = list(self.map_tasks(self._backward, self.nets, self.batches, drawn))
         needed: dict[str, Any] = {}
         if "losses" in self.needs:
             needed["losses"] = losses
         if "heldout" in self.needs:
             needed["heldout"] = [
-                _HeldOutLoss(self.loss, net, stream) for net, stream in zip(self.nets, self.held_back, strict=True)
+                _HeldOutLoss(self.loss, net, batches) for net, batches in zip(self.nets, self.held_out, strict=True)
             ]
         self.optimizer.step(**needed)
         return torch.stack(losses)
 
-    def _backward(self, net: ResNet20, stream: TaskBatches, drawn: Tensor) -> Tensor:
+    def _backward(self, net: nn.Module, batches: TaskBatches, drawn: Tensor) -> Tensor:
         """Adds the gradients of one task's batch; returns its loss, detached."""
-        loss = self.loss(net, *stream.batch(drawn))
+        loss = self.loss(net, *batches.batch(drawn))
         loss.backward()
         return loss.detach()
 
@@ -183,8 +159,8 @@ class MetaTrainer:
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
             "nets": [net.state_dict() for net in self.nets],
-            "streams": [stream.state_dict() for stream in self.streams],
-            "held_back": [stream.state_dict() for stream in self.held_back],
+            "streams": [batches.state_dict() for batches in self.batches],
+            "held_back": [batches.state_dict() for batches in self.held_out],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -194,30 +170,55 @@ class MetaTrainer:
         for net, saved in zip(self.nets, state["nets"], strict=True):
             net.load_state_dict(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        for streams, saved in ((self.streams, state["streams"]), (self.held_back, state["held_back"])):
-            for stream, one in zip(streams, saved, strict=True):
-                stream.load_state_dict(one)
+        for batches, saved in zip(self.batches, state["streams"], strict=True):
+            batches.load_state_dict(saved)
+        for batches, saved in zip(self.held_out, state["held_back"], strict=True):
+            batches.load_state_dict(saved)
         self.step = state["step"]
 
 
 class _HeldOutLoss:
     """Calling it returns the loss, with its graph, of the next batch of images that no inner step sees."""
 
-    def __init__(self, loss: Callable[..., Tensor], net: ResNet20, stream: TaskBatches):
-        self.loss, self.net, self.stream = loss, net, stream
+    def __init__(self, loss: Callable[..., Tensor], net: nn.Module, batches: TaskBatches):
+        self.loss, self.net, self.batches = loss, net, batches
 
     def __call__(self) -> Tensor:
-        return self.loss(self.net, *next(self.stream))
+        return self.loss(self.net, *next(self.batches))
 
 
-def logits(net: torch.nn.Module, x: Tensor, precision: str = "fp32") -> Tensor:
-    """What a net says of images, in float32; "bf16" runs it under autocast, with parameters and statistics in float32."""
+def _split_batches(
+    tasks: Sequence[Any], settings: MetaTrainSettings, seed: int, device: torch.device | str
+) -> tuple[list[TaskBatches], list[TaskBatches]]:
+    """The batches of every task's inner steps, and those of its images that are held back, where it has any."""
+    inner, held_out = [], []
+    for task in tasks:
+        images, labels = task.train.images, task.train.labels
+        held = int(settings.held_back * len(labels))
+        generator = torch.Generator().manual_seed(task_seed(seed, "held back", task.name))
+        order = torch.randperm(len(labels), generator=generator)
+        make = partial(
+            TaskBatches,
+            batch_size=settings.batch_size,
+            size=settings.size,
+            padding=settings.padding,
+            flip=task.flip,
+            device=device,
+        )
+        for batches, part, use in ((inner, order[held:], "train"), (held_out, order[:held], "held out")):
+            if len(part):
+                batches.append(make(images[part], labels[part], seed=task_seed(seed, use, task.name)))
+    return inner, held_out
+
+
+def logits(net: nn.Module, x: Tensor, precision: str = "fp32") -> Tensor:
+    """What a net says of images, in float32; "bf16" runs it under autocast, parameters and statistics in float32."""
     if precision == "fp32":
         return net(x)
     with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # each weight is cast once a pass anyway
         return net(x).float()
 
 
-def loss(net: torch.nn.Module, x: Tensor, y: Tensor, precision: str = "fp32") -> Tensor:
+def loss(net: nn.Module, x: Tensor, y: Tensor, precision: str = "fp32") -> Tensor:
     """Mean cross-entropy of a batch."""
     return F.cross_entropy(logits(net, x, precision), y)

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cts_fast.experiments.meta_test import mean_and_interval
 from cts_fast.experiments.run_folder import save_figure
+from cts_fast.experiments.statistics import mean_and_interval
 
 # Okabe and Ito's colours, which remain distinct to the colour-blind; one per method, the same in every figure.
 _COLOURS = (
@@ -25,14 +25,17 @@ _COLOURS = (
 _SCRATCH = "#9A9A9A"
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
-    """A new figure that no window shows, and its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def new_figure(rows: int, columns: int, width: float, height: float, layout: str = "constrained") -> tuple[Any, Any]:
+    """A figure that no window shows, and its axes, [rows, columns]; inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure = Figure(figsize=(width, height), dpi=150, layout=layout)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _one_plot(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of one plot with lines across, and its axes."""
+    figure, ((axes,),) = new_figure(1, 1, width, height)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -59,17 +62,12 @@ def convergence(
     path: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], labels: Mapping[str, str]
 ) -> None:
     """Task-average training loss against inner steps: method to (steps, losses); smoothed, raw values behind."""
-    figure, axes = _axes(7, 4.2)
+    figure, axes = _one_plot(7, 4.2)
     palette = colours(list(curves))
     for method, (steps, losses) in curves.items():
         axes.plot(steps, losses, color=palette[method], alpha=0.18, linewidth=0.8)
-        axes.plot(
-            steps,
-            smooth(losses, 1 - 1 / max(1, len(losses) / 40)),
-            color=palette[method],
-            linewidth=2,
-            label=labels[method],
-        )
+        smoothed = smooth(losses, 1 - 1 / max(1, len(losses) / 40))
+        axes.plot(steps, smoothed, color=palette[method], linewidth=2, label=labels[method])
     axes.set_xlabel("inner steps of each task, all rounds together")
     axes.set_ylabel("training loss, mean over tasks")
     axes.set_title("Meta-training")
@@ -86,25 +84,16 @@ def accuracy_vs_steps(
 
     Every curve begins at `scratch`, the random network after no meta-training at all.
     """
-    figure, axes = _axes(7, 4.6)
+    figure, axes = _one_plot(7, 4.6)
     palette = colours(list(points))
     for i, (method, by_step) in enumerate(points.items()):
         by_step = {0: scratch, **by_step}
         steps = sorted(by_step)
         centres, halves = zip(*(mean_and_interval(by_step[step]) for step in steps), strict=True)
         aside = 0.006 * steps[-1] * (i - (len(points) - 1) / 2)  # or intervals would hide each other
-        axes.errorbar(
-            [step + aside for step in steps],
-            [100 * centre for centre in centres],
-            yerr=_bars(halves),
-            color=palette[method],
-            marker="o",
-            markersize=5,
-            linewidth=2,
-            elinewidth=1,
-            capsize=3,
-            label=labels[method],
-        )
+        style = {"marker": "o", "markersize": 5, "linewidth": 2, "elinewidth": 1, "capsize": 3}
+        x, y = [step + aside for step in steps], [100 * centre for centre in centres]
+        axes.errorbar(x, y, _bars(halves), color=palette[method], label=labels[method], **style)
     centre, half = mean_and_interval(scratch)
     axes.axhline(100 * centre, color=_SCRATCH, linestyle="--", label=labels["scratch"])
     if math.isfinite(half):
@@ -123,38 +112,22 @@ def final_accuracy(
     """Bars with 95 % intervals: method to held-out task to accuracies (fractions, one per seed)."""
     methods = list(accuracy)
     targets = list(accuracy[methods[0]])
-    figure, axes = _axes(max(6.0, 1.2 + 0.32 * (len(methods) + 1) * len(targets)), 4.2 + 0.12 * len(methods))
+    figure, axes = _one_plot(max(6.0, 1.2 + 0.32 * (len(methods) + 1) * len(targets)), 4.2 + 0.12 * len(methods))
     palette = colours(methods)
     width = 0.8 / len(methods)
     lowest = 1.0
     for i, method in enumerate(methods):
         centres, halves = zip(*(mean_and_interval(accuracy[method][target]) for target in targets), strict=True)
-        lowest = min(
-            lowest,
-            *(centre - (half if math.isfinite(half) else 0) for centre, half in zip(centres, halves, strict=True)),
-        )
+        finite = [half if math.isfinite(half) else 0 for half in halves]  # a single seed has no interval
+        lowest = min(lowest, *(centre - half for centre, half in zip(centres, finite, strict=True)))
         places = [j + (i - (len(methods) - 1) / 2) * width for j in range(len(targets))]
-        axes.bar(
-            places,
-            [100 * centre for centre in centres],
-            0.92 * width,
-            yerr=_bars(halves),
-            capsize=2,
-            error_kw={"elinewidth": 1},
-            color=palette[method],
-            label=labels[method],
-        )
+        heights = [100 * centre for centre in centres]
+        style = {"yerr": _bars(halves), "capsize": 2, "error_kw": {"elinewidth": 1}}
+        axes.bar(places, heights, 0.92 * width, color=palette[method], label=labels[method], **style)
         if len(methods) <= 4:
-            for place, centre, half in zip(places, centres, halves, strict=True):
-                axes.annotate(
-                    f"{100 * centre:.1f}",
-                    (place, 100 * (centre + (half if math.isfinite(half) else 0))),
-                    (0, 2),
-                    textcoords="offset points",
-                    ha="center",
-                    va="bottom",
-                    fontsize=7,
-                )
+            style = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 7}
+            for place, height, half in zip(places, heights, finite, strict=True):
+                axes.annotate(f"{height:.1f}", (place, height + 100 * half), (0, 2), **style)
     axes.set_xticks(range(len(targets)), targets)
     axes.set_ylim(bottom=max(0.0, 10 * math.floor(10 * lowest - 0.5)))
     axes.set_ylabel("accuracy after fine-tuning, %" + (" (axis cut)" if axes.get_ylim()[0] else ""))

@@ -7,22 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from cts_fast.experiments import plots as figures
+from cts_fast.experiments import plots
 from cts_fast.experiments.experiment import Experiment
-from cts_fast.experiments.meta_test import mean_and_interval
 from cts_fast.experiments.run_folder import Stop, save_tensors, write_json
 from cts_fast.experiments.settings import LABELS
+from cts_fast.experiments.statistics import mean_and_interval
 
 Accuracy = Mapping[str, Mapping[str, Sequence[float]]]  # method to held-out task to fractions, one per seed
 
 
 def report(experiment: Experiment, out: Path, started: float, stop: Stop) -> None:
-    """Writes the files into `out`, marks the run as finished and prints the table; started: when the program was, time.monotonic().
+    """Writes the files into `out`, marks the run as finished and prints the table.
 
-    Raises `Interrupted` between two files if `stop` was requested: a resumed run reports anew.
+    started: when the program was, by time.monotonic(). Raises `Interrupted` between two files if `stop` was requested:
+    a resumed run reports anew.
     """
     accuracy = experiment.final_accuracy()
-    best = "cts" if "cts" in experiment.entries else next(iter(experiment.entries), None)
+    best = "cts" if "cts" in experiment.methods else next(iter(experiment.methods), None)
     names = []
     for name, write in (*initializations(experiment, best), *drawings(experiment, accuracy)):
         stop.check()
@@ -54,30 +55,29 @@ def results(experiment: Experiment, accuracy: Accuracy) -> dict:
 def initializations(experiment: Experiment, best: str | None) -> list[tuple[str, Callable[[Path], None]]]:
     """(name, what writes it) of one file per method, and of `initialization.safetensors` for the method `best`."""
     files = [("initialization", best)] if best else []
-    files += [(f"initialization-{name}", name) for name in experiment.entries]
+    files += [(f"initialization-{name}", name) for name in experiment.methods]
+    last = experiment.train.steps
     return [
         (
             f"{file}.safetensors",
-            partial(
-                save_tensors, tensors=experiment.snapshots[name][experiment.train.steps], metadata={"method": name}
-            ),
+            partial(save_tensors, tensors=experiment.snapshots[name][last], metadata={"method": name}),
         )
         for file, name in files
     ]
 
 
 def drawings(experiment: Experiment, accuracy: Accuracy) -> list[tuple[str, Callable[[Path], None]]]:
-    """(name, what draws it) of the figures."""
-    drawn = [("accuracy.png", lambda path: figures.final_accuracy(path, accuracy, LABELS))]
-    if experiment.entries:
+    """(name, what draws it) of the plots."""
+    drawn = [("accuracy.png", lambda path: plots.final_accuracy(path, accuracy, LABELS))]
+    if experiment.methods:
         curves = {name: (curve.steps, curve.mean) for name, curve in experiment.curves.items()}
         points = {
             name: {step: per_seed_mean(experiment.accuracy_at(name, step)) for step in kept}
             for name, kept in experiment.snapshots.items()
         }
         scratch = per_seed_mean(accuracy["scratch"])
-        drawn.append(("convergence.png", lambda path: figures.convergence(path, curves, LABELS)))
-        drawn.append(("accuracy-vs-steps.png", lambda path: figures.accuracy_vs_steps(path, points, scratch, LABELS)))
+        drawn.append(("convergence.png", lambda path: plots.convergence(path, curves, LABELS)))
+        drawn.append(("accuracy-vs-steps.png", lambda path: plots.accuracy_vs_steps(path, points, scratch, LABELS)))
     return drawn
 
 
@@ -110,10 +110,12 @@ def account(experiment: Experiment) -> str:
     steps = f"{train.steps} steps of batch {train.batch_size} per task {rounds}"
     paragraphs = [
         f"Accuracy in % on the test sets of {len(config['targets'])} image tasks that meta-training never saw: "
-        f"mean of {test.seeds} fine-tuning run{'s' * (test.seeds > 1)} ± 95 % interval; the last column is the mean over these tasks.",
-        f"What was run: each method meta-trained a ResNet20 on the tasks {', '.join(config['tasks'])}: {steps}{size}. "
-        "All began at the same weights and saw the same batches. Then each starting point was fine-tuned on each "
-        f"held-out task: {images}, {test.steps} steps of batch {test.batch_size}, with a new last layer.",
+        f"mean of {test.seeds} fine-tuning run{'s' * (test.seeds > 1)} ± 95 % interval; "
+        "the last column is the mean over these tasks.",
+        f"What was run: each method meta-trained a {experiment.model_name} on the tasks {', '.join(config['tasks'])}: "
+        f"{steps}{size}. All began at the same weights and saw the same batches. Then each starting point was "
+        f"fine-tuned on each held-out task: {images}, {test.steps} steps of batch {test.batch_size}, "
+        "with a new last layer.",
     ]
     return "\n\n".join(map(fill, paragraphs))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import pickle
@@ -10,14 +11,14 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-CONFIG, FINISHED = "config.json", "finished.json"
+CONFIG, RESULTS, FINISHED = "config.json", "results.json", "finished.json"
 REPORTED = ("metrics.csv", "*.png", "*.safetensors")  # what a run leaves beside its parts and results
 # what torch.load and the use of what it returns raise for a file that is cut, damaged or of something else
 DAMAGE = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError)
@@ -29,7 +30,7 @@ class CheckpointError(ValueError):
 
 
 class Interrupted(Exception):
-    """The user or the system asked to stop; everything is saved. status: the exit status that says which signal it was."""
+    """The user or the system asked to stop; everything is saved. status: the exit status, which names the signal."""
 
     def __init__(self, status: int = 130) -> None:
         super().__init__(f"stopped by signal {status - 128}")
@@ -41,22 +42,22 @@ class RunFolder:
 
     Args:
         config: what defines the run, ready for JSON; a resumed run must have the same.
-        parts: patterns of the files that a resumed run reads. results: names of what a finished run leaves beside them.
+        parts: patterns of the files that a resumed run reads.
         resume: go on from the parts; overwrite: replace what is there.
 
     Raises:
-        CheckpointError: the folder holds an interrupted or a finished run and neither is given, or another run and `resume` is.
+        CheckpointError: the folder holds an interrupted or a finished run and neither is given, or another run and
+            `resume` is.
     """
 
     def __init__(
-        self, path: Path, config: dict[str, Any], parts: Sequence[str], results: Sequence[str] = ("results.json",), *,
-        resume: bool = False, overwrite: bool = False,
-    ) -> None:  # fmt: skip
+        self, path: Path, config: dict[str, Any], parts: Sequence[str], *, resume: bool = False, overwrite: bool = False
+    ) -> None:
         self.path, self.config = path, config
         if resume:
             check_same_config(path / CONFIG, config)
             return
-        stale = [file for pattern in (*parts, *results, FINISHED) for file in path.glob(pattern)]
+        stale = [file for pattern in (*parts, RESULTS, FINISHED) for file in path.glob(pattern)]
         if stale and not overwrite:
             if self.finished:
                 raise CheckpointError(
@@ -160,8 +161,26 @@ def save_state(path: Path, state: Any) -> None:
 
 
 def load_state(path: Path, device: str | torch.device = "cpu") -> Any:
-    """What `save_state` wrote, nothing but tensors and plain values. Raises one of DAMAGE for what is not such a file."""
+    """What `save_state` wrote: tensors and plain values, nothing else. To be called inside `reading`."""
     return torch.load(path, weights_only=True, map_location=device)
+
+
+@contextmanager
+def reading(path: Path, again: str = "") -> Iterator[None]:
+    """Around the loading of a part and the first use of it: what fails raises CheckpointError that says what to do.
+
+    again: for what the part may be deleted, as " to meta-train anew".
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except NOT_NOW as error:
+        raise CheckpointError(
+            f"{path} cannot be read now ({first_line(error)}); nothing is lost: resume when that is repaired"
+        ) from error
+    except DAMAGE as error:
+        raise CheckpointError(f"{path} is damaged ({first_line(error)}): delete it{again}, then resume") from error
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -177,6 +196,14 @@ def save_figure(path: Path, figure: Any) -> None:
     """A matplotlib figure as a picture, whole or not at all."""
     with written(path) as file:
         figure.savefig(file, format=path.suffix[1:])
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """A table with a line of headings, whole or not at all."""
+    with written(path, "w") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
 def write_json(path: Path, value: Any, **options: Any) -> None:
@@ -212,13 +239,6 @@ def check_same_config(path: Path, config: dict[str, Any]) -> None:
         )
 
 
-def not_now(path: Path, error: BaseException) -> CheckpointError:
-    """For a file that may be whole, but cannot be read or used now."""
-    return CheckpointError(
-        f"{path} cannot be read now ({first_line(error)}); nothing is lost: resume when that is repaired"
-    )
-
-
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__
@@ -241,7 +261,7 @@ class Stop:
 
 @contextmanager
 def on_signals(names: Sequence[str], handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """`handler` for these signals. Those that are ignored stay so (nohup), and other threads than the main one leave them alone."""
+    """`handler` for these signals; those that are ignored stay so (nohup). Threads but the main one change nothing."""
     previous = {}
     if threading.current_thread() is threading.main_thread():
         for name in names:

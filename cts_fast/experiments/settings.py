@@ -33,7 +33,7 @@ class Preset:
 
 
 PRESETS = {
-    # Minutes on two CPU cores; how it was chosen: QUICK.md beside this file.
+    # Minutes on two CPU cores; how it was chosen: QUICK.md in cts_fast/examples.
     "quick": Preset(
         MetaTrainSettings(horizon=240, rounds=1, batch_size=16, size=16, padding=1),
         MetaTestSettings(steps=50, seeds=3, images=500, batch_size=32, size=16, padding=1),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,22 +11,19 @@ from typing import Any
 
 from torch import Tensor
 
-from cts_fast.examples.resnet20 import add_folder_arguments, check_device, resume_command
-from cts_fast.experiments.progress import Progress
+from cts_fast.experiments import cli
+from cts_fast.experiments.console import Progress
 from cts_fast.experiments.run_folder import (
-    DAMAGE,
-    NOT_NOW,
     CheckpointError,
     RunFolder,
-    first_line,
     load_state,
     mark_finished,
-    not_now,
     on_signals,
+    reading,
     save_state,
     save_tensors,
+    write_csv,
     write_json,
-    written,
 )
 
 
@@ -50,12 +46,8 @@ class Study:
         """What `compute` returns, from the folder if it is there; it is given a function to call `total` times."""
         path = self.out / f"stage-{name}.pt"
         if path.exists():
-            try:
+            with reading(path):
                 return load_state(path, self.device)
-            except NOT_NOW as error:
-                raise not_now(path, error) from error
-            except DAMAGE as error:
-                raise CheckpointError(f"{path} is damaged ({first_line(error)}): delete it, then resume") from error
         with Progress(name, total) as progress:
             result = compute(progress.advance)
         save_state(path, result)
@@ -69,10 +61,7 @@ class Study:
         initialization: Mapping[str, Tensor],
     ) -> None:
         """results.json, metrics.csv and initialization.safetensors."""
-        with written(self.out / "metrics.csv", "w") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(rows)
+        write_csv(self.out / "metrics.csv", columns, rows)
         save_tensors(self.out / "initialization.safetensors", dict(initialization))
         write_json(self.out / "results.json", {"config": self.config, **results}, indent=1)
 
@@ -81,24 +70,12 @@ def main(
     module: str, description: str, run: Callable[[argparse.Namespace], str], argv: Sequence[str] | None = None
 ) -> int:
     """The command line of a study; returns the exit status. run: does all of it and returns the table to print."""
-    name = module.rpartition(".")[2]
-    p = argparse.ArgumentParser(
-        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs") / name,
-        metavar="DIR",
-        help=f"folder for all results (default: runs/{name})",
-    )
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
-    add_folder_arguments(p)
+    p = cli.new_parser(module, description)
+    cli.add_run_arguments(p, f"runs/{module.rpartition('.')[2]}")
     args = p.parse_args(argv)
     started = time.monotonic()
     try:
-        check_device(args.device)
+        cli.check_device(args.device)
     except ValueError as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
     try:
@@ -106,10 +83,7 @@ def main(
             table = run(args)
             mark_finished(args.out)
     except KeyboardInterrupt as stopped:
-        print(
-            f"\nstopped; everything so far is in {args.out}. To go on:\n  {resume_command(argv, module)}",
-            file=sys.stderr,
-        )
+        print(cli.stopped_note(args.out, argv, module), file=sys.stderr)
         return stopped.args[0] if stopped.args else 130
     except (CheckpointError, OSError) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
@@ -119,13 +93,3 @@ def main(
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt(128 + number)
-
-
-def grid(rows: int, columns: int, width: float, height: float, layout: str = "constrained") -> tuple[Any, Any]:
-    """A new figure that no window shows, and its axes, [rows, columns]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)

@@ -10,23 +10,26 @@ from support.image_tasks import make_task
 
 from cts_fast.baselines import METHODS
 from cts_fast.experiments.batches import TaskBatches, draw_together, normalize, resize, task_seed
-from cts_fast.experiments.meta_test import MetaTester, MetaTestSettings, _balanced_subset, mean_and_interval
+from cts_fast.experiments.meta_test import MetaTester, MetaTestSettings, balanced_subset
 from cts_fast.experiments.meta_train import MetaTrainer, MetaTrainSettings, logits, loss, new_net
 from cts_fast.experiments.parallel import task_map
+from cts_fast.experiments.statistics import mean_and_interval
 from cts_fast.models.batch_counts import BatchCounts
+from cts_fast.models.resnet20 import ResNet20
+from cts_fast.models.task_net import TaskNet
 
 SETTINGS = MetaTrainSettings(horizon=2, rounds=2, batch_size=4, padding=1, held_back=0.2)
 
 
-def make_trainer(name="cts", seed=0, meta_lr=0.1, **kwargs):
-    return MetaTrainer(
-        METHODS[name],
-        [make_task("a"), make_task("b", classes=5, channels=3, seed=1)],
-        SETTINGS,
-        meta_lr=meta_lr,
-        seed=seed,
-        **kwargs,
-    )
+def make_trainer(method="cts", tasks=None, settings=SETTINGS, **options):
+    method = METHODS[method] if isinstance(method, str) else method
+    if tasks is None:
+        tasks = [make_task("a"), make_task("b", classes=5, channels=3, seed=1)]
+    return MetaTrainer(method, tasks, settings, **{"make_net": ResNet20, "meta_lr": 0.1, "seed": 0, **options})
+
+
+def make_tester(task, settings):
+    return MetaTester(task, settings, make_net=ResNet20)
 
 
 def numbers(count=10, channels=1, side=4):
@@ -174,17 +177,40 @@ def test_every_method_starts_at_the_same_phi_and_heads_and_sees_the_same_batches
     one, other = make_trainer("cts"), make_trainer("reptile")
     for a, b in zip(one.nets, other.nets, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    for a, b in zip(one.streams, other.streams, strict=True):
+    for a, b in zip(one.batches, other.batches, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(next(a), next(b), strict=True))
 
 
 def test_the_body_depends_on_the_seed_alone():
-    nets = [new_net(3, seed=0, head="a"), new_net(5, seed=0, head="b"), new_net(3, seed=1, head="a")]
+    nets = [
+        new_net(ResNet20, 3, seed=0, head="a"),
+        new_net(ResNet20, 5, seed=0, head="b"),
+        new_net(ResNet20, 3, seed=1, head="a"),
+    ]
     bodies = [torch.cat([p.detach().reshape(-1) for p in net.body.parameters()]) for net in nets]
     assert torch.equal(bodies[0], bodies[1]) and not torch.equal(bodies[0], bodies[2])
 
 
-# tests/test_baselines.py resumes every method's optimizer; here one of each kind of step resumes the whole loop
+def test_any_network_with_a_body_and_a_head_is_meta_trained_and_meta_tested():
+    def make_net(num_classes):
+        return TaskNet(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten()), 48, num_classes)
+
+    def with_layer(num_classes):
+        net = make_net(num_classes)
+        net.body.append(torch.nn.Linear(48, 48))
+        return net
+
+    trainer = make_trainer(make_net=with_layer)
+    trainer.train_step()
+    assert set(trainer.initialization) == {"2.weight", "2.bias"}
+    tester = MetaTester(make_task("a"), MetaTestSettings(steps=1, padding=0), make_net=with_layer)
+    assert 0 <= tester.accuracy(trainer.initialization, 0) <= 1
+    tester = MetaTester(make_task("a"), MetaTestSettings(steps=1, padding=0), make_net=make_net)
+    with pytest.raises(ValueError, match="TaskNet has not: 2.weight, 2.bias"):
+        tester.accuracy(trainer.initialization, 0)
+
+
+# tests/baselines resumes every method's optimizer; here one of each kind of step resumes the whole loop
 @pytest.mark.parametrize("name", ["cts", "random-shift", "leap", "imaml"])
 def test_resume_equals_uninterrupted_bit_for_bit(name, tmp_path):
     whole = make_trainer(name)
@@ -203,7 +229,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(name, tmp_path):
 
 def test_the_state_of_other_tasks_is_refused():
     state = make_trainer().state_dict()
-    other = MetaTrainer(METHODS["cts"], [make_task("a"), make_task("c")], SETTINGS, meta_lr=0.1, seed=0)
+    other = make_trainer(tasks=[make_task("a"), make_task("c")])
     with pytest.raises(ValueError, match="a, b, not of a, c"):
         other.load_state_dict(state)
 
@@ -236,7 +262,7 @@ def test_losses_and_held_out_losses_come_to_the_methods_that_need_them():
             received.update(losses=losses, heldout=[function() for function in heldout])
             return super().step(closure, losses=losses, heldout=heldout)
 
-    trainer = MetaTrainer(Needy, [make_task("a"), make_task("b")], SETTINGS, meta_lr=0.1, seed=0)
+    trainer = make_trainer(Needy, [make_task("a"), make_task("b")])
     losses = trainer.train_step()
     assert torch.equal(torch.stack(received["losses"]), losses)
     assert all(loss.requires_grad and loss.dim() == 0 for loss in received["heldout"])
@@ -244,8 +270,8 @@ def test_losses_and_held_out_losses_come_to_the_methods_that_need_them():
 
 def test_inner_steps_never_see_held_back_images():
     trainer = make_trainer()
-    assert [len(stream.labels) for stream in trainer.streams] == [48, 48]
-    assert [len(stream.labels) for stream in trainer.held_back] == [12, 12]
+    assert [len(batches.labels) for batches in trainer.batches] == [48, 48]
+    assert [len(batches.labels) for batches in trainer.held_out] == [12, 12]
 
 
 def test_held_out_losses_without_held_back_images_are_refused():
@@ -253,28 +279,28 @@ def test_held_out_losses_without_held_back_images_are_refused():
         needs = frozenset({"heldout"})
 
     with pytest.raises(ValueError, match="held_back"):
-        MetaTrainer(Needy, [make_task("a")], MetaTrainSettings(2, 2, held_back=0.0), meta_lr=0.1, seed=0)
+        make_trainer(Needy, [make_task("a")], MetaTrainSettings(2, 2, held_back=0.0))
 
 
 def test_nets_made_in_many_threads_depend_on_their_seeds_alone():
     heads = list(range(8))
-    alone = [new_net(3, seed=0, head=head) for head in heads]
+    alone = [new_net(ResNet20, 3, seed=0, head=head) for head in heads]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda head: new_net(3, seed=0, head=head), heads))
+        together = list(pool.map(lambda head: new_net(ResNet20, 3, seed=0, head=head), heads))
     for a, b in zip(alone, together, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def test_no_tasks_are_refused():
     with pytest.raises(ValueError, match="at least one task"):
-        MetaTrainer(METHODS["cts"], [], SETTINGS, meta_lr=0.1, seed=0)
+        make_trainer(tasks=[])
 
 
 # Meta-test
 
 
 def test_equal_seeds_give_equal_accuracy_and_learning_beats_chance():
-    tester = MetaTester(make_task("a", images=120), MetaTestSettings(steps=20, batch_size=16, padding=0))
+    tester = make_tester(make_task("a", images=120), MetaTestSettings(steps=20, batch_size=16, padding=0))
     accuracy = tester.accuracy({}, 0)
     assert accuracy == tester.accuracy({}, 0)
     assert accuracy > 0.5
@@ -282,21 +308,21 @@ def test_equal_seeds_give_equal_accuracy_and_learning_beats_chance():
 
 def test_the_whole_test_set_is_scored():
     task = make_task("a", images=1010)  # 505 test images: a last batch of 5
-    tester = MetaTester(task, MetaTestSettings(steps=1, batch_size=4, padding=0))
+    tester = make_tester(task, MetaTestSettings(steps=1, batch_size=4, padding=0))
     assert (tester.accuracy({}, 0) * 505) % 1 == pytest.approx(0, abs=1e-9)
 
 
 def test_an_initialization_of_another_network_is_refused():
-    with pytest.raises(ValueError, match=re.escape("fc.weight")):
-        MetaTester(make_task("a"), MetaTestSettings(steps=1)).accuracy({"fc.weight": torch.zeros(1)}, 0)
+    with pytest.raises(ValueError, match=re.escape("ResNet20 has not: fc.weight")):
+        make_tester(make_task("a"), MetaTestSettings(steps=1)).accuracy({"fc.weight": torch.zeros(1)}, 0)
 
 
 def test_a_subset_of_the_training_images_is_balanced():
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 3)
-    chosen = _balanced_subset(labels, 23, seed=0)
+    chosen = balanced_subset(labels, 23, seed=0)
     assert len(set(chosen.tolist())) == 23
     assert labels[chosen].bincount().tolist() == [10, 10, 3]
-    assert len(_balanced_subset(labels, None, seed=0)) == len(_balanced_subset(labels, 1000, seed=0)) == 83
+    assert len(balanced_subset(labels, None, seed=0)) == len(balanced_subset(labels, 1000, seed=0)) == 83
 
 
 def test_interval_is_students():

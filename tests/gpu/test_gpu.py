@@ -13,6 +13,7 @@ from cts_fast import ShiftingMetaOptimizer
 from cts_fast.baselines import METHODS
 from cts_fast.engine.step import unavailable
 from cts_fast.experiments.meta_train import MetaTrainer, MetaTrainSettings
+from cts_fast.models.resnet20 import ResNet20
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 BACKENDS = [
@@ -306,7 +307,8 @@ TRAIN = MetaTrainSettings(horizon=4, rounds=2, batch_size=16, padding=1)
 
 def trainer(**options):
     tasks = [make_task("a"), make_task("b", classes=5, channels=3, seed=1), make_task("c", classes=6, seed=2)]
-    return MetaTrainer(METHODS["cts"], tasks, TRAIN, meta_lr=0.1, seed=0, device="cuda", **options)
+    options = {"make_net": ResNet20, "meta_lr": 0.1, "seed": 0, "device": "cuda", **options}
+    return MetaTrainer(METHODS["cts"], tasks, TRAIN, **options)
 
 
 @pytest.fixture

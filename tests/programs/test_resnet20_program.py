@@ -17,6 +17,8 @@ from support.image_tasks import make_suite
 from cts_fast.baselines import METHODS
 from cts_fast.data import suite
 from cts_fast.examples import resnet20, tune
+from cts_fast.experiments import plots
+from cts_fast.experiments.experiment import Experiment
 from cts_fast.experiments.meta_train import MetaTrainer
 from cts_fast.experiments.settings import LABELS
 from cts_fast.models.resnet20 import ResNet20
@@ -230,16 +232,14 @@ def test_a_signal_saves_and_resume_gives_the_uninterrupted_result(moment, number
 
 
 def test_a_signal_during_the_report_stops_it_and_resume_reports_anew(tmp_path, monkeypatch, capsys):
-    from cts_fast.experiments import plots as figures
-
-    draw = figures.convergence
+    draw = plots.convergence
 
     def signalled(*arguments):
         draw(*arguments)
         signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(figures, "convergence", signalled)
+        patch.setattr(plots, "convergence", signalled)
         assert run(tmp_path, "--methods", "cts") == 128 + signal.SIGTERM
     assert "--resume" in capsys.readouterr().err
     assert not (tmp_path / "finished.json").exists() and (tmp_path / "checkpoint-cts.pt").exists()
@@ -290,13 +290,13 @@ def test_a_full_disk_ends_with_one_line_and_leaves_the_old_checkpoint_whole(tmp_
 
 
 def test_a_folder_that_is_gone_is_named(tmp_path, capsys, monkeypatch):
-    step = resnet20.Experiment._meta_test
+    step = Experiment.meta_test
 
     def removed(self, *arguments):
         shutil.rmtree(self.out)
         step(self, *arguments)
 
-    monkeypatch.setattr(resnet20.Experiment, "_meta_test", removed)
+    monkeypatch.setattr(Experiment, "meta_test", removed)
     assert str(tmp_path / "out") in refused(capsys, tmp_path / "out", "--methods", "cts")
 
 
@@ -346,23 +346,8 @@ def test_a_python_without_lzma_gets_one_line(tmp_path):
 
 
 def test_tuning_never_touches_held_out_tasks(tmp_path, capsys):
-    arguments = [
-        "--suite",
-        "tiny",
-        "--horizon",
-        "2",
-        "--rounds",
-        "1",
-        "--grid",
-        "cts=0.1",
-        "--grid",
-        "reptile=0.5,1",
-        "--test-steps",
-        "2",
-        "--out",
-        str(tmp_path),
-    ]
-    assert tune.main(arguments) == 0
+    small = ["--suite", "tiny", "--horizon", "2", "--rounds", "1", "--test-steps", "2"]
+    assert tune.main([*small, "--grid", "cts=0.1", "--grid", "reptile=0.5,1", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "tune.json").read_text())
     assert set(results["mean"]) == {"cts@0.1", "reptile@0.5", "reptile@1", "scratch"}
     assert all(set(by_task) == {"stripes", "dots", "waves"} for by_task in results["accuracy"].values())

@@ -4,17 +4,18 @@ import sys
 import time
 from typing import Any
 
+LINES = 10  # about so many in all where there is no terminal
+
 
 class Progress:
     """A context manager that counts to `total` from `done`; `advance` adds one and shows a note and the speed.
 
-    Where standard error is no terminal it prints about ten lines in all.
+    tqdm draws the bar, at its own intervals. Where standard error is no terminal, plain lines go to standard output.
     """
 
     def __init__(self, title: str, total: int, done: int = 0, unit: str = "step"):
         self.title, self.total, self.done, self.unit = title, total, done, unit
         self.first, self.started = done, time.monotonic()
-        self.every = max(1, total // 10)
         self.bar: Any = None
 
     def __enter__(self) -> "Progress":
@@ -34,7 +35,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update()
-        elif self.done % self.every == 0 or self.done == self.total:
+        elif self.done % max(1, self.total // LINES) == 0 or self.done == self.total:
             speed = (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
             note = note and f"{note}, "
             print(f"{self.title}: {self.done}/{self.total} {self.unit}s, {note}{speed:.2f} {self.unit}s/s", flush=True)
