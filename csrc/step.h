@@ -1,34 +1,24 @@
 // Continual trajectory shifting (Shin et al., ICML 2021, Algorithm 2): the update rule, once, for host and device code.
 //
 // Every coordinate stands alone. A kernel loads theta, v and g of T tasks and phi at one coordinate, calls the four
-// functions below in their order, and stores; how it walks over memory is its own affair.
+// functions in their order, and stores; how it walks over memory is its own affair.
 //
-//     for every task t with a gradient:  inner_step(theta_t, v_t, g_t)      theta_t <- theta_t - lr u_t
-//     sum = (theta_0 - phi) + (theta_1 - phi) + ...                         in the tasks' order, so that runs are
-//     bit-equal delta = meta_update(phi, sum)                                         phi <- phi + meta_lr (mean_t
-//     theta_t - phi) for every task:  shift(theta_t, delta), or theta_t <- phi at a reset
+//     for every task t with a gradient:
+//         inner_step(theta_t, v_t, g_t)                    theta_t <- theta_t - lr u_t
+//     sum = (theta_0 - phi) + (theta_1 - phi) + ...        in the tasks' order, so that runs are bit-equal
+//     delta = meta_update(phi, sum)                        phi <- phi + meta_lr (mean_t theta_t - phi)
+//     for every task:
+//         shift(theta_t, delta)                            or theta_t <- phi at a reset
 //
-// V is what one coordinate is held in: float or double, or a SIMD vector of them (csrc/cpu/vec.h). C is the scalar in it:
-// double for float64 parameters, else float. `fused(a, b, c)` is a * b + c rounded once where the machine can;
-// torch.optim.SGD rounds at the same places. Compile with -ffp-contract=off (nvcc: -fmad=false), so that nothing else
-// is fused.
+// V is what one coordinate is held in: float or double, or a SIMD vector of them (csrc/cpu/vec.h). C is the scalar in
+// it: double for float64 parameters, else float. `fused(a, b, c)` is a * b + c rounded once where the machine can;
+// torch.optim.SGD rounds at the same places.
 #pragma once
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define CTS_HD __host__ __device__ __forceinline__
-#define CTS_UNROLL _Pragma("unroll")
-#else
-#define CTS_HD inline __attribute__((always_inline))
-#define CTS_UNROLL _Pragma("GCC unroll 16")
-#endif
-
-// Code compiled once for each instruction set lives in a namespace of its own, or the linker would keep one of the
-// copies for all.
-#ifndef CTS_ISA
-#define CTS_ISA common
-#endif
+#include "host_device.h"
+#include "rules/sgd.h"
 
 namespace cts {
 
@@ -40,21 +30,15 @@ struct Segment {
   int32_t first;
 };
 
-// The buffers of one `Flat` (cts_fast/engine/layout.py) and where its tensors lie. Rows are `stride` elements apart, segments
-// are padded with zeros to 128 bytes. phi: [S] of C, null for heads. theta, momentum: [rows, S] of the parameters'
-// dtype. master: [rows, S] of float for bfloat16 and float16, else null.
+// The buffers of one `Flat` (cts_fast/engine/layout.py) and where its tensors lie. Rows are `stride` elements apart,
+// segments are padded with zeros to 128 bytes. phi: [S] of C, null for heads. theta, momentum: [rows, S] of the
+// parameters' dtype. master: [rows, S] of float for bfloat16 and float16, else null.
 struct Flat {
   void *phi, *theta, *momentum, *master;
   int64_t stride;
   int32_t rows;
   int32_t num_segments;
   const Segment* segments;
-};
-
-// Hyper-parameters of one param group as the user gave them.
-struct Group {
-  double lr, momentum, dampening, weight_decay, meta_lr, shift;
-  bool nesterov, maximize;
 };
 
 // What a step does besides the inner step. gradients, started, nonfinite: one entry for each row of each segment,
@@ -64,37 +48,21 @@ struct Step {
   const void* const* gradients;
   const uint8_t* started;
   uint8_t* nonfinite;
-  const Group* groups;
+  const SgdGroup* groups;
   double inverse_scale;
   bool meta_update, reset, reset_momentum;
 };
 
 inline namespace CTS_ISA {
 
-CTS_HD float fused(float a, float b, float c) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-CTS_HD double fused(double a, double b, double c) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return __builtin_fma(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
 // A group's numbers in the type that they are used in, for one kernel over T tasks.
 template <class C> struct Rule {
-  C descent, momentum, gain, weight_decay, rate, shift,
-      scale;  // -lr, mu, 1 - dampening, lambda, meta_lr / T, and g's factor
+  // -lr, mu, 1 - dampening, lambda, meta_lr / T, shift, and g's factor
+  C descent, momentum, gain, weight_decay, rate, shift, scale;
   bool has_momentum, has_weight_decay, nesterov, scaled, maximize, meta_update, reset, reset_momentum;
 };
 
-template <class C> CTS_HD Rule<C> make_rule(const Group& h, const Step& step, int32_t tasks, bool shared) {
+template <class C> CTS_HD Rule<C> make_rule(const SgdGroup& h, const Step& step, int32_t tasks, bool shared) {
   Rule<C> r;
   r.descent = C(-h.lr), r.momentum = C(h.momentum), r.gain = C(1 - h.dampening), r.weight_decay = C(h.weight_decay);
   r.rate = C(h.meta_lr / tasks), r.shift = C(h.shift), r.scale = C(step.inverse_scale);
@@ -107,19 +75,6 @@ template <class C> CTS_HD Rule<C> make_rule(const Group& h, const Step& step, in
 
 // The gradient as the step sees it, before maximize: unscaled. Its finiteness is what `Step::nonfinite` reports.
 template <class V, class C> CTS_HD V unscaled(V g, const Rule<C>& r) { return r.scaled ? g * V(r.scale) : g; }
-
-// theta <- theta - lr u, v <- mu v + (1 - dampening) d, with d = +-g + lambda theta, u = v (Nesterov: d + mu v; no
-// momentum: d). started: v has taken a gradient before; the first one enters undamped.
-template <class V, class C> CTS_HD void inner_step(V& theta, V& v, V g, bool started, const Rule<C>& r) {
-  V d = r.maximize ? -g : g;
-  if (r.has_weight_decay) d = fused(V(r.weight_decay), theta, d);
-  V u = d;
-  if (r.has_momentum) {
-    v = started ? fused(V(r.gain), d, V(r.momentum) * v) : d;
-    u = r.nesterov ? fused(V(r.momentum), v, d) : v;
-  }
-  theta = fused(V(r.descent), u, theta);
-}
 
 // phi <- phi + delta, delta = meta_lr / T sum; returns delta. sum: of theta_t - phi over the tasks.
 template <class V, class C> CTS_HD V meta_update(V& phi, V sum, const Rule<C>& r) {

@@ -11,39 +11,39 @@
 
 namespace cts {
 
-// One of each for every instruction set that csrc/cpu/shifting_step.cpp and csrc/cpu/passes.cpp are compiled for.
+// One of each for every instruction set that csrc/cpu/shifting_step.cpp and csrc/cpu/method_ops.cpp are compiled for.
 namespace plain {
 Kernel kernel(DType);
-Passes passes(DType);
+MethodOps method_ops(DType);
 }  // namespace plain
 namespace avx2 {
 Kernel kernel(DType);
-Passes passes(DType);
+MethodOps method_ops(DType);
 }  // namespace avx2
 namespace avx512 {
 Kernel kernel(DType);
-Passes passes(DType);
+MethodOps method_ops(DType);
 }  // namespace avx512
 
 namespace {
 
 constexpr size_t kTileBytes = 48 << 10;  // of all rows of a tile, about; twice that where they are stepped in turn
-constexpr size_t kRunBytes =
-    2 << 10;  // of one row of a tile, at least, a long run for DRAM, or twice that; tiles are whole multiples of it
+// Of one row of a tile, at least, a long run for DRAM, or twice that; tiles are whole multiples of it.
+constexpr size_t kRunBytes = 2 << 10;
 constexpr size_t kThreadBytes = 1 << 16;  // less than that is not worth another thread
 
 size_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // The code of one instruction set. Raises std::invalid_argument if it cannot run here.
-std::pair<Kernel, Passes> code_for(const std::string& isa, DType dtype) {
+std::pair<Kernel, MethodOps> code_for(const std::string& isa, DType dtype) {
   const auto names = instruction_sets();
   if (std::find(names.begin(), names.end(), isa) == names.end())
     throw std::invalid_argument("instruction set '" + isa + "' is not available on this machine");
 #ifdef CTS_X86
-  if (isa == "avx512") return {avx512::kernel(dtype), avx512::passes(dtype)};
-  if (isa == "avx2") return {avx2::kernel(dtype), avx2::passes(dtype)};
+  if (isa == "avx512") return {avx512::kernel(dtype), avx512::method_ops(dtype)};
+  if (isa == "avx2") return {avx2::kernel(dtype), avx2::method_ops(dtype)};
 #endif
-  return {plain::kernel(dtype), plain::passes(dtype)};
+  return {plain::kernel(dtype), plain::method_ops(dtype)};
 }
 
 // libgomp's entry for `#pragma omp parallel`; LLVM's and Intel's runtimes export it too.
@@ -121,7 +121,7 @@ bool Queue::take(Range& range, bool steals) {
 
 Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment>> segments, const std::string& isa)
     : flats_(std::move(flats)), segments_(std::move(segments)) {
-  std::tie(kernel_, passes_) = code_for(isa, dtype);
+  std::tie(kernel_, method_ops_) = code_for(isa, dtype);
   const size_t size = size_of(dtype);
   const auto cut = [&](size_t f, size_t s, int64_t length, Tiles& into) {
     const int64_t numel = segments_[f][s].numel;
@@ -132,7 +132,7 @@ Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment
     flats_[f].segments = segments_[f].data();
     flats_[f].num_segments = int32_t(segments_[f].size());
     const size_t column_bytes = (3 * size + (flats_[f].master ? sizeof(float) : 0)) * size_t(flats_[f].rows);
-    const size_t longer = kernel_.together(flats_[f].rows) ? 1 : 2, run = longer * kRunBytes / size;
+    const size_t longer = kernel_.fits_registers(flats_[f].rows) ? 1 : 2, run = longer * kRunBytes / size;
     const int64_t length =
         std::min(kTileElements, int64_t(std::max<size_t>(1, longer * kTileBytes / column_bytes / run) * run));
     for (size_t s = 0; s < segments_[f].size(); ++s) {
@@ -148,12 +148,13 @@ int Plan::team_for(int threads, size_t pieces) const {
       {size_t(std::max(threads, 1)), std::max<size_t>(1, bytes_ / kThreadBytes), std::max<size_t>(1, pieces)}));
 }
 
-double Plan::step(const Step& step, const Leap* leap, bool measures, int threads) const {
+double Plan::step(const Step& step, const PathSum* path, bool measure_phi, int threads) const {
   threads = team_for(threads, tiles_.list.size());
   Queue queue(tiles_, threads);
-  std::vector<double> moved(measures ? tiles_.list.size() : 0);
+  std::vector<double> moved(measure_phi ? tiles_.list.size() : 0);
   run_on_all(threads, [&] {
-    kernel_.step(flats_.data(), tiles_.list.data(), queue, step, passes_, leap, measures ? moved.data() : nullptr);
+    kernel_.step(flats_.data(), tiles_.list.data(), queue, step, method_ops_, path,
+                 measure_phi ? moved.data() : nullptr);
   });
   return std::accumulate(moved.begin(), moved.end(), 0.0);  // in one order, whoever computed them
 }
@@ -172,20 +173,20 @@ template <class Body> void Plan::over_spans(int threads, Body body) const {
 
 void Plan::add_gradients(const void* const* gradients, void* target, double weight, int threads) const {
   over_spans(threads, [&](int64_t, const Tile& span, const Tile*) {
-    passes_.add_gradients(flats_[0], span, gradients, target, weight);
+    method_ops_.add_gradients(flats_[0], span, gradients, target, weight);
   });
 }
 
 void Plan::end_round(const RoundEnd& end, int threads) const {
   over_spans(threads,
-             [&](int64_t, const Tile& span, const Tile* next) { passes_.end_round(flats_[0], span, next, end); });
+             [&](int64_t, const Tile& span, const Tile* next) { method_ops_.end_round(flats_[0], span, next, end); });
 }
 
 std::vector<double> Plan::squared_distances(const void* rows, int64_t stride, int threads) const {
   const size_t tasks = size_t(flats_[0].rows);
   std::vector<double> parts(spans_.list.size() * tasks), result(tasks);
   over_spans(threads, [&](int64_t i, const Tile& span, const Tile*) {
-    passes_.squared_distances(flats_[0], span, rows, stride, &parts[size_t(i) * tasks]);
+    method_ops_.squared_distances(flats_[0], span, rows, stride, &parts[size_t(i) * tasks]);
   });
   for (size_t i = 0; i < parts.size(); ++i) result[i % tasks] += parts[i];
   return result;
@@ -195,7 +196,7 @@ void Plan::add_signs(uint64_t key, uint64_t first, double scale, int threads) co
   std::vector<uint64_t> of_segment;
   for (const Segment& segment : segments_[0]) of_segment.push_back(first), first += uint64_t(segment.numel + 63) / 64;
   over_spans(threads, [&](int64_t, const Tile& span, const Tile*) {
-    passes_.add_signs(flats_[0], span, key, of_segment[size_t(span.segment)], scale);
+    method_ops_.add_signs(flats_[0], span, key, of_segment[size_t(span.segment)], scale);
   });
 }
 

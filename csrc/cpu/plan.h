@@ -19,8 +19,8 @@ struct Tile {
 };
 
 constexpr int64_t kTileElements = 4096;  // of one row of a tile, at most
-constexpr int64_t kSpanElements =
-    1024;  // of one row of a tile of the methods' passes: about a page, and many rows of it fit into the second cache
+// Of one row of a span, a tile for the methods' work: about a page, and many rows of it fit into the second cache.
+constexpr int64_t kSpanElements = 1024;
 
 // Tiles in the order in which memory is visited, and how many numbers they hold up to and with each.
 struct Tiles {
@@ -54,15 +54,15 @@ class Queue {
   Share shares_[kShares];
 };
 
-// Leap's part of a step. total [S]; theta, gradient: [rows, S], `stride` apart: the last point of each path. The
-// segment that ends at this point has a weight and a change of loss for every row; null if none does. Then the point is
-// kept, if asked, and its gradients times scale.
-struct Leap {
+// A sum along the tasks' paths, which a step continues before it moves. total [S]; theta, gradient: [rows, S], `stride`
+// apart: the last point of each path. The segment that ends at this point has a weight and a change of loss for every
+// row; null if none does. Then the point is kept, if asked, and its gradients times scale.
+struct PathSum {
   void *total, *theta, *gradient;
   int64_t stride;
-  const double *weights, *changes;
+  const double *weights, *loss_changes;
   double scale;
-  bool keeps;
+  bool keep_point;
 };
 
 // The end of a round: phi -= rates[group] * (total + weight * sum over the rows of gradients) and total <- 0, as far as
@@ -75,25 +75,26 @@ struct RoundEnd {
   bool momentum;
 };
 
-// What methods do with a part of a flat that has a phi; Plan has the same for all of it, leap as a part of the step.
-struct Passes {
+// What methods do with a part of a flat that has a phi; Plan has the same for all of it, the path as a part of the
+// step.
+struct MethodOps {
   void (*add_gradients)(const Flat& flat, const Tile& span, const void* const* gradients, void* target, double weight);
-  void (*end_round)(const Flat& flat, const Tile& span, const Tile* next,
-                    const RoundEnd& end);  // next: fetched meanwhile, or null
+  // next: fetched meanwhile, or null
+  void (*end_round)(const Flat& flat, const Tile& span, const Tile* next, const RoundEnd& end);
   void (*squared_distances)(const Flat& flat, const Tile& span, const void* rows, int64_t stride, double* result);
-  void (*leap)(const Flat& flat, const Tile& tile, const void* const* gradients, const Leap& leap);
-  void (*add_signs)(const Flat& flat, const Tile& span, uint64_t key, uint64_t first,
-                    double scale);  // first: word of the span's segment
+  void (*extend_path)(const Flat& flat, const Tile& tile, const void* const* gradients, const PathSum& path);
+  // first: word of the span's segment
+  void (*add_signs)(const Flat& flat, const Tile& span, uint64_t key, uint64_t first, double scale);
 };
 
-// Steps tiles until the queue is empty, those of a flat that has a phi after Leap's part if there is one; every thread
-// of a team runs it. moved: where each tile leaves the sum of the squares of what phi moves by there; null: not asked
-// for.
+// Steps tiles until the queue is empty, those of a flat that has a phi after the path's sum if there is one; every
+// thread of a team runs it. moved: where each tile leaves the sum of the squares of what phi moves by there; null: not
+// asked for.
 struct Kernel {
-  void (*step)(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const Passes& passes,
-               const Leap* leap, double* moved);
-  bool (*together)(int32_t rows);  // whether so many rows are stepped together in the usual kinds of step, in
-                                   // registers; else in turn
+  void (*step)(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const MethodOps& method_ops,
+               const PathSum* path, double* moved);
+  // Whether so many rows are stepped together in the usual kinds of step, in registers; else in turn.
+  bool (*fits_registers)(int32_t rows);
 };
 
 // Instruction sets that this module holds and this machine has, the widest first: of "avx512", "avx2", "plain".
@@ -105,9 +106,9 @@ class Plan {
   // segments[f] belongs to flats[f]; flats[f].segments is set here. isa: one of instruction_sets().
   Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment>> segments, const std::string& isa);
 
-  // One step in place, with Leap's part before it if there is one; returns, if it measures, the square of the way that
-  // phi moves. At most `threads` threads; the result does not depend on how many.
-  double step(const Step& step, const Leap* leap, bool measures, int threads) const;
+  // One step in place, after the path's sum if there is one; returns, if measure_phi, the square of the way that phi
+  // moves. At most `threads` threads; the result does not depend on how many.
+  double step(const Step& step, const PathSum* path, bool measure_phi, int threads) const;
 
   // The rest is about the first flat, which has a phi. Buffers of the methods are laid out as phi, [S], or as theta,
   // [rows, S] with rows `stride` apart, and are of phi's type.
@@ -133,10 +134,10 @@ class Plan {
 
   std::vector<Flat> flats_;
   std::vector<std::vector<Segment>> segments_;
-  Tiles tiles_, spans_;  // of all flats, for the step; of the first, for the methods' passes
+  Tiles tiles_, spans_;  // of all flats, for the step; of the first, for the methods' work
   size_t bytes_ = 0;
   Kernel kernel_;
-  Passes passes_;
+  MethodOps method_ops_;
 };
 
 // Runs body(data) once on each of up to `threads` threads and waits for all of them; they call themselves 0, 1, … in

@@ -1,4 +1,4 @@
-// The step's kernel: applies the rule of shifting_step.h to all rows of a tile, vector by vector.
+// The step's kernel: applies the rule of step.h to all rows of a tile, vector by vector.
 //
 // Compiled once for each instruction set (-DCTS_ISA=avx512 | avx2 | plain); csrc/cpu/plan.cpp takes one at run time.
 #include "step.h"
@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cpu/ahead.h"
+#include "cpu/prefetch.h"
 #include "cpu/vec.h"
 
 namespace cts {
@@ -131,7 +131,7 @@ CTS_HD Vec<C> step_vector(const Rows<G, S, C>& rows, C* phi, C* sums, int64_t co
 // here, behind the call that is not inlined, so that the compiler sees the kind's constants.
 template <int G, bool all, Kind kind, class S, class C>
 __attribute__((noinline)) double step_rows(const Flat& flat, const Tile& tile, int32_t first_row, const Step& step,
-                                           const Rule<C>& general, C* phi, C* sums, Ahead<S, C>& ahead) {
+                                           const Rule<C>& general, C* phi, C* sums, Prefetcher<S, C>& prefetcher) {
   constexpr int64_t N = Vec<C>::size, line = kLine / int64_t(sizeof(S));
   const Rule<Vec<C>> rule = broadcast<kind>(general);
   const Segment& segment = flat.segments[tile.segment];
@@ -145,16 +145,16 @@ __attribute__((noinline)) double step_rows(const Flat& flat, const Tile& tile, i
     rows.nonfinite[i] = step.nonfinite ? step.nonfinite + entry : nullptr;
   }
   int64_t streams = 0;
-  for (int i = 0; i < G; ++i) streams += ahead.streams(rows.g[i], rule.has_momentum);
+  for (int i = 0; i < G; ++i) streams += prefetcher.streams(rows.g[i], rule.has_momentum);
   const int64_t n = tile.end - tile.begin;
   int64_t column = 0;
   Vec<C> squares{};
   for (; column + line <= n; column += line) {
-    ahead.allow(streams);
+    prefetcher.allow(streams);
     for (int64_t i = column; i < column + line; i += N)
       squares = squares + step_vector<G, all, kind, true>(rows, phi, sums, i, N, rule);
   }
-  if (column < n) ahead.allow(streams);
+  if (column < n) prefetcher.allow(streams);
   for (; column + N <= n; column += N)
     squares = squares + step_vector<G, all, kind, true>(rows, phi, sums, column, N, rule);
   if (column < n) squares = squares + step_vector<G, all, kind, false>(rows, phi, sums, column, n - column, rule);
@@ -164,14 +164,14 @@ __attribute__((noinline)) double step_rows(const Flat& flat, const Tile& tile, i
 // A tile whose rows fit into registers.
 template <Kind kind, int G = 1, class S, class C>
 double step_together(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule, C* phi,
-                     Ahead<S, C>& ahead) {
+                     Prefetcher<S, C>& prefetcher) {
   if constexpr (G < kTogether)
-    if (flat.rows > G) return step_together < kind, G<8 ? G + 1 : 2 * G>(flat, tile, step, rule, phi, ahead);
-  return step_rows<G, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), ahead);
+    if (flat.rows > G) return step_together < kind, G<8 ? G + 1 : 2 * G>(flat, tile, step, rule, phi, prefetcher);
+  return step_rows<G, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), prefetcher);
 }
 
-template <class S, class C> bool fits_together(int32_t rows) {
-  return !Ahead<S, C>::has_master && (rows <= std::min(kTogether, 8) || rows == kTogether);
+template <class S, class C> bool fits_registers(int32_t rows) {
+  return !Prefetcher<S, C>::has_master && (rows <= std::min(kTogether, 8) || rows == kTogether);
 }
 
 // The second visit to G rows of a tile: theta' + shift delta with the deltas given, or, at a reset, the values
@@ -197,7 +197,7 @@ CTS_HD void shift_rows(const Flat& flat, const Tile& tile, int32_t first_row, co
 // the shift and the reset, with theta' in the second cache still, unless rows are very many.
 template <Kind kind, class S, class C>
 double step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& general, C* phi,
-                    Ahead<S, C>& ahead) {
+                    Prefetcher<S, C>& prefetcher) {
   using V = Vec<C>;
   const Rule<V> rule = broadcast<kind>(general);
   constexpr int64_t N = V::size;
@@ -206,10 +206,10 @@ double step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const 
   if (rule.meta_update) memset(sums, 0, size_t(n + N) * sizeof(C));
   int32_t t = 0;
   constexpr int side = kInTurn ? 2 : 8;  // rows that share their visits to sums and phi
-  if constexpr (kind != Kind::any && !Ahead<S, C>::has_master && !(kInTurn && kind == Kind::inner))
+  if constexpr (kind != Kind::any && !Prefetcher<S, C>::has_master && !(kInTurn && kind == Kind::inner))
     for (; t + side <= flat.rows; t += side)
-      step_rows<side, false, kind>(flat, tile, t, step, general, phi, sums, ahead);
-  for (; t < flat.rows; ++t) step_rows<1, false, kind>(flat, tile, t, step, general, phi, sums, ahead);
+      step_rows<side, false, kind>(flat, tile, t, step, general, phi, sums, prefetcher);
+  for (; t < flat.rows; ++t) step_rows<1, false, kind>(flat, tile, t, step, general, phi, sums, prefetcher);
   if (!rule.meta_update && !rule.reset) return 0;
 
   V squares{};
@@ -228,36 +228,37 @@ double step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const 
 }
 
 template <Kind kind, class S, class C>
-double step_tile(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule, Ahead<S, C>& ahead) {
+double step_tile(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule,
+                 Prefetcher<S, C>& prefetcher) {
   C* const phi = flat.phi ? static_cast<C*>(flat.phi) + flat.segments[tile.segment].offset + tile.begin : nullptr;
-  if (phi && Ahead<S, C>::visits_phi(step)) ahead.allow(ahead.lines(tile));
-  if constexpr (kind != Kind::any && !Ahead<S, C>::has_master)
-    if (fits_together<S, C>(flat.rows)) return step_together<kind>(flat, tile, step, rule, phi, ahead);
-  return step_in_turn<kind>(flat, tile, step, rule, phi, ahead);
+  if (phi && Prefetcher<S, C>::visits_phi(step)) prefetcher.allow(prefetcher.lines(tile));
+  if constexpr (kind != Kind::any && !Prefetcher<S, C>::has_master)
+    if (fits_registers<S, C>(flat.rows)) return step_together<kind>(flat, tile, step, rule, phi, prefetcher);
+  return step_in_turn<kind>(flat, tile, step, rule, phi, prefetcher);
 }
 
 template <class S, class C>
-void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const Passes& passes,
-                const Leap* leap, double* moved) {
-  Ahead<S, C> ahead(flats, tiles, queue, step);
-  while (const Tile* tile = ahead.follow()) {
+void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const MethodOps& method_ops,
+                const PathSum* path, double* moved) {
+  Prefetcher<S, C> prefetcher(flats, tiles, queue, step);
+  while (const Tile* tile = prefetcher.follow()) {
     const Flat& flat = flats[tile->flat];
     const Segment& segment = flat.segments[tile->segment];
     const Rule<C> rule = make_rule<C>(step.groups[segment.group], step, flat.rows, flat.phi != nullptr);
-    if (leap && flat.phi) passes.leap(flat, *tile, step.gradients, *leap);
+    if (path && flat.phi) method_ops.extend_path(flat, *tile, step.gradients, *path);
     double squares = 0;
     switch (kind_of(rule, step, segment, flat.rows)) {
       case Kind::inner:
-        squares = step_tile<Kind::inner>(flat, *tile, step, rule, ahead);
+        squares = step_tile<Kind::inner>(flat, *tile, step, rule, prefetcher);
         break;
       case Kind::meta:
-        squares = step_tile<Kind::meta>(flat, *tile, step, rule, ahead);
+        squares = step_tile<Kind::meta>(flat, *tile, step, rule, prefetcher);
         break;
       case Kind::reset:
-        squares = step_tile<Kind::reset>(flat, *tile, step, rule, ahead);
+        squares = step_tile<Kind::reset>(flat, *tile, step, rule, prefetcher);
         break;
       case Kind::any:
-        squares = step_tile<Kind::any>(flat, *tile, step, rule, ahead);
+        squares = step_tile<Kind::any>(flat, *tile, step, rule, prefetcher);
         break;
     }
     if (moved) moved[tile - tiles] = squares;
@@ -269,13 +270,13 @@ void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& 
 Kernel kernel(DType dtype) {
   switch (dtype) {
     case DType::float64:
-      return {step_tiles<double, double>, fits_together<double, double>};
+      return {step_tiles<double, double>, fits_registers<double, double>};
     case DType::bfloat16:
-      return {step_tiles<BFloat16, float>, fits_together<BFloat16, float>};
+      return {step_tiles<BFloat16, float>, fits_registers<BFloat16, float>};
     case DType::float16:
-      return {step_tiles<Half, float>, fits_together<Half, float>};
+      return {step_tiles<Half, float>, fits_registers<Half, float>};
     default:
-      return {step_tiles<float, float>, fits_together<float, float>};
+      return {step_tiles<float, float>, fits_registers<float, float>};
   }
 }
 

@@ -10,119 +10,20 @@
 // tile whose gradients are not aligned goes column by column.
 //
 // Compiled once for each dtype, -DCTS_DTYPE=float32 and so on.
-#ifndef CTS_HOST_SHIM
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
-
-// Stores in assembly, because the compiler would split some of them. streams: what is stored leaves the caches first.
-__device__ __forceinline__ void store_raw(uint4* to, uint4 x, bool streams) {
-  asm volatile(
-      "{\n .reg .pred s;\n setp.ne.s32 s, %5, 0;\n @s st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};\n"
-      " @!s st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(__cvta_generic_to_global(to)),
-      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(int(streams))
-      : "memory");
-}
-__device__ __forceinline__ void store_raw(uint2* to, uint2 x, bool streams) {
-  asm volatile(
-      "{\n .reg .pred s;\n setp.ne.s32 s, %3, 0;\n @s st.global.cs.v2.u32 [%0], {%1, %2};\n @!s st.global.v2.u32 [%0], "
-      "{%1, %2};\n}" ::"l"(__cvta_generic_to_global(to)),
-      "r"(x.x), "r"(x.y), "r"(int(streams))
-      : "memory");
-}
-template <class T> __device__ __forceinline__ void store_raw(T* to, T x, bool) { *to = x; }
-
-// atomicAdd that comes after all that this thread, and those it has met at a barrier, have read.
-__device__ __forceinline__ unsigned add_after_reads(unsigned* at, unsigned more) {
-  unsigned before;
-  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(__cvta_generic_to_global(at)), "r"(more)
-               : "memory");
-  return before;
-}
-#endif
-
-#include "cuda/launch.h"
-
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "cuda/launch.h"
+#include "cuda/memory.h"
+
 namespace cts {
-
-template <class C, class P> __device__ __forceinline__ C widen(P x) { return x; }
-template <> __device__ __forceinline__ float widen<float>(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <> __device__ __forceinline__ float widen<float>(__half x) { return __half2float(x); }
-
-template <class P> struct Narrow;  // ties to even
-template <> struct Narrow<float> {
-  static __device__ __forceinline__ float of(float x) { return x; }
-};
-template <> struct Narrow<double> {
-  static __device__ __forceinline__ double of(double x) { return x; }
-};
-template <> struct Narrow<__nv_bfloat16> {
-  static __device__ __forceinline__ __nv_bfloat16 of(float x) { return __float2bfloat16_rn(x); }
-};
-template <> struct Narrow<__half> {
-  static __device__ __forceinline__ __half of(float x) { return __float2half_rn(x); }
-};
-
 namespace {
 
 // Tasks of a thread whose numbers are in flight at a time. More of them cost registers, and so blocks on a
 // multiprocessor: on an H100, 1 and 2 with 6 and 5 blocks took equally long, 4 with 4 blocks longer.
 template <class P, bool SLICED> constexpr int LOADED = SLICED && sizeof(P) == 8 ? 1 : 2;
-
-template <class P> struct Work {
-  using type = float;
-};
-template <> struct Work<double> {
-  using type = double;
-};
-
-template <int BYTES> struct Raw;
-template <> struct Raw<16> {
-  using type = uint4;
-};
-template <> struct Raw<8> {
-  using type = uint2;
-};
-template <> struct Raw<4> {
-  using type = unsigned;
-};
-template <> struct Raw<2> {
-  using type = unsigned short;
-};
-
-// W numbers in one access; `from` and `to` are aligned to all of them.
-template <int W, class P> __device__ __forceinline__ void load(P (&out)[W], const P* from) {
-  auto raw = *reinterpret_cast<const typename Raw<W * sizeof(P)>::type*>(from);
-  memcpy(out, &raw, sizeof raw);
-}
-
-template <int W, class P> __device__ __forceinline__ void store(P* to, const P (&in)[W], bool streams) {
-  typename Raw<W * sizeof(P)>::type raw;
-  memcpy(&raw, in, sizeof raw);
-  store_raw(reinterpret_cast<decltype(raw)*>(to), raw, streams);
-}
-
-// A gradient: read once, so it may leave the caches first.
-template <int W, class P> __device__ __forceinline__ void load_once(P (&out)[W], const P* from) {
-  auto raw = __ldcs(reinterpret_cast<const typename Raw<W * sizeof(P)>::type*>(from));
-  memcpy(out, &raw, sizeof raw);
-}
-
-template <int W, class P, class C>
-__device__ __forceinline__ void narrow_and_store(P* to, const C (&in)[W], bool streams) {
-  P out[W];
-  CTS_UNROLL
-  for (int i = 0; i < W; ++i) out[i] = Narrow<P>::of(in[i]);
-  store(to, out, streams);
-}
 
 template <class P> struct Buffers {
   typename Work<P>::type* phi;  // null: heads
@@ -132,8 +33,8 @@ template <class P> struct Buffers {
 };
 
 // What a launch is given. `table` is the device's copy of the gradients' addresses, or null: `gradients` holds them.
-// wide: all gradients are aligned. dampened: some group's first gradients differ, so steps
-// read the flags. A slice of a block takes `share` of the tasks.
+// wide: all gradients are aligned. dampened: some group's first gradients differ, so steps read the flags. A slice of a
+// block takes `share` of the tasks.
 template <class P, int POINTERS, int GROUPS> struct Params {
   Buffers<P> shared, heads;
   const Tile* tiles;
@@ -143,8 +44,8 @@ template <class P, int POINTERS, int GROUPS> struct Params {
   int32_t tasks, share, count, shared_count;
   bool reset_momentum, wide, streams, dampened;
   Rule<typename Work<P>::type> rules[GROUPS];
-  uintptr_t lr[GROUPS],
-      meta_lr[GROUPS];  // where a tensor's value is: a float's address, or a double's plus one; 0: it is in the rule
+  // where a tensor's value is: a float's address, or a double's plus one; 0: it is in the rule
+  uintptr_t lr[GROUPS], meta_lr[GROUPS];
   const P* gradients[POINTERS];
 
   __device__ __forceinline__ const P* gradient(int i) const { return table != nullptr ? table[i] : gradients[i]; }
@@ -185,8 +86,8 @@ __device__ __forceinline__ void inner_steps(C (*theta)[W], const Launch& p, cons
     const bool present = LEAN || from[t] != nullptr;
     const bool started = LEAN || p.started == nullptr || rule.gain == 1 || p.started[first + t] != 0;
     CTS_UNROLL
-    for (int i = 0; i < W;
-         ++i) {  // low precision: the parameter counts where it is not its rounded master: the user wrote it
+    for (int i = 0; i < W; ++i) {
+      // low precision: the parameter counts where it is not its rounded master: the user wrote it
       if (sizeof(P) == sizeof(C) || widen<C>(Narrow<P>::of(theta[t][i])) != widen<C>(x[t][i]))
         theta[t][i] = widen<C>(x[t][i]);
       momentum[i] = 0;
@@ -451,7 +352,7 @@ void launch_kernel(const Launch& l, const Step& step, const Counting& counting) 
   p.tasks = l.shared.rows, p.share = shape.share, p.count = l.count, p.shared_count = l.shared_count;
   p.reset_momentum = step.reset_momentum, p.wide = are_aligned(l, step, 16 / sizeof(C) * sizeof(P));
   p.streams = l.streams,
-  p.dampened = std::any_of(step.groups, step.groups + l.num_groups, [](const Group& g) { return g.dampening != 0; });
+  p.dampened = std::any_of(step.groups, step.groups + l.num_groups, [](const SgdGroup& g) { return g.dampening != 0; });
   for (int i = 0; i < l.num_groups; ++i) {
     p.rules[i] = make_rule<C>(step.groups[i], step, l.shared.rows, true);
     p.lr[i] = l.lr[i], p.meta_lr[i] = l.meta_lr[i];
@@ -470,8 +371,9 @@ template <int N, bool SLICED> bool is_usual(const Launch& l, const Step& step, c
       counting.grad_scale != nullptr)
     return false;
   if (std::find(step.gradients, step.gradients + l.count, nullptr) != step.gradients + l.count) return false;
-  return std::all_of(step.groups, step.groups + l.num_groups,
-                     [&](const Group& g) { return g.momentum != 0 && !g.nesterov && !g.maximize && g.dampening == 0; });
+  return std::all_of(step.groups, step.groups + l.num_groups, [&](const SgdGroup& g) {
+    return g.momentum != 0 && !g.nesterov && !g.maximize && g.dampening == 0;
+  });
 }
 
 template <class P, int N, bool SLICED = false>

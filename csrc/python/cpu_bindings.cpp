@@ -1,5 +1,5 @@
-// The Python module cts_fast._cpu: raw addresses and numbers in, no logic. cts_fast/engine/backends/cpu.py and cts_fast/engine/gradients.py
-// use it.
+// The Python module cts_fast._cpu: raw addresses and numbers in, no logic. cts_fast/engine/backends/cpu.py and
+// cts_fast/engine/gradients.py use it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,26 +7,23 @@
 
 #include "cpu/plan.h"
 #include "python/gradients.h"
+#include "python/records.h"
 
 namespace py = pybind11;
 using namespace py::literals;
 
 namespace {
 
-template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+using cts::pointer;
 
-using FlatTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int32_t>;
 using SegmentTuple = std::tuple<int64_t, int64_t, int32_t, int32_t>;
-using LeapTuple =
+using PathTuple =
     std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, std::vector<double>, std::vector<double>, double, bool>;
-using GroupTuple = std::tuple<double, double, double, double, bool, bool, double, double>;
 
-cts::Plan make_plan(int dtype, const std::vector<FlatTuple>& flats,
+cts::Plan make_plan(int dtype, const std::vector<cts::FlatTuple>& flats,
                     const std::vector<std::vector<SegmentTuple>>& segments, const std::string& isa) {
   std::vector<cts::Flat> native;
-  for (auto [phi, theta, momentum, master, stride, rows] : flats)
-    native.push_back({pointer<void>(phi), pointer<void>(theta), pointer<void>(momentum), pointer<void>(master), stride,
-                      rows, 0, nullptr});
+  for (const auto& flat : flats) native.push_back(cts::unpacked(flat));
   std::vector<std::vector<cts::Segment>> places;
   for (const auto& of_flat : segments) {
     places.emplace_back();
@@ -36,33 +33,21 @@ cts::Plan make_plan(int dtype, const std::vector<FlatTuple>& flats,
 }
 
 double step(const cts::Plan& plan, uintptr_t gradients, uintptr_t started, uintptr_t nonfinite,
-            const std::vector<GroupTuple>& hyper, bool meta_update, bool reset, bool reset_momentum,
-            double inverse_scale, const std::optional<LeapTuple>& leap, bool measures, int threads) {
-  std::vector<cts::Group> groups;
-  for (auto [lr, momentum, dampening, weight_decay, nesterov, maximize, meta_lr, shift] : hyper)
-    groups.push_back({lr, momentum, dampening, weight_decay, meta_lr, shift, nesterov, maximize});
-  const cts::Step step{pointer<const void* const>(gradients),
-                       pointer<const uint8_t>(started),
-                       pointer<uint8_t>(nonfinite),
-                       groups.data(),
-                       inverse_scale,
-                       meta_update,
-                       reset,
-                       reset_momentum};
-  cts::Leap native;
-  if (leap) {
-    const auto& [total, theta, gradient, stride, weights, changes, scale, keeps] = *leap;
-    native = {pointer<void>(total),
-              pointer<void>(theta),
-              pointer<void>(gradient),
-              stride,
-              weights.empty() ? nullptr : weights.data(),
-              changes.data(),
-              scale,
-              keeps};
+            const std::vector<cts::GroupTuple>& hyper, bool meta_update, bool reset, bool reset_momentum,
+            double inverse_scale, const std::optional<PathTuple>& path, bool measure_phi, int threads) {
+  const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
+  const cts::Step step =
+      cts::step_of(gradients, started, nonfinite, groups, inverse_scale, meta_update, reset, reset_momentum);
+  cts::PathSum native{};
+  if (path) {
+    const auto& [total, theta, gradient, stride, weights, loss_changes, scale, keep_point] = *path;
+    native.total = pointer<void>(total), native.theta = pointer<void>(theta);
+    native.gradient = pointer<void>(gradient), native.stride = stride;
+    native.weights = weights.empty() ? nullptr : weights.data(), native.loss_changes = loss_changes.data();
+    native.scale = scale, native.keep_point = keep_point;
   }
   py::gil_scoped_release release;
-  return plan.step(step, leap ? &native : nullptr, measures, threads);
+  return plan.step(step, path ? &native : nullptr, measure_phi, threads);
 }
 
 void add_gradients(const cts::Plan& plan, uintptr_t gradients, uintptr_t target, double weight, int threads) {
@@ -91,21 +76,20 @@ void add_signs(const cts::Plan& plan, uint64_t key, uint64_t first, double scale
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The step on the CPU, and the addresses of gradients on any device.";
+  cts::add_attributes(m);
   m.def("instruction_sets", &cts::instruction_sets, "Instruction sets that can run here, the widest first.");
   m.def("share_openmp", &cts::share_openmp, "library"_a,
         "Use the OpenMP runtime that a loaded library is linked with; False if none.");
   py::class_<cts::Plan>(m, "Plan", "Buffers of one dtype, cut into tiles; the buffers must outlive it.")
       .def(py::init(&make_plan), "dtype"_a, "flats"_a, "segments"_a, "isa"_a,
            "dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. flats: (phi, theta, momentum, master, stride, rows), "
-           "addresses or 0. "
-           "segments: for each flat, (offset, numel, group, index of row 0's gradient).")
+           "addresses or 0. segments: for each flat, (offset, numel, group, index of row 0's gradient).")
       .def("step", &step, "gradients"_a, "started"_a, "nonfinite"_a, "hyper"_a, "meta_update"_a, "reset"_a,
-           "reset_momentum"_a, "inverse_scale"_a, "leap"_a, "measures"_a, "threads"_a,
-           "One step in place. The first three are addresses, the last two of them may be 0. leap: None, or for Leap's "
-           "part before the step "
-           "(total, theta, gradient, stride of the last two, weights, changes, scale, keeps): its sum takes in the "
-           "segment that ends here "
-           "(weights empty: none); then this point is kept. Returns |phi - phi before|^2 if it measures, else 0.")
+           "reset_momentum"_a, "inverse_scale"_a, "path"_a, "measure_phi"_a, "threads"_a,
+           "One step in place. The first three are addresses, the last two of them may be 0. path: None, or for a sum "
+           "along the tasks' paths that takes place before the step (total, theta, gradient, stride of the last two, "
+           "weights, loss changes, scale, whether to keep the point): the sum takes in the segment that ends here "
+           "(weights empty: none); then this point is kept. Returns |phi - phi before|^2 if measure_phi, else 0.")
       .def("add_gradients", &add_gradients, "gradients"_a, "target"_a, "weight"_a, "threads"_a,
            "target [S] += weight times the sum over the rows of their gradients.")
       .def("end_round", &end_round, "gradients"_a, "total"_a, "weight"_a, "rates"_a, "momentum"_a, "threads"_a,

@@ -3,67 +3,37 @@
 #include <pybind11/stl.h>
 
 #include "cuda/launch.h"
+#include "python/records.h"
 
 namespace py = pybind11;
 using namespace py::literals;
 
 namespace {
 
-template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+using cts::FlatTuple;
+using cts::pointer;
 
-using FlatTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int32_t>;
-using GroupTuple = std::tuple<double, double, double, double, bool, bool, double, double>;
 using CountingTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int32_t, bool>;
 
 // What stays the same from step to step.
 struct Plan {
-  cts::Launch launch;
+  cts::Launch launch{};
 
   Plan(int dtype, int device, FlatTuple shared, FlatTuple heads, uintptr_t tiles, int num_tiles, int count,
        int shared_count, bool streams) {
-    auto flat = [](FlatTuple f) {
-      auto [phi, theta, momentum, master, stride, rows] = f;
-      return cts::Flat{pointer<void>(phi),
-                       pointer<void>(theta),
-                       pointer<void>(momentum),
-                       pointer<void>(master),
-                       stride,
-                       rows,
-                       0,
-                       nullptr};
-    };
-    launch = {dtype,
-              device,
-              num_tiles,
-              0,
-              count,
-              shared_count,
-              flat(shared),
-              flat(heads),
-              pointer<cts::Tile>(tiles),
-              nullptr,
-              nullptr,
-              nullptr,
-              nullptr,
-              nullptr,
-              streams};
+    launch.dtype = dtype, launch.device = device, launch.num_tiles = num_tiles;
+    launch.count = count, launch.shared_count = shared_count;
+    launch.shared = cts::unpacked(shared), launch.heads = cts::unpacked(heads);
+    launch.tiles = pointer<cts::Tile>(tiles), launch.streams = streams;
   }
 
   void step(uintptr_t gradients, uintptr_t table, uintptr_t started, uintptr_t nonfinite,
-            const std::vector<GroupTuple>& hyper, const std::vector<uintptr_t>& lr,
+            const std::vector<cts::GroupTuple>& hyper, const std::vector<uintptr_t>& lr,
             const std::vector<uintptr_t>& meta_lr, bool meta_update, bool reset, bool reset_momentum,
             double inverse_scale, const CountingTuple& counting, uintptr_t stream) const {
-    std::vector<cts::Group> groups;
-    for (auto [rate, momentum, dampening, weight_decay, nesterov, maximize, meta_rate, shift] : hyper)
-      groups.push_back({rate, momentum, dampening, weight_decay, meta_rate, shift, nesterov, maximize});
-    const cts::Step step{pointer<const void* const>(gradients),
-                         pointer<const uint8_t>(started),
-                         pointer<uint8_t>(nonfinite),
-                         groups.data(),
-                         inverse_scale,
-                         meta_update,
-                         reset,
-                         reset_momentum};
+    const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
+    const cts::Step step =
+        cts::step_of(gradients, started, nonfinite, groups, inverse_scale, meta_update, reset, reset_momentum);
     auto [counters, ticket, found_inf, grad_scale, group_of, horizon, meta_interval, advances] = counting;
     const cts::Counting counts{pointer<int64_t>(counters),
                                pointer<unsigned>(ticket),
@@ -85,6 +55,7 @@ struct Plan {
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "The step on an NVIDIA GPU.";
+  cts::add_attributes(m);
 #ifdef CTS_HOST_SHIM
   m.attr("device_type") = "cpu";
 #else
@@ -107,12 +78,10 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init<int, int, FlatTuple, FlatTuple, uintptr_t, int, int, int, bool>(), "dtype"_a, "device"_a,
            "shared"_a, "heads"_a, "tiles"_a, "num_tiles"_a, "count"_a, "shared_count"_a, "streams"_a,
            "dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. shared, heads: (phi, theta, momentum, master, stride, "
-           "rows), addresses or 0. "
-           "streams: what is stored may leave the caches first.")
+           "rows), addresses or 0. streams: what is stored may leave the caches first.")
       .def("step", &Plan::step, "gradients"_a, "table"_a, "started"_a, "nonfinite"_a, "hyper"_a, "lr"_a, "meta_lr"_a,
            "meta_update"_a, "reset"_a, "reset_momentum"_a, "inverse_scale"_a, "counting"_a, "stream"_a,
            "Queue one step. gradients: address of the table in host memory; table: of its copy on the device, or 0. "
-           "lr, meta_lr: addresses "
-           "of tensors, or 0. counting: (counters, ticket, found_inf, grad_scale, groups, horizon, meta_interval, "
-           "advances), 0 for none.");
+           "lr, meta_lr: addresses of tensors, or 0. counting: (counters, ticket, found_inf, grad_scale, groups, "
+           "horizon, meta_interval, advances), 0 for none.");
 }

@@ -1,5 +1,5 @@
 // What methods do beside the step: sums of gradients, the end of a round, distances and signs over spans of whole
-// buffers, and Leap's part of a step over each of its tiles.
+// buffers, and the sum along the tasks' paths over each tile of a step.
 //
 // Compiled once for each instruction set, as csrc/cpu/shifting_step.cpp is.
 #include <algorithm>
@@ -58,7 +58,7 @@ template <class C, class Body, class... Next> CTS_HD void for_vectors(int64_t n,
   for_lines<C>(n, vectors, next...);
 }
 
-// Zeros where the last vector of n columns reaches into the padding: other passes read it, and 0 times a NaN or an
+// Zeros where the last vector of n columns reaches into the padding: other operations read it, and 0 times a NaN or an
 // infinity is none.
 template <class C> CTS_HD void clear_padding(C* values, int64_t n) {
   for (int64_t i = n; i % Vec<C>::size; ++i) values[i] = C(0);
@@ -196,32 +196,34 @@ void squared_distances(const Flat& flat, const Tile& span, const void* rows, int
   for (; t < flat.rows; ++t) row_distances<1>(a + t * flat.stride, flat.stride, b + t * stride, stride, n, result + t);
 }
 
-template <class S, class C> void leap(const Flat& flat, const Tile& tile, const void* const* gradients, const Leap& l) {
+template <class S, class C>
+void extend_path(const Flat& flat, const Tile& tile, const void* const* gradients, const PathSum& path) {
   using V = Vec<C>;
   const Segment& segment = flat.segments[tile.segment];
   const int64_t first = segment.offset + tile.begin, n = tile.end - tile.begin;
-  const V scale{C(l.scale)};
-  C* const total = static_cast<C*>(l.total) + first;
-  const bool ends = l.weights,
-             keeps = l.keeps;  // read here: every store below might change them, for all that the compiler knows
+  const V scale{C(path.scale)};
+  C* const total = static_cast<C*>(path.total) + first;
+  // read here: every store below might change them, for all that the compiler knows
+  const bool ends = path.weights, keep_point = path.keep_point;
   for (int32_t t = 0; t < flat.rows; ++t) {
     const C* theta = work_theta<C>(flat, first + t * flat.stride);
-    C *old_theta = static_cast<C*>(l.theta) + first + t * l.stride,
-      *old_g = static_cast<C*>(l.gradient) + first + t * l.stride;
+    C *old_theta = static_cast<C*>(path.theta) + first + t * path.stride,
+      *old_g = static_cast<C*>(path.gradient) + first + t * path.stride;
     const void* const* const g_of = gradients + segment.first;
     // the next row, or the first one of the next tile, which mostly lies behind this one
     const bool last = t + 1 == flat.rows;
-    const int64_t next = last ? n - t * l.stride : l.stride, next_theta = last ? n - t * flat.stride : flat.stride;
+    const int64_t next = last ? n - t * path.stride : path.stride,
+                  next_theta = last ? n - t * flat.stride : flat.stride;
     const S *g = static_cast<const S*>(g_of[t]), *next_g = static_cast<const S*>(g_of[last ? 0 : t + 1]);
     const S* coming = next_g ? next_g + (last ? tile.end : tile.begin) : reinterpret_cast<const S*>(theta);
-    const V weight{C(ends ? l.weights[t] : 0)}, slope{C(ends ? -l.weights[t] * l.changes[t] : 0)};
+    const V weight{C(ends ? path.weights[t] : 0)}, slope{C(ends ? -path.weights[t] * path.loss_changes[t] : 0)};
     for_vectors<C>(
         n,
         [&](int64_t i) {
           const V now = load(theta + i);
           if (ends)
             store(total + i, load(total + i) + (weight * (load(old_theta + i) - now) + slope * load(old_g + i)));
-          if (!keeps) return;
+          if (!keep_point) return;
           store(old_theta + i, now);
           store(old_g + i, g ? scale * load_gradient<C>(g + tile.begin, i, n) : V(C(0)));
         },
@@ -275,22 +277,22 @@ void add_signs(const Flat& flat, const Tile& span, uint64_t key, uint64_t first,
   for (; t < flat.rows; ++t) add_to_rows<1, S>(flat, at + t * flat.stride, n, shift);
 }
 
-template <class S, class C> constexpr Passes passes_of() {
-  return {add_gradients<S, C>, end_round<S, C>, squared_distances<C>, leap<S, C>, add_signs<S, C>};
+template <class S, class C> constexpr MethodOps method_ops_of() {
+  return {add_gradients<S, C>, end_round<S, C>, squared_distances<C>, extend_path<S, C>, add_signs<S, C>};
 }
 
 }  // namespace
 
-Passes passes(DType dtype) {
+MethodOps method_ops(DType dtype) {
   switch (dtype) {
     case DType::float64:
-      return passes_of<double, double>();
+      return method_ops_of<double, double>();
     case DType::bfloat16:
-      return passes_of<BFloat16, float>();
+      return method_ops_of<BFloat16, float>();
     case DType::float16:
-      return passes_of<Half, float>();
+      return method_ops_of<Half, float>();
     default:
-      return passes_of<float, float>();
+      return method_ops_of<float, float>();
   }
 }
 

@@ -25,11 +25,11 @@ constexpr int64_t kAhead = (kInTurn ? 24 : 144) << 10;
 
 // S: elements of theta, momentum and gradients; C: of phi and the master. Lines are counted in columns: as many as fill
 // a line with S.
-template <class S, class C> class Ahead {
+template <class S, class C> class Prefetcher {
  public:
   static constexpr bool has_master = sizeof(S) != sizeof(C);
 
-  Ahead(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step)
+  Prefetcher(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step)
       : flats_(flats), tiles_(tiles), queue_(queue), step_(step) {
     allow(kAhead / kLine);
   }

@@ -1,0 +1,73 @@
+// What Python hands to both native modules, packed as tuples, and what both tell of themselves.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "step.h"
+
+// setup.py says both; another build has neither.
+#ifndef CTS_BUILD
+#define CTS_BUILD unknown
+#define CTS_VERSION unknown
+#endif
+
+namespace cts {
+
+template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+// (phi, theta, momentum, master, stride, rows), addresses or 0.
+using FlatTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int32_t>;
+
+// Without its segments.
+inline Flat unpacked(const FlatTuple& packed) {
+  auto [phi, theta, momentum, master, stride, rows] = packed;
+  Flat flat{};
+  flat.phi = pointer<void>(phi), flat.theta = pointer<void>(theta);
+  flat.momentum = pointer<void>(momentum), flat.master = pointer<void>(master);
+  flat.stride = stride, flat.rows = rows;
+  return flat;
+}
+
+// One tuple for each param group, its fields in the order of SGD_FIELDS.
+template <class... T> std::tuple<T...> tuple_of(const std::tuple<Field<SgdGroup, T>...>&);
+using GroupTuple = decltype(tuple_of(SGD_FIELDS));
+
+inline std::vector<SgdGroup> unpacked(const std::vector<GroupTuple>& packed) {
+  const auto one = [](const auto&... values) {
+    SgdGroup group{};
+    std::apply([&](const auto&... fields) { ((group.*fields.member = values), ...); }, SGD_FIELDS);
+    return group;
+  };
+  std::vector<SgdGroup> groups;
+  for (const GroupTuple& values : packed) groups.push_back(std::apply(one, values));
+  return groups;
+}
+
+// gradients, started, nonfinite: addresses; the last two may be 0. groups must outlive it.
+inline Step step_of(uintptr_t gradients, uintptr_t started, uintptr_t nonfinite, const std::vector<SgdGroup>& groups,
+                    double inverse_scale, bool meta_update, bool reset, bool reset_momentum) {
+  Step step{};
+  step.gradients = pointer<const void* const>(gradients), step.started = pointer<const uint8_t>(started);
+  step.nonfinite = pointer<uint8_t>(nonfinite), step.groups = groups.data(), step.inverse_scale = inverse_scale;
+  step.meta_update = meta_update, step.reset = reset, step.reset_momentum = reset_momentum;
+  return step;
+}
+
+// What both modules show beside their functions.
+inline void add_attributes(pybind11::module_& m) {
+  const auto names = [](const auto&... fields) { return pybind11::make_tuple(fields.name...); };
+  m.attr("sgd_fields") = std::apply(names, SGD_FIELDS);
+#define CTS_TEXT_OF(x) #x
+#define CTS_TEXT(x) CTS_TEXT_OF(x)
+  m.attr("build") = CTS_TEXT(CTS_BUILD);
+  m.attr("version") = CTS_TEXT(CTS_VERSION);
+#undef CTS_TEXT
+#undef CTS_TEXT_OF
+}
+
+}  // namespace cts
