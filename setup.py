@@ -1,10 +1,11 @@
 """Builds the native modules `cts_fast._cpu` and `cts_fast._cuda` with ninja; neither needs torch to build or to link.
 
-The environment variable CTS_FAST_BUILD chooses: "auto" builds what this machine has compilers for and goes on without the rest,
-"cpu" and "cuda" (which holds "cpu") fail if they cannot be built, "none" builds nothing. CTS_FAST_CUDA_ARCHITECTURES="90" or "80 90" builds
-for those alone. CXX, CXXFLAGS, LDFLAGS, NVCC and MAX_JOBS are heeded.
+The environment variable CTS_FAST_BUILD chooses: "auto" builds what this machine has compilers for and goes on without
+the rest, "cpu" and "cuda" (which holds "cpu") fail if they cannot be built, "none" builds nothing.
+CTS_FAST_CUDA_ARCHITECTURES="90" or "80 90" builds for those alone. CXX, CXXFLAGS, LDFLAGS, NVCC and MAX_JOBS count too.
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -17,22 +18,36 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
 CSRC = Path("csrc")
-HEADERS = sorted(str(path) for path in CSRC.rglob("*.h"))
 MODES = ("auto", "cuda", "cpu", "none")
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra".split()
 LINK_FLAGS = ["-shared", "-s", "-pthread", "-ldl"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_LINK_FLAGS = ["-Xlinker=-s", "-Xlinker=--exclude-libs,ALL"]
+COMPILE = "-MMD -MF $out.d $flags -c $in -o $out".split()  # in ninja's words, the end of each compiler's command line
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISAS = {"plain": []}  # instruction set → flags; one object of the kernel for each, chosen at run time
+SOURCES = {  # module → its files by role
+    "_cpu": {
+        "kernels": ["cpu/shifting_step.cpp", "cpu/method_ops.cpp"],
+        "host": ["cpu/plan.cpp"],
+        "bindings": ["python/gradients.cpp", "python/cpu_bindings.cpp"],
+    },
+    "_cuda": {
+        "kernels": ["cuda/shifting_step.cu"],
+        "host": ["cuda/launch.cpp"],
+        "bindings": ["python/cuda_bindings.cpp"],
+    },
+}
+HEADERS = {
+    "_cpu": ("*.h", "rules/*.h", "python/*.h", "cpu/*.h"),
+    "_cuda": ("*.h", "rules/*.h", "python/*.h", "cuda/*.h"),
+}
+ISAS = {"plain": []}  # instruction set → flags; which one runs is chosen at run time
 if X86:
-    ISAS |= {
-        "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": ["-mavx512f", "-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized"],
-    }
-VARIANTS = {  # sources that are compiled several times, in parallel: name → flags
-    **dict.fromkeys(
-        ("shifting_step.cpp", "passes.cpp"), {isa: [*flags, f"-DCTS_ISA={isa}"] for isa, flags in ISAS.items()}
-    ),
-    "shifting_step.cu": {dtype: [f"-DCTS_DTYPE={dtype}"] for dtype in ("float32", "float64", "bfloat16", "float16")},
+    ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISAS["avx512"] = ["-mavx512f", *ISAS["avx2"], "-Wno-maybe-uninitialized"]
+VARIANTS = {  # module → what each of its kernels is compiled for, in parallel: name → flags
+    "_cpu": {isa: [*flags, f"-DCTS_ISA={isa}"] for isa, flags in ISAS.items()},
+    "_cuda": {dtype: [f"-DCTS_DTYPE={dtype}"] for dtype in ("float32", "float64", "bfloat16", "float16")},
 }
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
 JOB_BYTES = 1536 << 20  # memory that one compiler may need
@@ -73,11 +88,28 @@ def gencode(compiler: str) -> list[str]:
     wanted = os.environ.get("CTS_FAST_CUDA_ARCHITECTURES", "").split()
     chosen = [arch for arch in wanted or map(str, CUDA_ARCHITECTURES) if f"compute_{arch}" in known]
     if not chosen or set(wanted) - set(chosen):
-        raise CompileError(
-            f"{compiler} does not know all of the architectures {wanted or CUDA_ARCHITECTURES}; it knows {' '.join(known)}"
-        )
+        missing = f"does not know all of the architectures {wanted or CUDA_ARCHITECTURES}"
+        raise CompileError(f"{compiler} {missing}; it knows {' '.join(known)}")
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
     return [*flags, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
+
+
+def sources(module: str) -> list[str]:
+    """The files that are compiled into a module."""
+    return [str(CSRC / name) for names in SOURCES[module].values() for name in names]
+
+
+def headers(module: str) -> list[str]:
+    """The files that these include."""
+    return sorted(str(path) for pattern in HEADERS[module] for path in CSRC.glob(pattern))
+
+
+def build_stamp(module: str) -> str:
+    """16 hex digits that tell the sources and headers of a module from any other state of them."""
+    digest = hashlib.sha256()
+    for path in map(Path, sorted([*sources(module), *headers(module)])):
+        digest.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 class Ninja(build_ext):
@@ -89,8 +121,9 @@ class Ninja(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        rules = self.cuda_rules() if ext.name.endswith("_cuda") else self.cpu_rules()
-        (folder / "build.ninja").write_text("\n".join(self.statements(rules, ext, target)) + "\n")
+        module = ext.name.rpartition(".")[2]
+        rules = self.cuda_rules() if module == "_cuda" else self.cpu_rules()
+        (folder / "build.ninja").write_text("\n".join(self.statements(rules, module, target)) + "\n")
         result = subprocess.run([self.ninja(), "-C", str(folder), f"-j{jobs()}"], capture_output=True, text=True)
         print(result.stdout)
         if result.returncode:
@@ -121,15 +154,15 @@ class Ninja(build_ext):
 
     def cpu_rules(self) -> dict[str, list[str]]:
         """Command lines: "cxx" compiles a file, "link" makes the module."""
-        compiler = shlex.split(os.environ.get("CXX", "")) or [
-            next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), "")
-        ]
+        found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), "")
+        compiler = shlex.split(os.environ.get("CXX", "")) or [found]
         if not shutil.which(compiler[0]):
             raise CompileError("no C++ compiler was found; install g++ or clang++, or set CXX")
         flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *(["-DCTS_X86"] if X86 else [])]
+        link_flags = [*LINK_FLAGS, *shlex.split(os.environ.get("LDFLAGS", ""))]
         return {
-            "cxx": [*compiler, *flags, *self.includes(), "-MMD", "-MF", "$out.d", "$flags", "-c", "$in", "-o", "$out"],
-            "link": [*compiler, "$in", "-o", "$out", *LINK_FLAGS, *shlex.split(os.environ.get("LDFLAGS", ""))],
+            "cxx": [*compiler, *flags, *self.includes(), *COMPILE],
+            "link": [*compiler, "$in", "-o", "$out", *link_flags],
         }
 
     def cuda_rules(self) -> dict[str, list[str]]:
@@ -137,31 +170,25 @@ class Ninja(build_ext):
         compiler = nvcc()
         if compiler is None:
             raise CompileError("nvcc was not found; install the CUDA toolkit, or set NVCC")
-        flags = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(compiler), "-t1"]
+        flags = [*NVCC_FLAGS, *gencode(compiler), "-t1"]
         return {
-            "cxx": [compiler, *flags, *self.includes(), "-MMD", "-MF", "$out.d", "$flags", "-c", "$in", "-o", "$out"],
-            "link": [
-                compiler,
-                "-shared",
-                "-cudart=static",
-                "$in",
-                "-o",
-                "$out",
-                "-Xlinker=-s",
-                "-Xlinker=--exclude-libs,ALL",
-            ],
+            "cxx": [compiler, *flags, *self.includes(), *COMPILE],
+            "link": [compiler, "-shared", "-cudart=static", "$in", "-o", "$out", *NVCC_LINK_FLAGS],
         }
 
-    def statements(self, rules: dict[str, list[str]], ext: Extension, target: Path) -> list[str]:
+    def statements(self, rules: dict[str, list[str]], module: str, target: Path) -> list[str]:
         """The text of build.ninja."""
-        lines = [f"rule cxx\n  command = {' '.join(rules['cxx'])}\n  depfile = $out.d\n  deps = gcc",
-                 f"rule link\n  command = {' '.join(rules['link'])}"]  # fmt: skip
+        stamp = [f"-DCTS_BUILD={build_stamp(module)}", f"-DCTS_VERSION={self.distribution.get_version()}"]
+        variants = {"kernels": VARIANTS[module], "host": {"": []}, "bindings": {"": stamp}}
+        lines = ["rule cxx", f"  command = {' '.join(rules['cxx'])}", "  depfile = $out.d", "  deps = gcc"]
+        lines += ["rule link", f"  command = {' '.join(rules['link'])}"]
         objects = []
-        for source in map(Path, ext.sources):
-            for name, flags in VARIANTS.get(source.name, {"": []}).items():
-                objects.append(f"{source.name}{'.' if name else ''}{name}.o")
-                lines.append(f"build {objects[-1]}: cxx {escaped(source.resolve())}")
-                lines.append("  flags = " + " ".join(flags))
+        for role, names in SOURCES[module].items():
+            for source in (CSRC / name for name in names):
+                for variant, flags in variants[role].items():
+                    objects.append(f"{source.name}{'.' if variant else ''}{variant}.o")
+                    lines.append(f"build {objects[-1]}: cxx {escaped(source.resolve())}")
+                    lines.append("  flags = " + " ".join(flags))
         lines.append(f"build {escaped(target)}: link {' '.join(objects)}")
         return lines
 
@@ -174,16 +201,10 @@ def escaped(path: Path) -> str:
 def extensions() -> list[Extension]:
     """The native modules to build; in auto mode one that cannot be built is left out, with a notice."""
     chosen, optional = mode(), mode() == "auto"
-    modules = []
-    if chosen != "none":
-        names = ("cpu/shifting_step", "cpu/plan", "cpu/passes", "python/gradients", "python/cpu_bindings")
-        sources = [str(CSRC / f"{name}.cpp") for name in names]
-        modules.append(Extension("cts_fast._cpu", sources, depends=HEADERS, optional=optional))
-    if chosen == "cuda" or (chosen == "auto" and nvcc()):
-        sources = [
-            str(CSRC / name) for name in ("cuda/shifting_step.cu", "cuda/launch.cpp", "python/cuda_bindings.cpp")
-        ]
-        modules.append(Extension("cts_fast._cuda", sources, depends=HEADERS, optional=optional))
+    names = {"none": [], "cpu": ["_cpu"], "cuda": ["_cpu", "_cuda"], "auto": ["_cpu", "_cuda"] if nvcc() else ["_cpu"]}
+    modules = [
+        Extension(f"cts_fast.{name}", sources(name), depends=headers(name), optional=optional) for name in names[chosen]
+    ]
     return [module for module in modules if not optional or all(map(os.path.exists, module.sources))]
 
 
