@@ -2,9 +2,8 @@
 
 import os
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "99"
-)  # the profiler that counts memory announces itself at every start otherwise
+# the profiler that counts memory announces itself at every start otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import pytest
 
@@ -39,7 +38,10 @@ def problems():
 
 @pytest.fixture
 def report_rate(request, benchmark):
-    """Call it with a name and the bytes of a run after the benchmark: the rate stands in the summary and in the saved JSON."""
+    """Call it with a name and the bytes of a run after the benchmark.
+
+    The rate then stands in the summary and in the saved JSON.
+    """
 
     def report(name: str, moved: int) -> None:
         seconds = benchmark.stats.stats.median

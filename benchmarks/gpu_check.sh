@@ -2,9 +2,10 @@
 # Builds the package without a network and runs everything that only a GPU can show, in 5 minutes:
 #   bash benchmarks/gpu_check.sh [arguments of gpu/check.py]    build (or take the finished build in WORK) and check
 #   bash benchmarks/gpu_check.sh --build                        build alone, for a machine to which WORK is carried
-#   bash benchmarks/gpu_check.sh --missing                      names of the packages that are not installed, one a line; 1 if there are any
-# Environment: PYTHON, the interpreter. WHEELS, a folder of wheels to install first (benchmarks/gpu/wheels.sh fills one). WORK, a folder that
-# keeps the build. CTS_FAST_CUDA_ARCHITECTURES, what to build for ("90"). REVISION, the revision's name where there is no .git.
+#   bash benchmarks/gpu_check.sh --missing                      packages that are not installed, one a line; 1 if any
+# Environment: PYTHON, the interpreter. WHEELS, a folder of wheels to install first (benchmarks/gpu/wheels.sh fills
+# one). WORK, a folder that keeps the build. CTS_FAST_CUDA_ARCHITECTURES, what to build for ("90"). REVISION, the
+# revision's name where there is no .git.
 # Results: DIR/<device>-<date>.json and .txt and the tests' log, where --out DIR says, else in benchmarks/results.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -23,11 +24,13 @@ export PYTHONPATH=$package:$work/wheels${PYTHONPATH:+:$PYTHONPATH}
 export PATH=$work/wheels/bin:$PATH
 
 if [ -n "${WHEELS:-}" ] && [ -n "$(ls "$WHEELS"/*.whl 2>/dev/null)" ]; then
-    "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$work/wheels" "$WHEELS"/*.whl || { echo "FAILED: wheels"; exit 1; }
+    options=(--quiet --no-index --no-deps --no-compile --upgrade --target "$work/wheels")
+    "$python" -m pip install "${options[@]}" "$WHEELS"/*.whl || { echo "FAILED: wheels"; exit 1; }
 fi
 missing=$("$python" - <<'END'
 import importlib.metadata, importlib.util
-needed = ("torch", "triton", "setuptools", "pybind11", "ninja", "torchvision", "pytest", "hypothesis", "safetensors", "tqdm", "matplotlib", "scipy")
+build = ("torch", "triton", "setuptools", "pybind11", "ninja")
+needed = (*build, "torchvision", "pytest", "hypothesis", "safetensors", "tqdm", "matplotlib", "scipy")
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if "setuptools" not in missing and int(importlib.metadata.version("setuptools").partition(".")[0]) < 77:
     missing.append("setuptools>=77")
@@ -40,8 +43,10 @@ if [ "${1:-}" = --missing ]; then
     exit 1
 fi
 
-sources=$(find csrc cts_fast kernels setup.py pyproject.toml -type f ! -name '*.so' ! -path '*/__pycache__/*' | LC_ALL=C sort | xargs sha256sum | sha256sum)
-if [ "$(cat "$work/built" 2>/dev/null)" = "$sources" ] && (cd "$work" && "$python" -c 'import cts_fast._cuda') 2>/dev/null; then
+sources=$(find csrc cts_fast kernels setup.py pyproject.toml -type f ! -name '*.so' ! -path '*/__pycache__/*' |
+    LC_ALL=C sort | xargs sha256sum | sha256sum)
+if [ "$(cat "$work/built" 2>/dev/null)" = "$sources" ] &&
+    (cd "$work" && "$python" -c 'import cts_fast._cuda') 2>/dev/null; then
     echo "== build: that of these sources in $WORK"
 else
     if [ -n "$missing" ]; then
@@ -54,8 +59,9 @@ else
     mkdir -p "$work/source"
     cp -rP csrc cts_fast kernels setup.py pyproject.toml LICENSE README.md MANIFEST.in "$work/source/"
     rm -rf "$work/source"/cts_fast/*.so
-    if ! (cd "$work/source" && CTS_FAST_BUILD=${CTS_FAST_BUILD:-cuda} "$python" -m pip install --no-build-isolation --no-deps --target "$package" . -v) >"$work/build.log" 2>&1
-    then
+    mode=${CTS_FAST_BUILD:-cuda}
+    install=("$python" -m pip install --no-build-isolation --no-deps --target "$package" . -v)
+    if ! (cd "$work/source" && CTS_FAST_BUILD=$mode "${install[@]}") >"$work/build.log" 2>&1; then
         tail -60 "$work/build.log"
         echo "FAILED: build"
         exit 1

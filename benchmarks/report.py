@@ -10,13 +10,13 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "99"
-)  # the profiler that counts memory announces itself at every start otherwise
+# the profiler that counts memory announces itself at every start otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 from benchmarks.common import machine
 from benchmarks.common.figures import draw
@@ -44,19 +44,16 @@ def apart(study: Callable, *arguments):
         return pool.submit(study, *arguments).result()
 
 
-def measure(
-    quick: bool, setups: list[Setup], say: Callable[[str], object], save: Callable[[dict], object]
-) -> dict[str, object]:
-    """All numbers of the report, as one JSON-like dict; what there is so far is saved after each part."""
+def measure(quick: bool, setups: list[Setup], say: Callable[[str], object], save: Callable[[dict], object]) -> dict:
+    """All numbers of the report, as one JSON-like dict; what is known is saved after each part."""
     began = perf_counter()
     budget = Budget(5, 30, 4) if quick else Budget(7, 300, 6)
     flush = ceiling.CacheFlush(3 * machine.last_level_cache())
     say("the machine's ceiling")
     shape, rates = ceiling.best_shape(3 if quick else 10)
+    chosen = f" --setups {','.join(map(str, setups))}" if setups not in (QUICK, FULL) else ""
     result: dict[str, object] = {
-        "command": "python -m benchmarks.report"
-        + " --quick" * quick
-        + f" --setups {','.join(map(str, setups))}" * (setups not in (QUICK, FULL)),
+        "command": "python -m benchmarks.report" + " --quick" * quick + chosen,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.describe(),
         "ceiling": {
@@ -101,6 +98,11 @@ def parse_setups(text: str) -> list[Setup]:
     return [known[name] for name in text.split(",")]
 
 
+def write(stem: Path, result: dict) -> None:
+    """The numbers as JSON, beside the tables and figures to come."""
+    stem.with_name(stem.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, or read what was measured before, and write `<machine>-<date>.json`, `.md` and the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -114,16 +116,13 @@ def main(arguments: list[str] | None = None) -> None:
         stem, result = options.redraw.with_suffix(""), json.loads(options.redraw.read_text())
     else:
         options.out.mkdir(parents=True, exist_ok=True)
-        stem = (
-            options.out / f"{machine.name()}-{datetime.now(timezone.utc):%Y-%m-%d}{'-quick' if options.quick else ''}"
-        )
-        result = measure(
-            options.quick, options.setups or (QUICK if options.quick else FULL), lambda text: print(text, file=sys.stderr, flush=True),
-            lambda so_far: stem.with_name(stem.name + ".json").write_text(json.dumps(so_far, indent=1) + "\n"),
-        )  # fmt: skip
+        today = f"{datetime.now(timezone.utc):%Y-%m-%d}"
+        stem = options.out / f"{machine.name()}-{today}{'-quick' if options.quick else ''}"
+        setups = options.setups or (QUICK if options.quick else FULL)
+        result = measure(options.quick, setups, partial(print, file=sys.stderr, flush=True), partial(write, stem))
     if options.note:
         result["note"] = options.note
-        stem.with_name(stem.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
+        write(stem, result)
     figures = draw(result, stem)
     text = markdown(result, [path.name for path in figures])
     stem.with_name(stem.name + ".md").write_text(text)

@@ -1,4 +1,7 @@
-"""The step's variants, one after the other: `pytest benchmarks/`; paired runs and all set-ups: `python -m benchmarks.report`."""
+"""The step's variants, one after the other: `pytest benchmarks/`.
+
+Paired runs and all set-ups: `python -m benchmarks.report`.
+"""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Paired timing: the participants take turns within every repeat, so that what disturbs the machine disturbs all of them."""
+"""Paired timing: participants take turns within every repeat, so that what disturbs the machine disturbs all."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Paired:
 def paired(participants: Mapping[str, Callable[[], object]], budget: Budget, flush: CacheFlush | None) -> Paired:
     """Times every participant in every repeat; the order within a repeat is drawn anew each time.
 
-    flush: walked before each run for cold caches; None for warm ones, where an untimed run of the same participant goes first.
-    Repeats in which other processes were busy are left out as long as `least` quiet ones remain; else all count.
+    flush: walked before each run for cold caches; None for warm ones, where an untimed run of the same participant goes
+    first. Repeats in which other processes were busy are left out as long as `least` quiet ones remain; else all count.
     """
     names = list(participants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -82,9 +82,8 @@ def _others_cpu_seconds() -> float:
 def summary(seconds: list[float]) -> dict[str, float]:
     """Median and the 16th and 84th percentile, in milliseconds, and the number of runs."""
     cuts = statistics.quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else seconds * 99
-    return {
-        "ms": 1e3 * statistics.median(seconds), "ms_low": 1e3 * cuts[15], "ms_high": 1e3 * cuts[83], "runs": len(seconds),
-    }  # fmt: skip
+    ms = {"ms": 1e3 * statistics.median(seconds), "ms_low": 1e3 * cuts[15], "ms_high": 1e3 * cuts[83]}
+    return {**ms, "runs": len(seconds)}
 
 
 def paired_ratio(of: list[float], to: list[float]) -> float:

@@ -8,9 +8,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def allocated(run: Callable[[], object]) -> tuple[int, int, object]:
-    """(bytes that `run` left allocated, largest number of bytes it held at once, its result), both counted from its start.
+    """(bytes that `run` left allocated, the most that it held at once, its result), both counted from its start.
 
-    Counts the CPU allocations that torch makes, those of compiled code included; a few kilobytes inside native calls are not seen.
+    Counts the CPU allocations that torch makes, those of compiled code included; a few kilobytes inside native calls
+    are not seen.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = run()
@@ -25,7 +26,7 @@ def allocated(run: Callable[[], object]) -> tuple[int, int, object]:
 def step_memory(
     make: Callable[[], object], settle: Callable[[object], object], parameter_bytes: int
 ) -> dict[str, object]:
-    """Mebibytes beyond parameters and gradients: `kept` between steps, and the `peak` during one; and the `variant` measured.
+    """Mebibytes beyond parameters and gradients: `kept` between steps, and the `peak` during one; and the `variant`.
 
     make: builds the variant. settle: takes its first steps, in which lazy state appears.
     """

@@ -1,4 +1,7 @@
-"""The factory of set-ups: parameters of real networks, T tasks, random gradients; speed, memory and correctness share it."""
+"""The factory of set-ups, which speed, memory and correctness share.
+
+Parameters of real networks, T tasks, random gradients.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from cts_fast.engine.backends.reference import shifting_step_
 from cts_fast.engine.step import Control, Hyper
 from cts_fast.models.resnet20 import ResNet20
 
-HYPER = Hyper(
-    lr=0.01, momentum=0.9, dampening=0.0, weight_decay=5e-4, nesterov=False, maximize=False, meta_lr=0.01, shift=1.0
-)
+SGD = dict(lr=0.01, momentum=0.9, weight_decay=5e-4)
+BETA = 0.01
+HYPER = Hyper(**SGD, dampening=0.0, nesterov=False, maximize=False, meta_lr=BETA, shift=1.0)
 TASKS = (1, 2, 8, 32, 128)
 CHECKED_STEPS = 3
 
@@ -80,15 +83,14 @@ class Problem:
     names: the N parameters' names.
     """
 
-    def __init__(self, setup: Setup, seed: int = 0) -> None:
+    def __init__(self, setup: Setup, seed: int = 0, device: str = "cpu") -> None:
         self.setup = setup
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         layout = parameter_layout(setup.network)
 
         def draw() -> list[Tensor]:
-            return [
-                torch.empty_strided(shape, stride).normal_(0, 0.1, generator=generator) for _, shape, stride in layout
-            ]
+            tensors = [torch.empty_strided(shape, stride, device=device) for _, shape, stride in layout]
+            return [tensor.normal_(0, 0.1, generator=generator) for tensor in tensors]
 
         self.names = [name for name, _, _ in layout]
         self.start = draw()

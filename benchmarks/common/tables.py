@@ -12,31 +12,29 @@ TARGETS = {
     ("resnet20", "step(), cpu"): {"ceiling": 0.70, "naive": 22, "foreach": 9, "fused": 5, "compiled": 2.2},
 }
 MANY_TASKS = {32: 1.1, 128: 1.2}  # T → at most that many times the 3-read-2-write time of the same bytes
-HOST = {
-    "step, same gradients": 0.3,
-    "step, same gradients, warm": 0.3,
-    "step, fresh gradients": 0.6,
-}  # ms beyond the native call
+# ms beyond the native call
+HOST = {"step, same gradients": 0.3, "step, same gradients, warm": 0.3, "step, fresh gradients": 0.6}
 COMPILED = ("compiled flat + copy", "compiled unrolled + copy")
+
+
+LEGEND = """\
+Times are medians of paired runs: all variants of a table take turns within every repeat, in a new order each time;
+in brackets the 16th and 84th percentile. GB/s counts (5T + 2)·P·4 bytes, the fewest that a step can move, whatever
+a variant really moves. “Of ceiling” compares with an in-place 3-read-2-write of 450 MB in the same repeats, “×” with
+the whole `step()` on the `cpu` backend, both as medians of the ratios within a repeat. Cold: a buffer of three times
+the last-level cache is walked before each run. Warm: the same variant ran just before. Every variant was checked
+against the float64 reference equations before it was timed. Memory is what stays allocated, and the most that a step
+holds, beside parameters and gradients. A repeat in which other processes were busy is left out while enough quiet
+ones remain.""".replace("\n", " ")
 
 
 def markdown(result: Mapping, figures: Sequence[str]) -> str:
     """All tables of a result of `benchmarks.report`, figures by file name."""
-    machine = result["machine"]
     parts = [
         "# The step, measured",
-        f"{machine['processor']} (family/model {machine['family_model']}), {machine['cores']} cores, {machine['threads']} threads, "
-        f"last-level cache {machine['last_level_cache_bytes'] >> 20} MiB, {machine['memory_gib']} GiB memory, {machine['vectors']}; "
-        f"{machine['system']}, Python {machine['python']}, torch {machine['torch']}, cts_fast {machine['cts_fast']}, {machine['compiler']}.  \n"
-        f"`{result['command']}`, {result['date']}, {result['seconds']} s"
-        + (f"; load average at the start {machine['load_average']}." if "load_average" in machine else "."),
+        _conditions(result),
         *([f"**{result['note']}**"] if "note" in result else []),
-        "Times are medians of paired runs: all variants of a table take turns within every repeat, in a new order each time; in brackets the "
-        "16th and 84th percentile. GB/s counts (5T + 2)·P·4 bytes, the fewest that a step can move, whatever a variant really moves. "
-        "“Of ceiling” compares with an in-place 3-read-2-write of 450 MB in the same repeats, “×” with the whole `step()` on the `cpu` backend, "
-        "both as medians of the ratios within a repeat. Cold: a buffer of three times the last-level cache is walked before each run. Warm: the "
-        "same variant ran just before. Every variant was checked against the float64 reference equations before it was timed. Memory is "
-        "what stays allocated, and the most that a step holds, beside parameters and gradients. A repeat in which other processes were busy is left out while enough quiet ones remain.",
+        LEGEND,
         _ceiling(result["ceiling"]),
         *_goals(result),
         *[f"![{name}]({name})" for name in figures],
@@ -47,6 +45,28 @@ def markdown(result: Mapping, figures: Sequence[str]) -> str:
         *[_methods(methods) for methods in result["methods"]],
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _conditions(result: Mapping) -> str:
+    machine = result["machine"]
+    hardware = (
+        f"{machine['processor']} (family/model {machine['family_model']})",
+        f"{machine['cores']} cores",
+        f"{machine['threads']} threads",
+        f"last-level cache {machine['last_level_cache_bytes'] >> 20} MiB",
+        f"{machine['memory_gib']} GiB memory",
+        str(machine["vectors"]),
+    )
+    software = (
+        str(machine["system"]),
+        f"Python {machine['python']}",
+        f"torch {machine['torch']}",
+        f"cts_fast {machine['cts_fast']}",
+        str(machine["compiler"]),
+    )
+    load = f"; load average at the start {machine['load_average']}" if "load_average" in machine else ""
+    run = f"`{result['command']}`, {result['date']}, {result['seconds']} s{load}."
+    return f"{', '.join(hardware)}; {', '.join(software)}.  \n{run}"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -63,36 +83,40 @@ def _ceiling(ceiling: Mapping) -> str:
     best = max(ceiling["gb_per_s"].values())
     rows = [(name, f"{rate:.1f}", "best" if rate == best else "") for name, rate in ceiling["gb_per_s"].items()]
     table = _table(("form", "GB/s", ""), rows)
+    text = "## The machine's ceiling\n\nIn-place 3-read-2-write of 450 MB, threads as torch has them."
     reads = f"\n\nReads alone, of 450 MB: {ceiling['reads_gb_per_s']:.1f} GB/s." if "reads_gb_per_s" in ceiling else ""
-    return (
-        f"## The machine's ceiling\n\nIn-place 3-read-2-write of 450 MB, threads as torch has them.\n\n{table}{reads}"
-    )
+    return f"{text}\n\n{table}{reads}"
+
+
+GOALS = ("", "of ceiling", "× released form", "× naive loop", "× foreach", "× fused + foreach", "× compiled + copy")
 
 
 def _goals(result: Mapping) -> list[str]:
+    cold = [table for table in result["steps"] if table["caches"] == "cold"]
     rows = []
     for (network, ours), targets in TARGETS.items():
-        for table in result["steps"]:
-            if (table["network"], table["tasks"], table["caches"]) == (network, 8, "cold") and ours in table[
-                "variants"
-            ]:
+        for table in cold:
+            if (table["network"], table["tasks"]) == (network, 8) and ours in table["variants"]:
                 rows.append(_goal(table, ours, targets))
     parts = []
     if rows:
-        parts.append("## Against the goals, T = 8, cold caches\n\nMeasured / goal.\n\n" + _table(
-            ("", "of ceiling", "× released form", "× naive loop", "× foreach", "× fused + foreach", "× compiled + copy"), rows
-        ))  # fmt: skip
-    many = [
-        (
-            f"{TITLES[t['network']]}, T = {t['tasks']}, {ours}", f"{t['variants'][ours]['ms']:.3g}",
-            f"{1 / t['variants']['3-read-2-write, same bytes'][key]:.2f} / {MANY_TASKS[t['tasks']]}",
-        )
-        for t in result["steps"] if t["tasks"] in MANY_TASKS and t["caches"] == "cold"
-        for ours, key in (("native call, cpu", "times_native"), ("step(), cpu", "times_step")) if ours in t["variants"]
-    ]  # fmt: skip
+        title = "## Against the goals, T = 8, cold caches\n\nMeasured / goal.\n\n"
+        parts.append(title + _table(GOALS, rows))
+    many = []
+    for table in cold:
+        for ours, key in (("native call, cpu", "times_native"), ("step(), cpu", "times_step")):
+            if table["tasks"] in MANY_TASKS and ours in table["variants"]:
+                many.append(_many_tasks(table, ours, key))
     if many:
         parts.append(_table(("many tasks, cold", "ms", "× 3-read-2-write of the same bytes / goal"), many))
     return parts
+
+
+def _many_tasks(table: Mapping, ours: str, key: str) -> list[str]:
+    tasks, variants = table["tasks"], table["variants"]
+    times = 1 / variants["3-read-2-write, same bytes"][key]
+    name = f"{TITLES[table['network']]}, T = {tasks}, {ours}"
+    return [name, f"{variants[ours]['ms']:.3g}", f"{times:.2f} / {MANY_TASKS[tasks]}"]
 
 
 def _goal(table: Mapping, ours: str, targets: Mapping) -> list[str]:
@@ -110,20 +134,19 @@ def _goal(table: Mapping, ours: str, targets: Mapping) -> list[str]:
 
 
 def _steps(table: Mapping) -> str:
-    title = (
-        f"### {TITLES[table['network']]} ({table['parameters'] / 1e6:.2f} M), T = {table['tasks']}, {table['caches']} caches: "
-        f"{table['floor_bytes'] / 1e6:.0f} MB\n\n{table['quiet_repeats']} of {table['repeats']} repeats were quiet.\n\n"
-    )
-    rows = [
-        (
-            name, _ms(row), f"{row['gb_per_s']:.1f}", f"{100 * row['of_ceiling']:.0f} %",
-            f"{row['times_step']:.2f}" if "times_step" in row else "–",
-            f"{row['kept_mib']:.1f} / {row['peak_mib']:.1f}" if "kept_mib" in row else "–",
-        )
-        for name, row in table["variants"].items()
-    ]  # fmt: skip
+    numbers = f"{table['parameters'] / 1e6:.2f} M), T = {table['tasks']}, {table['caches']} caches"
+    title = f"### {TITLES[table['network']]} ({numbers}: {table['floor_bytes'] / 1e6:.0f} MB"
+    quiet = f"{table['quiet_repeats']} of {table['repeats']} repeats were quiet."
+
+    def row_of(name: str, row: Mapping) -> tuple[str, ...]:
+        times = f"{row['times_step']:.2f}" if "times_step" in row else "–"
+        memory = f"{row['kept_mib']:.1f} / {row['peak_mib']:.1f}" if "kept_mib" in row else "–"
+        return name, _ms(row), f"{row['gb_per_s']:.1f}", f"{100 * row['of_ceiling']:.0f} %", times, memory
+
+    rows = [row_of(name, row) for name, row in table["variants"].items()]
+    shown = _table(("", "ms", "GB/s", "of ceiling", "×", "MiB kept / peak"), rows)
     missing = "".join(f"\n\nLeft out: {name} ({reason})." for name, reason in table["missing"].items())
-    return title + _table(("", "ms", "GB/s", "of ceiling", "×", "MiB kept / peak"), rows) + missing
+    return f"{title}\n\n{quiet}\n\n{shown}{missing}"
 
 
 def _host(host: Mapping) -> str:
@@ -131,46 +154,52 @@ def _host(host: Mapping) -> str:
         (name, _ms(row), f"{row['host_ms']:.3f} / {HOST[name]}" if "host_ms" in row else "–")
         for name, row in host["rows"].items()
     ]
-    return (
-        f"## Host time, `{host['backend']}` backend\n\nEight ResNet20s with heads, {host['gradients']} gradients from real backward passes. "
+    text = (
+        f"## Host time, `{host['backend']}` backend\n\n"
+        f"Eight ResNet20s with heads, {host['gradients']} gradients from real backward passes. "
         "Fresh gradients are tensors that Python has not seen yet.\n\n"
-    ) + _table(("", "ms", "beyond the native call, ms / goal"), rows)
+    )
+    return text + _table(("", "ms", "beyond the native call, ms / goal"), rows)
 
 
 def _whole(whole: Mapping) -> list[str]:
-    rows = []
-    for network, steps in whole.items():
-        update, loop = steps["rows"]["update, step()"], steps["rows"]["update, naive loop"]
-        rows.append((
-            f"{TITLES[network]}, T = {steps['tasks']}, {steps['images']} images of {steps['side']} px a task",
-            _ms(network := steps["rows"]["forward and backward"]), _bf16(steps["rows"], network), _ms(update), f"{100 * steps['share']['update, step()']:.2f} %",
-            _ms(loop), f"{100 * steps['share']['update, naive loop']:.2f} %",
-        ))  # fmt: skip
-    if not rows:
+    if not whole:
         return []
     text = (
-        "## Whole training steps\n\nOn a CPU the network takes nearly all of a step: a faster update shortens training by no more than the share "
-        "that the naive loop's update has here. bf16: the same passes under autocast, and their time over float32's.\n\n"
+        "## Whole training steps\n\nOn a CPU the network takes nearly all of a step: a faster update shortens training "
+        "by no more than the share that the naive loop's update has here. bf16: the same passes under autocast, and "
+        "their time over float32's.\n\n"
     )
     head = ("", "forward and backward, ms", "in bf16, ms", "`step()`, ms", "share", "naive loop, ms", "share")
-    return [text + _table(head, rows)]
+    return [text + _table(head, [_whole_step(network, steps) for network, steps in whole.items()])]
 
 
-def _bf16(rows: Mapping, network: Mapping) -> str:
+def _whole_step(network: str, steps: Mapping) -> list[str]:
+    rows, share = steps["rows"], steps["share"]
+    passes = rows["forward and backward"]
+    images = f"{steps['images']} images of {steps['side']} px a task"
+    line = [f"{TITLES[network]}, T = {steps['tasks']}, {images}", _ms(passes), _bf16(rows, passes)]
+    for update in ("update, step()", "update, naive loop"):
+        line += [_ms(rows[update]), f"{100 * share[update]:.2f} %"]
+    return line
+
+
+def _bf16(rows: Mapping, passes: Mapping) -> str:
     bf16 = rows.get("forward and backward, bf16")  # reports made before it was measured have none
-    return f"{_ms(bf16)}, × {bf16['ms'] / network['ms']:.2f}" if bf16 else "–"
+    return f"{_ms(bf16)}, × {bf16['ms'] / passes['ms']:.2f}" if bf16 else "–"
 
 
 def _methods(methods: Mapping) -> str:
-    rows = [
-        (
-            name, _ms(row), f"{row['inner_ms']:.3g}", f"{row['heldout_ms']:.3g}" if row.get("heldout_ms") else "–",
-            f"{row['added_bytes'] / 1e6:.0f}", f"{row['ratio']:.2f} / {methods['allowance']}",
-        )
-        for name, row in methods["rows"].items()
-    ]  # fmt: skip
-    return (
-        f"## Methods, {methods['setup']}\n\nThe last column: a step over the fused inner step, autograd's time for the held-out gradients that the "
-        "method takes, and the bytes that its definition adds, priced at the ceiling (`benchmarks/method_cost.py` counts them). Times are means of "
-        "two optimizers whose memory lies elsewhere.\n\n"
-    ) + _table(("step", "ms", "inner step, ms", "held-out gradients, ms", "added MB", "ratio / goal"), rows)
+    def row_of(name: str, row: Mapping) -> tuple[str, ...]:
+        heldout = f"{row['heldout_ms']:.3g}" if row.get("heldout_ms") else "–"
+        ratio = f"{row['ratio']:.2f} / {methods['allowance']}"
+        return name, _ms(row), f"{row['inner_ms']:.3g}", heldout, f"{row['added_bytes'] / 1e6:.0f}", ratio
+
+    text = (
+        f"## Methods, {methods['setup']}\n\nThe last column: a step over the fused inner step, autograd's time for the "
+        "held-out gradients that the method takes, and the bytes that its definition adds, priced at the ceiling "
+        "(`benchmarks/cpu/method_cost.py` counts them). Times are means of two optimizers whose memory lies "
+        "elsewhere.\n\n"
+    )
+    head = ("step", "ms", "inner step, ms", "held-out gradients, ms", "added MB", "ratio / goal")
+    return text + _table(head, [row_of(name, row) for name, row in methods["rows"].items()])

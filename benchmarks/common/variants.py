@@ -7,16 +7,14 @@ the float64 reference. Every variant takes the same inner step: SGD with momentu
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.common.setups import CHECKED_STEPS, HYPER, Problem, Setup, flatten
+from benchmarks.common.setups import BETA, CHECKED_STEPS, HYPER, SGD, Problem, Setup, flatten
 from cts_fast import ShiftingMetaOptimizer
 from cts_fast.engine.step import Control, unavailable
-
-SGD = dict(lr=HYPER.lr, momentum=HYPER.momentum, weight_decay=HYPER.weight_decay)
-BETA = HYPER.meta_lr
 
 
 class Replicas:
@@ -58,7 +56,10 @@ class NaiveLoop(Replicas):
 
 @torch.no_grad()
 def shift_by_name(base: dict[str, Tensor], tasks: list[dict[str, Tensor]]) -> None:
-    """Meta-update and shift in loops over named parameters. base: the initialization; tasks: each task's parameters, in place."""
+    """Meta-update and shift in loops over named parameters, in place.
+
+    base: the initialization. tasks: each task's parameters.
+    """
     for name, phi in base.items():
         delta = torch.zeros_like(phi)
         for task in tasks:
@@ -120,6 +121,14 @@ class Foreach(Replicas):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.optimizer = torch.optim.SGD([tensor for task in self.tasks for tensor in task], **self.sgd, **SGD)
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, tasks: list[list[Tensor]]) -> Foreach:
+        """The same update of any networks. optimizer: of all of them; tasks: each one's shared parameters."""
+        made = cls.__new__(cls)
+        made.optimizer, made.tasks = optimizer, tasks
+        made.initialization = [p.detach().clone() for p in tasks[0]]
+        return made
 
     @torch.no_grad()
     def step(self) -> None:
@@ -203,7 +212,10 @@ class CompiledFlatGathered(CompiledFlat):
 
 
 class CompiledUnrolledGathered(CompiledFlatGathered):
-    """torch.compile of the step with its tasks written out one by one, which it fuses into one pass; gradients copied."""
+    """torch.compile of the step with its tasks written out one by one, which it fuses into one pass.
+
+    The gradients are copied.
+    """
 
     LARGEST = 32
 
@@ -244,10 +256,9 @@ class Ours(Replicas):
 
     def __init__(self, problem: Problem, **options) -> None:
         self.tasks = problem.replicas()
-        self.optimizer = ShiftingMetaOptimizer(
-            [zip(problem.names, task, strict=True) for task in self.tasks],
-            meta_lr=BETA, horizon=None, backend=self.backend, **SGD, **options,
-        )  # fmt: skip
+        named = [zip(problem.names, task, strict=True) for task in self.tasks]
+        options = dict(meta_lr=BETA, horizon=None, backend=self.backend, **SGD) | options
+        self.optimizer = ShiftingMetaOptimizer(named, **options)
 
     @classmethod
     def unavailable(cls, setup: Setup) -> str | None:
@@ -313,11 +324,13 @@ FLAT_ALREADY = ("flat", "compiled flat")  # need gradients that are flat already
 
 
 def check(variant, problem: Problem) -> None:
-    """Take `CHECKED_STEPS` steps with a fresh variant and compare with the float64 reference; AssertionError names where."""
+    """Take `CHECKED_STEPS` steps with a fresh variant and compare with the float64 reference.
+
+    Raises AssertionError that says where they differ.
+    """
     for _ in range(CHECKED_STEPS):
         variant.step()
     for name, got, expected in zip(("phi", "theta"), (variant.phi(), variant.theta()), problem.expected, strict=True):
-        torch.testing.assert_close(
-            got.double(), expected, rtol=1e-5, atol=1e-6,
-            msg=lambda text, name=name: f"{type(variant).__name__}, {problem.setup}, {name}: {text}",
-        )  # fmt: skip
+        where = f"{type(variant).__name__}, {problem.setup}, {name}"
+        said = partial("{}: {}".format, where)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6, msg=said)

@@ -1,4 +1,4 @@
-"""The machine's ceiling for the step, measured: `ceiling.c`, compiled here for this processor, and buffers to run it on."""
+"""The machine's ceiling for the step, measured: `ceiling.c`, compiled for this processor, and buffers to run it on."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from time import perf_counter
 import torch
 
 SOURCE = Path(__file__).with_name("ceiling.c")
-PAGE, STAGGER = (
-    1024,
-    160,
-)  # floats; streams or rows a whole number of pages apart would share cache sets and memory banks
+PAGE, STAGGER = 1024, 160  # floats; streams or rows whole pages apart would share cache sets and memory banks
 LARGE = 22_500_000  # numbers a stream: three streams of 90 MB
 # (rows, columns in a tile, prefetch distance): one row is plain 3-read-2-write, more rows interleave their streams
 SHAPES = (
-    (1, 1024, 0), (1, 1024, 512), (1, 256, 128), (4, 4096, 512), (4, 1024, 512), (4, 256, 128), (8, 1024, 512), (16, 1024, 128),
-)  # fmt: skip
+    (1, 1024, 0),
+    (1, 1024, 512),
+    (1, 256, 128),
+    (4, 4096, 512),
+    (4, 1024, 512),
+    (4, 256, 128),
+    (8, 1024, 512),
+    (16, 1024, 128),
+)
 
 
 def unavailable() -> str | None:
@@ -38,7 +42,10 @@ def compiler() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """`ceiling.c` as a library; it takes its threads from the OpenMP runtime that torch loaded. RuntimeError: no compiler."""
+    """`ceiling.c` as a library, which takes its threads from the OpenMP runtime that torch loaded.
+
+    Raises RuntimeError without a compiler.
+    """
     if unavailable():
         raise RuntimeError(f"the ceiling cannot be measured: {unavailable()}")
     with tempfile.TemporaryDirectory() as folder:
@@ -60,9 +67,8 @@ class Read3Write2:
         columns = max(16, columns // 16 * 16)
         stride = columns if rows == 1 else -(-columns // PAGE) * PAGE + STAGGER
         length = rows * stride + ahead
-        self.buffer = torch.full(
-            (3 * (-(-length // PAGE) * PAGE + STAGGER),), 1e-3
-        )  # written: untouched pages cost nothing
+        stream = -(-length // PAGE) * PAGE + STAGGER
+        self.buffer = torch.full((3 * stream,), 1e-3)  # written: untouched pages cost nothing
         starts = self.buffer.view(3, -1)
         self.arguments = [*(x.data_ptr() for x in starts), rows, columns, stride, tile, ahead]
         self.bytes = 5 * rows * columns * 4
@@ -86,13 +92,15 @@ def best_shape(repeats: int) -> tuple[tuple[int, int, int], dict[str, float]]:
             moved[rows, tile, ahead] = kernel.bytes
     rates = {shape: moved[shape] / statistics.median(times) / 1e9 for shape, times in seconds.items()}
     best = max(rates, key=rates.get)
-    return best, {
-        f"{rows} rows, tiles of {tile}, prefetch {ahead}": rate for (rows, tile, ahead), rate in rates.items()
-    }
+    names = {shape: "{} rows, tiles of {}, prefetch {}".format(*shape) for shape in SHAPES}
+    return best, {names[shape]: rate for shape, rate in rates.items()}
 
 
 def reads_gb_per_s(repeats: int) -> float:
-    """What reads alone get of a buffer far larger than any cache: less than 3-read-2-write does where writes have lanes of their own."""
+    """What reads alone get of a buffer far larger than any cache.
+
+    Less than 3-read-2-write does where writes have lanes of their own.
+    """
     walk = CacheFlush(5 * 4 * LARGE)
     times = []
     for _ in range(repeats + 1):

@@ -1,4 +1,4 @@
-"""Host time of a step: what `step()` takes beyond the native call, with fresh gradient tensors and with the same ones again."""
+"""Host time of a step: what `step()` takes beyond the native call, with fresh gradients and with the same again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from time import perf_counter
 import torch
 
 from benchmarks.common.measure import paired_difference, summary
+from benchmarks.common.setups import BETA, SGD
 from benchmarks.common.variants import native_call
 from benchmarks.cpu.ceiling import CacheFlush
 from cts_fast import ShiftingMetaOptimizer
@@ -19,18 +20,16 @@ def resnet20_tasks(tasks: int, **options) -> tuple[list[ResNet20], ShiftingMetaO
     nets = [ResNet20(10) for _ in range(tasks)]
     for net in nets[1:]:
         net.body.load_state_dict(nets[0].body.state_dict())
-    optimizer = ShiftingMetaOptimizer(
-        [net.body.named_parameters() for net in nets], lr=0.01, momentum=0.9, weight_decay=5e-4, meta_lr=0.01, horizon=None,
-        heads=[net.head.parameters() for net in nets], **options,
-    )  # fmt: skip
+    bodies, heads = [net.body.named_parameters() for net in nets], [net.head.parameters() for net in nets]
+    optimizer = ShiftingMetaOptimizer(bodies, heads=heads, meta_lr=BETA, horizon=None, **SGD, **options)
     return nets, optimizer
 
 
 def host_time(backend: str, repeats: int, flush: CacheFlush, tasks: int = 8) -> dict[str, dict[str, float]]:
     """Milliseconds of the native call and of `step()` for eight ResNet20s with heads, and the paired differences.
 
-    Gradients come from real backward passes (tiny images), so "fresh" ones are tensors that Python has not seen yet. All three runs
-    of a repeat find cold caches; a fourth and fifth, warm, follow, each after an untimed one.
+    Gradients come from real backward passes (tiny images), so "fresh" ones are tensors that Python has not seen yet.
+    All three runs of a repeat find cold caches; a fourth and fifth, warm, follow, each after an untimed one.
     """
     nets, optimizer = resnet20_tasks(tasks, backend=backend)
     images = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
@@ -61,10 +60,7 @@ def host_time(backend: str, repeats: int, flush: CacheFlush, tasks: int = 8) -> 
     finally:
         gc.enable()
     rows = {name: summary(times[1:]) for name, times in seconds.items()}
-    for name, base in (
-        ("step, fresh gradients", "native call"),
-        ("step, same gradients", "native call"),
-        ("step, same gradients, warm", "native call, warm"),
-    ):
+    bases = {name: "native call" for name in ("step, fresh gradients", "step, same gradients")}
+    for name, base in {**bases, "step, same gradients, warm": "native call, warm"}.items():
         rows[name]["host_ms"] = 1e3 * paired_difference(seconds[name][1:], seconds[base][1:])
     return {"gradients": sum(len(group["params"]) for group in optimizer.param_groups), "rows": rows}

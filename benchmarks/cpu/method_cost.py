@@ -1,4 +1,7 @@
-"""Cost of a step of each first-order method against the fused inner step, held-out gradients and the bytes that its definition adds."""
+"""Cost of a step of each first-order method.
+
+Against the fused inner step, the held-out gradients, and the bytes that the method's definition adds.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.measure import Budget, paired, summary
-from benchmarks.common.setups import Problem, Setup
-from benchmarks.common.variants import BETA, SGD
+from benchmarks.common.setups import BETA, SGD, Problem, Setup
 from benchmarks.cpu.ceiling import CacheFlush, Read3Write2
 from cts_fast.baselines import METHODS
 
-# Numbers beside the inner step's 5 T P that the terms of a method's definition read and write, each term once, as (per task and coordinate,
-# per coordinate): first a step within a round, then one that ends it (K = 1). phi: 2, read and written. A held-out gradient: read once a
-# task. A meta-update whose gradient needs θ after the inner step cannot share its pass, so its reset writes θ and v once more (2 a task).
-# Leap: θ and the point before it for the norm (2 a task); then both again, both gradients, and the point kept (6 a task), of which the
-# native pass shares θ and its gradient with the inner step; a round of one step has no segment, so it has no second entry.
-# Random shift: θ read and written once more (2 a task); its direction is computed where it is needed. At a round's end φ replaces θ, so
-# nothing is drawn.
-# Held-out gradients are autograd's work, as the training gradients are: what it takes for those of all tasks is measured beside and allowed.
+# Numbers beside the inner step's 5 T P that the terms of a method's definition read and write, each term once, as (per
+# task and coordinate, per coordinate): first a step within a round, then one that ends it (K = 1).
+# phi: 2, read and written. A held-out gradient: read once a task. A meta-update whose gradient needs θ after the inner
+# step cannot share its pass, so its reset writes θ and v once more (2 a task).
+# Leap: θ and the point before it for the norm (2 a task); then both again, both gradients, and the point kept (6 a
+# task), of which the native pass shares θ and its gradient with the inner step; a round of one step has no segment, so
+# it has no second entry.
+# Random shift: θ read and written once more (2 a task); its direction is computed where it is needed. At a round's end
+# φ replaces θ, so nothing is drawn.
+# Held-out gradients are autograd's work, as the training gradients are: what it takes for those of all tasks is
+# measured beside and allowed.
 ADDED: dict[str, tuple[tuple[int, int], ...]] = {
     "cts": ((0, 2), (0, 2)),
     "no-shift": ((0, 2), (0, 2)),
@@ -32,10 +37,8 @@ ADDED: dict[str, tuple[tuple[int, int], ...]] = {
     "fomaml++": ((1, 2), (3, 6)),
     "leap": ((8, 2),),
 }
-EVALUATES = {
-    "fomaml": (False, True),
-    "fomaml++": (True, True),
-}  # whether it takes held-out gradients in these two kinds of step
+# whether it takes held-out gradients in these two kinds of step
+EVALUATES = {"fomaml": (False, True), "fomaml++": (True, True)}
 ALLOWANCE = 1.1
 LONG = 10**9
 
@@ -65,18 +68,20 @@ def heldout_gradients(problem: Problem) -> Callable[[], object]:
     """What autograd does for the held-out gradients of all tasks, and nothing else."""
     tasks = problem.replicas()
     losses = heldout_losses(problem, tasks)
-    return lambda: [
-        torch.autograd.grad(loss(), task, allow_unused=True) for loss, task in zip(losses, tasks, strict=True)
-    ]
+
+    def run() -> list:
+        pairs = zip(losses, tasks, strict=True)
+        return [torch.autograd.grad(loss(), task, allow_unused=True) for loss, task in pairs]
+
+    return run
 
 
 def make_step(method: str, problem: Problem, horizon: int, **options) -> Callable[[], object]:
     """`step` of a method of `METHODS` with all that it needs at hand; horizon 1: every step ends a round."""
     tasks = problem.replicas()
     kind = METHODS[method]
-    optimizer = kind(
-        [zip(problem.names, task, strict=True) for task in tasks], meta_lr=BETA, horizon=horizon, **SGD, **options
-    )
+    named = [zip(problem.names, task, strict=True) for task in tasks]
+    optimizer = kind(named, meta_lr=BETA, horizon=horizon, **SGD, **options)
     needs, given = getattr(kind, "needs", frozenset()), {}
     if "losses" in needs:
         given["losses"] = [torch.tensor(1.0 + t) for t in range(len(tasks))]
@@ -85,13 +90,14 @@ def make_step(method: str, problem: Problem, horizon: int, **options) -> Callabl
     return lambda: optimizer.step(**given)
 
 
-def method_cost(
-    setup: Setup, budget: Budget, flush: CacheFlush | None, shape: tuple[int, int, int]
-) -> dict[str, object]:
-    """One row a method and kind of step: ms, bytes added, and the ratio to the inner step, the time of those bytes and the held-out gradients.
+def method_cost(setup: Setup, budget: Budget, flush: CacheFlush | None, shape: tuple[int, int, int]) -> dict:
+    """One row a method and kind of step.
 
-    The inner step is `step()` with no meta-update due. Everything is made twice, the second time in reverse order, and a time is the mean of
-    both: where memory lies makes up to a tenth of a difference. Bytes are priced at the ceiling, which takes turns with the methods.
+    ms, bytes added, and the ratio to the inner step, the time of those bytes and the held-out gradients.
+
+    The inner step is `step()` with no meta-update due. Everything is made twice, the second time in reverse order, and
+    a time is the mean of both: where memory lies makes up to a tenth of a difference. Bytes are priced at the ceiling,
+    which takes turns with the methods.
     """
     problem = Problem(setup)
     rows, tasks, columns = {}, setup.tasks, setup.parameters
@@ -112,13 +118,15 @@ def method_cost(
         per_byte = [t / ceiling.bytes for t in run.seconds["ceiling"]]
         for name, (per_task, once) in added_now.items():
             added = 4 * columns * (per_task * tasks + once)
-            evaluations = (
-                seconds["held-out gradients"] if EVALUATES.get(name, (False, False))[kind] else [0.0] * len(per_byte)
-            )
+            evaluates = EVALUATES.get(name, (False, False))[kind]
+            evaluations = seconds["held-out gradients"] if evaluates else [0.0] * len(per_byte)
             allowed = [t + added * p + e for t, p, e in zip(seconds["inner step"], per_byte, evaluations, strict=True)]
             ratios = sorted(a / b for a, b in zip(seconds[name], allowed, strict=True))
             rows[f"{name}, {('within a round', 'that ends a round')[kind]}"] = {
-                **summary(seconds[name]), "inner_ms": summary(seconds["inner step"])["ms"], "added_bytes": added,
-                "heldout_ms": summary(evaluations)["ms"], "ratio": ratios[len(ratios) // 2],
-            }  # fmt: skip
+                **summary(seconds[name]),
+                "inner_ms": summary(seconds["inner step"])["ms"],
+                "added_bytes": added,
+                "heldout_ms": summary(evaluations)["ms"],
+                "ratio": ratios[len(ratios) // 2],
+            }
     return {"setup": str(setup), "allowance": ALLOWANCE, "rows": rows}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from benchmarks.common import machine
 from benchmarks.common.measure import Budget, paired, paired_ratio, summary
 from benchmarks.common.memory import step_memory
@@ -16,7 +18,10 @@ SPARE = 4 << 30  # bytes of memory that stay free
 
 
 def build(setup: Setup) -> tuple[dict[str, object], dict[str, dict], dict[str, str]]:
-    """Checked variants of a set-up, their memory in MiB, and why others are missing. Raises AssertionError for a wrong variant."""
+    """Checked variants of a set-up, their memory in MiB, and why others are missing.
+
+    Raises AssertionError for a wrong variant.
+    """
     problem, parameter_bytes = Problem(setup), setup.tasks * setup.parameters * 4
     _ = problem.flat_gradients, problem.expected  # made before memory is counted
     variants, memory, missing = {}, {}, {}
@@ -25,9 +30,8 @@ def build(setup: Setup) -> tuple[dict[str, object], dict[str, dict], dict[str, s
         if reason is None and machine.available_bytes() < 4 * parameter_bytes + SPARE:
             reason = "not enough free memory beside the other variants"
         if reason is None:
-            memory[name] = step_memory(
-                lambda kind=kind: kind(problem), lambda made: check(made, problem), parameter_bytes
-            )
+            make = partial(kind, problem)
+            memory[name] = step_memory(make, partial(check, problem=problem), parameter_bytes)
             variants[name] = memory[name].pop("variant")
         else:
             missing[name] = reason
@@ -35,10 +39,13 @@ def build(setup: Setup) -> tuple[dict[str, object], dict[str, dict], dict[str, s
 
 
 def step_cost(setup: Setup, budget: Budget, flush: CacheFlush, shape: tuple[int, int, int]) -> list[dict[str, object]]:
-    """One table for cold and one for warm caches; large set-ups, whose data no cache holds from step to step, have a cold one only.
+    """One table for cold and one for warm caches.
 
-    gb_per_s counts the floor's bytes whatever a variant really moves; of_ceiling compares with the large 3-read-2-write of the same
-    repeats; times_step and times_native: the variant's time over that of `step()` and of the native call, as paired medians.
+    Large set-ups, whose data no cache holds from step to step, have a cold one only.
+
+    gb_per_s counts the floor's bytes whatever a variant really moves; of_ceiling compares with the large 3-read-2-write
+    of the same repeats; times_step and times_native: the variant's time over that of `step()` and of the native call,
+    as paired medians.
     """
     variants, memory, missing = build(setup)
     rows, tile, ahead = shape
@@ -60,8 +67,17 @@ def step_cost(setup: Setup, budget: Budget, flush: CacheFlush, shape: tuple[int,
                 if base in seconds and name != CEILING:
                     row[key] = paired_ratio(times, seconds[base])
             table[name] = row
-        tables.append({
-            "network": setup.network, "tasks": setup.tasks, "parameters": setup.parameters, "floor_bytes": setup.floor_bytes,
-            "caches": caches, "quiet_repeats": measured.quiet, "repeats": measured.repeats, "variants": table, "missing": missing,
-        })  # fmt: skip
+        tables.append(
+            {
+                "network": setup.network,
+                "tasks": setup.tasks,
+                "parameters": setup.parameters,
+                "floor_bytes": setup.floor_bytes,
+                "caches": caches,
+                "quiet_repeats": measured.quiet,
+                "repeats": measured.repeats,
+                "variants": table,
+                "missing": missing,
+            }
+        )
     return tables

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from benchmarks.common.measure import summary
-from benchmarks.common.setups import HYPER, NETWORKS
-from benchmarks.common.variants import SGD, shift_by_name
+from benchmarks.common.setups import BETA, NETWORKS, SGD
+from benchmarks.common.variants import shift_by_name
 from cts_fast import ShiftingMetaOptimizer
 from cts_fast.experiments.meta_train import PRECISIONS, loss
 
@@ -45,16 +45,17 @@ class _Loop:
 
 
 def whole_step(network: str, backend: str, repeats: int, tasks: int = 8, classes: int = 10) -> dict[str, object]:
-    """Milliseconds of forward and backward of T tasks and of the update, by `step()` and by the plain loop on the same gradients."""
+    """Milliseconds of forward and backward of T tasks and of the update.
+
+    The update: by `step()` and by the plain loop, on the same gradients.
+    """
     features, batch, side = WHOLE[network]
     torch.manual_seed(0)
     nets, twins = ([_Net(network, features, classes) for _ in range(tasks)] for _ in range(2))
     for net in (*nets[1:], *twins):
         net.load_state_dict(nets[0].state_dict())
-    optimizer = ShiftingMetaOptimizer(
-        [net.body.named_parameters() for net in nets], meta_lr=HYPER.meta_lr, horizon=None, backend=backend,
-        heads=[net.head.parameters() for net in nets], **SGD,
-    )  # fmt: skip
+    bodies, heads = [net.body.named_parameters() for net in nets], [net.head.parameters() for net in nets]
+    optimizer = ShiftingMetaOptimizer(bodies, heads=heads, meta_lr=BETA, horizon=None, backend=backend, **SGD)
     loop = _Loop(twins)
     images = torch.randn(batch, 3, side, side).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(classes, (batch,))
@@ -78,7 +79,6 @@ def whole_step(network: str, backend: str, repeats: int, tasks: int = 8, classes
         seconds["update, naive loop"].append(perf_counter() - start)
     rows = {name: summary(times[1:]) for name, times in seconds.items()}
     network_ms = rows["forward and backward"]["ms"]
-    shares = {
-        name: rows[name]["ms"] / (rows[name]["ms"] + network_ms) for name in ("update, step()", "update, naive loop")
-    }
+    updates = {name: rows[name]["ms"] for name in ("update, step()", "update, naive loop")}
+    shares = {name: ms / (ms + network_ms) for name, ms in updates.items()}
     return {"images": batch, "side": side, "tasks": tasks, "rows": rows, "share": shares}
