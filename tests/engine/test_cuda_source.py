@@ -1,8 +1,9 @@
-"""The CUDA source without a GPU: the step's tests on it, compiled for the CPU under sanitizers, and what nvcc made of it."""
+"""The CUDA source without a GPU: the step's tests on it, compiled for the CPU, and what nvcc made of it."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+import cts_fast
+from cts_fast.engine.step import Hyper
 
 SUPPORT = Path(__file__).parents[1] / "support"
 pytest.importorskip("pybind11")
@@ -25,20 +29,15 @@ def test_the_step_is_right_under_sanitizers(shim, file):
     named = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
     libraries = [subprocess.run(command, capture_output=True, text=True).stdout.strip() for command in named]
     environment = {
-        **os.environ, "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
         "CTS_FAST_EXAMPLES": "10",
-    }  # fmt: skip
-    command = [
-        sys.executable,
-        str(SUPPORT / "shim_step.py"),
-        str(shim),
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        file,
-        "-k",
-        "cuda-cpu",
-    ]
+    }
+    options = ["-q", "-p", "no:cacheprovider", file, "-k", "cuda-cpu"]
+    command = [sys.executable, str(SUPPORT / "shim_step.py"), str(shim), *options]
     out = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
     assert out.returncode == 0 and re.search(r"\d+ passed", out.stdout), out.stdout[-4000:] + out.stderr[-4000:]
     assert "failed" not in out.stdout and "skipped" not in out.stdout
@@ -48,9 +47,8 @@ def test_the_step_is_right_under_sanitizers(shim, file):
 def shim(tmp_path_factory) -> Path:
     """csrc/cuda/shifting_step.cu as a module for CPU tensors."""
     folder = tmp_path_factory.mktemp("shim")
-    subprocess.run(
-        ["sh", str(SUPPORT / "build_shim.sh"), str(folder)], check=True, env={**os.environ, "PYTHON": sys.executable}
-    )
+    command = ["sh", str(SUPPORT / "build_shim.sh"), str(folder)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHON": sys.executable})
     return folder / "_cuda.so"
 
 
@@ -77,14 +75,14 @@ def module() -> str:
 
 
 class Kernel(NamedTuple):
-    """Which of the compiled kernels: tasks a thread holds, whether blocks split them over slices, the parameters' type, addresses by value."""
+    """Which of the compiled kernels."""
 
     architecture: int
     lean: bool
-    held: int
-    sliced: bool
-    dtype: str
-    pointers: int
+    held: int  # tasks of a thread
+    sliced: bool  # whether blocks split them over slices
+    dtype: str  # the parameters'
+    pointers: int  # addresses by value
 
     @classmethod
     def of(cls, architecture: int, name: str) -> Kernel:
@@ -114,13 +112,8 @@ def usage(module) -> dict[Kernel, tuple[int, int, int]]:
 def test_every_architecture_dtype_and_number_of_tasks_has_its_kernels(usage):
     architectures = {kernel.architecture for kernel in usage}
     assert architectures
-    expected = {
-        (a, lean, *kind, dtype, 3200)
-        for a in architectures
-        for lean in (False, True)
-        for kind in KINDS
-        for dtype in TYPES.values()
-    }
+    every = itertools.product(architectures, (False, True), KINDS, TYPES.values())
+    expected = {(a, lean, *kind, dtype, 3200) for a, lean, kind, dtype in every}
     expected |= {(a, True, *kind, "float32", 512) for a in architectures for kind in KINDS}  # small launches
     assert set(usage) == expected
 
@@ -138,9 +131,8 @@ def test_registers_are_within_the_launch_bounds(usage):
             assert blocks >= 1, kernel
         elif kernel.held == 8:
             assert registers <= 128 and blocks >= 4, kernel
-            assert blocks >= 5 or not (
-                kernel.lean and kernel.architecture == 90 and kernel.dtype in ("float32", "float64")
-            ), kernel
+            if kernel.lean and kernel.architecture == 90 and kernel.dtype in ("float32", "float64"):
+                assert blocks >= 5, kernel
         else:
             assert blocks >= (5 if kernel.held == 4 else 7), kernel
 
@@ -157,9 +149,8 @@ def code(request, module, usage) -> dict[Kernel, list[str]]:
     architecture = request.param
     if architecture not in {kernel.architecture for kernel in usage}:
         pytest.skip(f"not built for sm_{architecture}")
-    parts = re.split(r"\n\s*Function : ", cuobjdump("--dump-sass", "--gpu-architecture", f"sm_{architecture}", module))[
-        1:
-    ]
+    text = cuobjdump("--dump-sass", "--gpu-architecture", f"sm_{architecture}", module)
+    _, *parts = re.split(r"\n\s*Function : ", text)
     return {Kernel.of(architecture, part.split()[0]): instructions(part) for part in parts}
 
 
@@ -179,7 +170,8 @@ def test_numbers_move_16_bytes_at_a_time_and_never_in_bytes(code):
         assert not [one for one in found if re.match(r"(LD|ST|LDS|STS)\.(?!.*128)(.*\.)?[SU]?(8|16)\b", one)], kernel
         assert 16 not in widths(found, "LDG|STG"), kernel
         held = kernel.held if not kernel.sliced else 1  # of a slice the number of tasks is known at run time alone
-        # theta, momentum and gradient of every task, phi and the tile in; theta, momentum and phi out, with and without staying in the cache
+        # theta, momentum and gradient of every task, phi and the tile in; theta, momentum and phi out, with and without
+        # staying in the cache
         assert widths(found, "LDG").count(128) >= 3 * held + 1 + 2, kernel
         assert widths(found, "STG").count(128) >= 2 * (2 * held + 1), kernel
         if kernel.sliced:
@@ -191,7 +183,8 @@ def test_the_lean_path_of_8_tasks_is_short(code):
     for kernel, found in code.items():
         if not kernel.lean or kernel.sliced or kernel.held != 8 or kernel.dtype not in ("float32", "float64"):
             continue
-        # from the kernel's first instruction to the last wide store; behind it come the columns left over and those of heads, one by one
+        # from the kernel's first instruction to the last wide store; behind it come the columns left over and those of
+        # heads, one by one
         last = max(i for i, one in enumerate(found) if re.match(r"STG\S*\.128", one))
         assert last <= 1200, kernel
         assert len(found) <= 1750, kernel
@@ -208,9 +201,16 @@ def test_a_ticket_is_taken_before_anything_is_stored(code):
 
 def test_the_module_imports_without_a_driver(module):
     code = "import cts_fast._cuda as m; print(m.driver_version())"
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert out.returncode == 0 and int(out.stdout) >= 0, out.stderr
     needed = subprocess.run(["ldd", module], capture_output=True, text=True).stdout
     assert "libcuda" not in needed and "libcudart" not in needed and "torch" not in needed
+
+
+def test_both_native_modules_unpack_a_param_group_in_the_order_of_its_declaration(module):
+    from cts_fast import _cpu, _cuda
+
+    assert _cpu.sgd_fields == _cuda.sgd_fields == Hyper._fields
+    assert re.fullmatch("[0-9a-f]{16}", _cpu.build) and re.fullmatch("[0-9a-f]{16}", _cuda.build)
+    assert _cpu.build != _cuda.build and _cpu.version == _cuda.version == cts_fast.__version__

@@ -120,47 +120,30 @@ def test_method_to_be_timed_steps(problem, method, horizon):
 
 
 def test_report_names_a_missed_goal_beside_what_was_measured():
-    row = {
-        "ms": 2.0,
-        "ms_low": 1.0,
-        "ms_high": 3.0,
-        "gb_per_s": 20.0,
-        "of_ceiling": 0.5,
-        "times_step": 4.0,
-        "times_native": 5.0,
-    }
-    names = (
-        "released form",
-        "foreach",
-        "naive loop",
-        "fused + foreach",
-        "compiled flat + copy",
-        "step(), cpu",
-        "native call, cpu",
-    )
+    row = dict(ms=2.0, ms_low=1.0, ms_high=3.0, gb_per_s=20.0, of_ceiling=0.5, times_step=4.0, times_native=5.0)
+    names = ["released form", "naive loop", "foreach", "fused + foreach", "compiled flat + copy"]
     table = {
-        "network": "resnet20", "tasks": 8, "parameters": 269_072, "floor_bytes": 45_204_096, "caches": "cold", "quiet_repeats": 3,
-        "repeats": 4, "missing": {"flat": "no room"}, "variants": {name: row for name in names},
-    }  # fmt: skip
-    machine = dict.fromkeys(
-        (
-            "processor",
-            "family_model",
-            "cores",
-            "threads",
-            "memory_gib",
-            "vectors",
-            "system",
-            "python",
-            "torch",
-            "cts_fast",
-            "compiler",
-        ),
-        "x",
-    )
-    text = markdown({
-        "machine": {**machine, "last_level_cache_bytes": 1 << 25}, "command": "c", "date": "d", "seconds": 1,
-        "ceiling": {"gb_per_s": {"one": 40.0}}, "steps": [table], "methods": [], "whole_steps": {},
+        "network": "resnet20",
+        "tasks": 8,
+        "parameters": 269_072,
+        "floor_bytes": 45_204_096,
+        "caches": "cold",
+        "quiet_repeats": 3,
+        "repeats": 4,
+        "missing": {"flat": "no room"},
+        "variants": dict.fromkeys([*names, "step(), cpu", "native call, cpu"], row),
+    }
+    facts = "processor family_model cores threads memory_gib vectors system python torch cts_fast compiler".split()
+    result = {
+        "machine": {**dict.fromkeys(facts, "x"), "last_level_cache_bytes": 1 << 25},
+        "command": "c",
+        "date": "d",
+        "seconds": 1,
+        "ceiling": {"gb_per_s": {"one": 40.0}},
+        "steps": [table],
+        "methods": [],
+        "whole_steps": {},
         "host": {"backend": "cpu", "gradients": 472, "rows": {"native call": row}},
-    }, ["a.png"])  # fmt: skip
+    }
+    text = markdown(result, ["a.png"])
     assert "0.50 / 0.85" in text and "5.0 / 28" in text and "Left out: flat (no room)" in text

@@ -16,43 +16,23 @@ def test_of_a_section_that_was_stopped_the_last_whole_result_is_kept():
     assert gpu_check.last_result("noise") is None
 
 
+def run(out: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The program's dry run."""
+    command = [sys.executable, str(PROGRAM), "--device", "cpu", "--out", str(out), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def test_a_dry_run_writes_its_results_as_json_and_as_a_table(tmp_path):
-    command = [
-        sys.executable,
-        str(PROGRAM),
-        "--device",
-        "cpu",
-        "--only",
-        "sanitizers",
-        "bandwidth",
-        "--out",
-        str(tmp_path),
-    ]
-    out = subprocess.run(command, capture_output=True, text=True)
+    out = run(tmp_path, "--only", "sanitizers", "bandwidth")
     assert out.returncode == 0, out.stdout + out.stderr
     (report,) = tmp_path.glob("cpu-*.json")
-    results = json.loads(report.read_text())
-    assert results["sections"]["bandwidth"]["bytes_per_second"] > 0 and set(results["sections"]) == {
-        "sanitizers",
-        "bandwidth",
-    }
+    sections = json.loads(report.read_text())["sections"]
+    assert sections["bandwidth"]["bytes_per_second"] > 0 and set(sections) == {"sanitizers", "bandwidth"}
     assert "copy bandwidth" in report.with_suffix(".txt").read_text()
 
 
 def test_a_section_without_time_says_so_and_the_run_fails(tmp_path):
-    command = [
-        sys.executable,
-        str(PROGRAM),
-        "--device",
-        "cpu",
-        "--only",
-        "bandwidth",
-        "--seconds",
-        "1",
-        "--out",
-        str(tmp_path),
-    ]
-    out = subprocess.run(command, capture_output=True, text=True)
+    out = run(tmp_path, "--only", "bandwidth", "--seconds", "1")
     assert out.returncode == 1 and "no time was left" in out.stdout
     (report,) = tmp_path.glob("cpu-*.json")
     assert "no time" in json.loads(report.read_text())["sections"]["bandwidth"]["error"]

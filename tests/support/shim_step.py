@@ -1,4 +1,7 @@
-"""Runs the step's tests on csrc/cuda/shifting_step.cu compiled for the CPU: python shim_step.py MODULE [pytest arguments]."""
+"""Runs the step's tests on csrc/cuda/shifting_step.cu compiled for the CPU.
+
+python shim_step.py MODULE [pytest arguments]
+"""
 
 import importlib.machinery
 import importlib.util

@@ -1,4 +1,7 @@
-"""Compiles the Triton kernel without a GPU and prints what came out as JSON: python triton_compile.py '[{"capability": 90, "T": 8}, …]'."""
+"""Compiles the Triton kernel without a GPU and prints what came out as JSON.
+
+python triton_compile.py '[{"capability": 90, "T": 8}, …]'
+"""
 
 import json
 import os
@@ -18,37 +21,28 @@ from cts_fast.kernels import shifting_step as step
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+WORK = {"fp32": "float32", "fp64": "float64"}
+
+
 def source(T, dtype="fp32", aligned=True, dampened=False, counting=False, nonfinite=False):
     """The kernel as the launcher would specialize it."""
     work = "fp64" if dtype == "fp64" else "fp32"
-    types = dict(
-        tiles="*i64", gradients="*i64", groups="*i32", hyper="*fp64", theta="*" + dtype, v="*" + dtype, phi="*" + work, stride="i32",
-        head_theta="*" + dtype, head_v="*" + dtype, shared_tiles="i32", shared_count="i32", count="i32", mode="i32",
-    )  # fmt: skip
+    pointers = dict(tiles="i64", gradients="i64", groups="i32", hyper="fp64", theta=dtype, v=dtype, phi=work)
+    pointers |= dict(head_theta=dtype, head_v=dtype)
+    numbers = dict.fromkeys(("stride", "shared_tiles", "shared_count", "count", "mode"), "i32")
     if dtype in ("bf16", "fp16"):
-        types |= dict(master="*fp32", head_master="*fp32")
+        pointers |= dict(master="fp32", head_master="fp32")
     if dampened or counting:
-        types |= dict(started="*u8")
+        pointers |= dict(started="u8")
     if nonfinite:
-        types |= dict(nonfinite="*u8")
+        pointers |= dict(nonfinite="u8")
     if counting:
-        types |= dict(
-            counters="*i64",
-            ticket="*i32",
-            horizon="i64",
-            meta_interval="i32",
-            found_inf="*fp32",
-            grad_scale="*fp32",
-            counts="i32",
-        )
-    given = dict(
-        T=T,
-        PLAIN=T <= 8 and not (dampened or counting or nonfinite),
-        ALIGNED=aligned,
-        WORK=tl.float64 if work == "fp64" else tl.float32,
-        DAMPENED=dampened,
-    )
-    given |= step.tile_shape(T, torch.float64 if work == "fp64" else torch.float32)
+        pointers |= dict(counters="i64", ticket="i32", found_inf="fp32", grad_scale="fp32")
+        numbers |= dict(horizon="i64", meta_interval="i32", counts="i32")
+    types = {name: "*" + kind for name, kind in pointers.items()} | numbers
+    plain = T <= 8 and not (dampened or counting or nonfinite)
+    given = dict(T=T, PLAIN=plain, ALIGNED=aligned, WORK=getattr(tl, WORK[work]), DAMPENED=dampened)
+    given |= step.tile_shape(T, DTYPES[work])
     names = step.shifting_step_kernel.arg_names
     constants = {name: given.get(name) for name in names if name not in types}
     attributes = {
@@ -61,10 +55,12 @@ def source(T, dtype="fp32", aligned=True, dampened=False, counting=False, nonfin
 
 
 def facts(capability, **variant):
-    """Kernel entries, barriers that the source asks for, global accesses by width in bytes, registers and local memory of one variant."""
-    kernel = triton.compile(
-        source(**variant), target=GPUTarget("cuda", capability, 32), options=dict(num_warps=4, enable_fp_fusion=False)
-    )
+    """What came of one variant.
+
+    Kernel entries, barriers that the source asks for, global accesses by width in bytes, registers and local memory.
+    """
+    options = dict(num_warps=4, enable_fp_fusion=False)
+    kernel = triton.compile(source(**variant), target=GPUTarget("cuda", capability, 32), options=options)
     ptx = kernel.asm["ptx"]
     widths = {"load": [], "store": []}
     for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.(v[24]))?\.[bfsu](\d+)", ptx):
@@ -73,20 +69,12 @@ def facts(capability, **variant):
         file.write(kernel.asm["cubin"])
         file.flush()
         tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
     barriers = len(re.findall(r"\b(?:gpu|ttg)\.barrier\b", kernel.asm["ttgir"]))
-    return dict(
-        barriers=barriers,
-        entries=ptx.count(".entry"),
-        widths=widths,
-        registers=registers,
-        stack=stack,
-        local=local,
-        threads=128,
-    )
+    entries, usage = ptx.count(".entry"), dict(registers=registers, stack=stack, local=local)
+    return dict(barriers=barriers, entries=entries, widths=widths, threads=128, **usage)
 
 
 if __name__ == "__main__":
