@@ -11,23 +11,14 @@ Above ROWS tasks, θ′ is stored, summed up on the way, and read back (from cac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from cts_fast.engine.backends.base import Passes
-from cts_fast.engine.backends.device_table import DeviceTable, host_addresses, rate_address
-from cts_fast.engine.gradients import Gradients
-from cts_fast.engine.layout import Flat
-from cts_fast.engine.step import Control, Hyper
-
-TILE = tl.constexpr(
-    5
-)  # numbers a tile: its column in the buffers, columns left in its tensor, its place in the tensor, group, first gradient
-HYPER = tl.constexpr(11)  # numbers a group: Hyper's eight, the gradients' factor, addresses of a tensor α and β
+# numbers a tile: its column in the buffers, columns left in its tensor, its place in the tensor, group, first gradient
+TILE = tl.constexpr(5)
+HYPER = tl.constexpr(
+    12
+)  # numbers a group: Hyper's eight, the gradients' factor, addresses of a tensor α and β, T of the mean
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 META_UPDATE, RESET, RESET_MOMENTUM = (tl.constexpr(1 << i) for i in range(3))  # bits of `mode`
 
@@ -142,7 +133,7 @@ def _step(
         meta_update, reset = (bits & META_UPDATE) != 0, (bits & RESET) != 0
         clear = reset & ((bits & RESET_MOMENTUM) != 0)
         p = tl.load(phi + column + numbers, mask=inside, other=0)
-        meta_lr, shift = _learning_rate(h + 6, h + 10), tl.load(h + 7).to(WORK)
+        meta_lr, shift, num_tasks = _learning_rate(h + 6, h + 10), tl.load(h + 7).to(WORK), tl.load(h + 11)
         if T <= ROWS:
             x, spot, mask = _inner_step(
                 theta, v, master, stride, rows, rows < T, gradients, started, nonfinite, h, scale, column, at, inside, clear, BLOCK, ALIGNED, WORK,
@@ -161,7 +152,7 @@ def _step(
                 _store(theta, master, spot, mask, x)
             tl.debug_barrier()  # what is read back below may have been stored by another thread
         moves = meta_update & (tl.full([1], meta_lr, tl.float64) != 0)
-        delta = tl.where(moves, total * (meta_lr / T).to(WORK), 0.0)
+        delta = tl.where(moves, total * (meta_lr / num_tasks).to(WORK), 0.0)
         p = tl.where(moves, p + delta, p)
         tl.store(phi + column + numbers, p, mask=inside & moves)
         if T <= ROWS:
@@ -285,113 +276,3 @@ def shifting_step_kernel(
                     counts,
                     BLOCK,
                 )
-
-
-def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
-    """Why this backend cannot run there; None if it can. Under TRITON_INTERPRET=1 it runs on CPU tensors, else on CUDA ones."""
-    if INTERPRETED.value:
-        return None if device.type == "cpu" else "TRITON_INTERPRET is set, which runs Triton on CPU tensors only"
-    if device.type != "cuda":
-        return f"Triton runs on NVIDIA GPUs, or on CPU tensors under TRITON_INTERPRET=1; the parameters are on {device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"Triton's kernels here need compute capability 8.0; {device} has {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
-    return None
-
-
-def tile_shape(tasks: int, work_dtype: torch.dtype) -> dict[str, int]:
-    """Rows held in registers at once and columns of a program: 16 bytes of each row for each of 128 threads."""
-    return {"ROWS": min(triton.next_power_of_2(tasks), 8), "BLOCK": 128 * 16 // work_dtype.itemsize}
-
-
-def make_tiles(flats: Sequence[Flat], block: int) -> Tensor:
-    """The tiles of all segments, in order; int64 [tiles, TILE]."""
-    tiles, first = [], 0
-    for flat in flats:
-        for segment in flat.segments:
-            at = torch.arange(0, segment.numel, block, device="cpu")
-            rows = [
-                segment.offset + at,
-                segment.numel - at,
-                at,
-                torch.full_like(at, segment.group),
-                torch.full_like(at, first),
-            ]
-            tiles.append(torch.stack(rows, dim=1))
-            first += flat.rows
-    return torch.cat(tiles)
-
-
-def _plain(tasks: int, rows: int, hyper: Sequence[Hyper], control: Control) -> bool:
-    """Whether the usual rule is all that this step needs, with its tasks in registers: in the loop over more of them it would spill."""
-    scaled = control.inverse_scale != 1 or (control.counting is not None and control.counting.grad_scale is not None)
-    rule = all(h.momentum != 0 and not (h.nesterov or h.maximize or h.dampening) for h in hyper)
-    return tasks <= rows and rule and not scaled and control.nonfinite is None
-
-
-class Launcher(Passes):
-    """Launches the kernel for all buffers of one device and dtype."""
-
-    on_device = True  # it can take a captured step's decisions on the device
-
-    def __init__(self, flats: Sequence[Flat]) -> None:
-        self.flats, shared = flats, flats[0]
-        self.head = flats[1] if len(flats) > 1 else None
-        if not shared.shared:
-            self.head, shared = shared, None
-        self.shared, self.device = shared, flats[0].device
-        self.count, self.shared_count = sum(len(flat.params) for flat in flats), len(shared.params) if shared else 0
-        self.tasks, self.work_dtype = shared.rows if shared else 1, flats[0].work_dtype
-        self.shape = tile_shape(self.tasks, self.work_dtype)
-        tiles = make_tiles(flats, self.shape["BLOCK"])
-        self.shared_tiles = (
-            sum(-(-segment.numel // self.shape["BLOCK"]) for segment in shared.segments) if shared else 0
-        )
-        self.num_tiles = len(tiles)
-        self.tiles = (tiles if len(tiles) else torch.zeros(1, TILE.value, dtype=torch.int64, device="cpu")).to(
-            self.device
-        )
-        groups = [segment.group for flat in flats for segment in flat.segments for _ in range(flat.rows)]
-        self.groups = torch.tensor(groups, dtype=torch.int32, device=self.device)
-        self.num_groups = max(groups) + 1
-        self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self.table, self.flags = DeviceTable(self.device), DeviceTable(self.device)
-
-    def __call__(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
-        if not self.num_tiles and control.counting is None:
-            return
-        addresses = host_addresses(gradients)
-        counting, shared, head = control.counting, self.shared, self.head
-        started, dampened = None, any(h.dampening and h.momentum for h in hyper)
-        mode = (
-            control.meta_update * META_UPDATE.value
-            | control.reset * RESET.value
-            | control.reset_momentum * RESET_MOMENTUM.value
-        )
-        on = [None] * 7 if counting is None else [
-            counting.counters, self.ticket, counting.horizon, counting.meta_interval, counting.found_inf, counting.grad_scale, int(counting.advances)
-        ]  # fmt: skip
-        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
-            if counting is not None:
-                started = self.flats[0].started
-            elif dampened and not all(flat.all_started for flat in self.flats):
-                started = self.flags(torch.cat([flat.started.flatten() for flat in self.flats]))
-            table = self._table(addresses, hyper[: self.num_groups], control)
-            shifting_step_kernel[(max(self.num_tiles, 1),)](
-                self.tiles, table[: self.count], self.groups, table[self.count :].view(torch.float64), started, control.nonfinite,
-                *((shared.theta, shared.momentum, shared.master, shared.phi, shared.theta.stride(0)) if shared else (None,) * 5),
-                *((head.theta, head.momentum, head.master) if head else (None,) * 3),
-                self.shared_tiles, self.shared_count, self.count, mode, *on,
-                T=self.tasks, **self.shape, ALIGNED=not (addresses & 15).any(), WORK=tl.float64 if self.work_dtype == torch.float64 else tl.float32,
-                DAMPENED=dampened and started is not None,
-                PLAIN=_plain(self.tasks, self.shape["ROWS"], hyper[: self.num_groups], control), num_warps=4, enable_fp_fusion=False,
-            )  # fmt: skip
-
-    def _table(self, addresses: Tensor, hyper: Sequence[Hyper], control: Control) -> Tensor:
-        """The device's table: int64 [count + groups · HYPER], gradients' addresses and then the hyper-parameters' bits."""
-        rates = [[rate_address(rate) for rate in (h.lr, h.meta_lr)] for h in hyper]
-        values = [
-            [*(0.0 if isinstance(value, Tensor) else float(value) for value in h), control.inverse_scale] for h in hyper
-        ]
-        bits = torch.tensor(values, dtype=torch.float64, device="cpu").view(torch.int64)
-        hosts = torch.cat([bits, torch.tensor(rates, dtype=torch.int64, device="cpu")], dim=1)
-        return self.table(torch.cat([addresses, hosts.flatten()]), control.counting is not None)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cts_fast.engine.backends.reference import shifting_step_
-from cts_fast.engine.step import Control, Hyper
+from cts_fast.engine.plan import Control
+from cts_fast.engine.rules.sgd import Hyper
 from cts_fast.models.resnet20 import ResNet20
 
 SGD = dict(lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -116,7 +117,7 @@ class Problem:
         """phi [P] and theta [T, P] in float64 after `CHECKED_STEPS` steps of the reference equations."""
         phi = flatten(self.start).double()
         theta = phi.repeat(self.setup.tasks, 1)
-        control = Control(meta_update=True, reset=False, reset_momentum=False)
+        control = Control(meta_update=True, reset=False, reset_momentum=False, num_tasks=self.setup.tasks)
         for begin in range(0, phi.numel(), 1 << 20):  # coordinates are independent: blocks keep the copies small
             block = slice(begin, begin + (1 << 20))
             g = list(self.flat_gradients[:, block].double())

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from benchmarks.common.setups import BETA, CHECKED_STEPS, HYPER, SGD, Problem, Setup, flatten
 from cts_fast import ShiftingMetaOptimizer
-from cts_fast.engine.step import Control, unavailable
+from cts_fast.engine.plan import Control
+from cts_fast.engine.step import unavailable
 
 
 class Replicas:
@@ -300,10 +301,10 @@ class OursNative(Ours):
 
 def native_call(optimizer: ShiftingMetaOptimizer) -> Callable[[], None]:
     """The launch of one plain step with the gradients as they are now, without what `step()` does around it."""
-    launcher = optimizer._launchers[0]
-    gradients, hyper = optimizer._collectors[0](), optimizer._hyper()
-    control = Control(meta_update=True, reset=False, reset_momentum=False)
-    return lambda: launcher(gradients, hyper, control)
+    engine = optimizer.engine
+    gradients, hyper = engine.collectors[0](), optimizer.read_hyper()
+    control = Control(meta_update=True, reset=False, reset_momentum=False, num_tasks=engine.num_tasks)
+    return lambda: engine.backends[0].step_(gradients, hyper, control)
 
 
 VARIANTS: dict[str, type] = {

@@ -9,8 +9,9 @@ from itertools import accumulate
 import torch
 
 from cts_fast.baselines.base import Method
-from cts_fast.engine.backends.base import sign_words
-from cts_fast.engine.step import Control, Hyper, shifting_step_
+from cts_fast.engine.backends.method_ops import sign_words
+from cts_fast.engine.plan import Control, Counters
+from cts_fast.optimizer import Step
 
 
 class NoShifting(Method):
@@ -47,27 +48,28 @@ class RandomShifting(NoShifting):
         if not isinstance(own["seed"], int) or isinstance(own["seed"], bool) or own["seed"] < 0:
             raise ValueError(f"Invalid seed: {own['seed']}; it is a whole number ≥ 0")
 
-    def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
-        step = super()._apply_ if control.reset or not control.meta_update else self._shift_at_random_
-        step(gradients, hyper, control, nonfinite, losses, heldout)
+    def apply_(self, step: Step) -> None:
+        draws = step.control.meta_update and not step.control.reset
+        self._shift_at_random_(step) if draws else super().apply_(step)
 
     @torch.no_grad()
-    def _shift_at_random_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
+    def _shift_at_random_(self, step: Step) -> None:
         name = f"{self.param_groups[0]['seed']} {self.meta_updates}"
         key = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
         moved: list[float] = []
-        launchers = self._launchers_of(lambda launcher, *step: moved.append(launcher.measured_step_(*step)))
-        shifting_step_(launchers, self._flats, gradients, hyper, control, nonfinite)
-        scale = math.sqrt(sum(moved) / (self._numbers or 1))
-        for passes, first in zip(self._passes(), self._first_words, strict=True):
-            passes.add_signs_(key, first, scale)  # autograd has heard of this step's writes
-
-    def _build(self) -> None:
-        super()._build()
-        segments = [flat.segments for flat in self._shared()]
-        self._numbers = sum(segment.numel for own in segments for segment in own)
+        self.engine.step_(
+            step.gradients,
+            step.hyper,
+            step.control,
+            lambda backend, *arguments: moved.append(backend.measured_step_(*arguments)),
+        )
+        segments = [flat.segments for flat in self.shared_flats()]
+        numbers = sum(segment.numel for own in segments for segment in own)
         words = [sum(sign_words(segment.numel) for segment in own) for own in segments]
-        self._first_words = [*accumulate(words, initial=0)][:-1]  # random words go on from one buffer to the next
+        scale = math.sqrt(sum(moved) / (numbers or 1))
+        # random words go on from one buffer to the next
+        for (backend, _), first in zip(self.engine.shared, accumulate(words, initial=0), strict=False):
+            backend.add_signs_(key, first, scale)  # autograd has heard of this step's writes
 
 
 class ShiftingAccurate(Method):
@@ -82,14 +84,11 @@ class ShiftingAccurate(Method):
 
     on_host = True
 
-    def _plan(self, inner_step: int, round_: int, meta_updates: int) -> tuple[Control, tuple[int, int, int]]:
+    def plan(self, counters: Counters) -> tuple[Control, Counters]:
         options = self.param_groups[0]
-        inner_step += 1
+        inner_step = counters.inner_step + 1
         k = math.isqrt(2 * inner_step)  # run k ends at inner step 1 + 2 + … + k
         ends = 2 * inner_step == k * (k + 1)
         last = ends and options["horizon"] is not None and k >= options["horizon"]
-        return Control(ends, ends, options["reset_momentum"]), (
-            0 if last else inner_step,
-            round_ + last,
-            meta_updates + ends,
-        )
+        after = Counters(0 if last else inner_step, counters.round + last, counters.meta_updates + ends)
+        return Control(ends, ends, options["reset_momentum"], self.num_tasks), after

@@ -1,32 +1,36 @@
-"""What the methods share: options of their own, buffers of their own in the state, and a meta-update of their own."""
+"""What the methods share: options of their own, buffers of their own in the state, and a meta-update of their own.
+
+A method overrides the optimizer's hooks: `plan` (when a meta-update and a reset come), `read_hyper`, `apply_` (the step and what
+belongs to it) and `reset_`. Buffers, backends and counters are `self.engine`'s.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
-from cts_fast.engine.backends.base import Passes
 from cts_fast.engine.gradients import Collector, Gradients
 from cts_fast.engine.layout import Flat
-from cts_fast.engine.step import Control, Hyper, shifting_step_
-from cts_fast.optimizer import ShiftingMetaOptimizer
+from cts_fast.engine.plan import Control, Counters
+from cts_fast.engine.rules.sgd import Hyper
+from cts_fast.optimizer import ShiftingMetaOptimizer, Step
 
 
 class Method(ShiftingMetaOptimizer):
     """A method on the flat buffers of `ShiftingMetaOptimizer`; its options and what it shares are described there.
 
-    A subclass names in `own_options` its further options, and in `buffers` the float buffers it keeps beside theta and
-    phi: name → whether there is one row a task (laid out as theta) or one in all (as phi). Both are part of the state
-    dict; a reset clears them (in `_apply_`, where a method ends its rounds itself).
+    A subclass names in `own_options` its further options, and in `buffers` what it keeps beside theta and phi: name → "task" (a row
+    a task, laid out as theta), "shared" (one in all, as phi) or "number" (one a task). Both are part of the state dict; a reset
+    clears the buffers (in `apply_`, where a method ends its rounds itself).
     """
 
-    own_options: dict[str, object] = {}
-    buffers: dict[str, bool] = {}
+    own_options: Mapping[str, object] = {}
     once_a_round = False  # the meta-update comes at K alone
+    _heldout_flats: Sequence[Flat] = ()  # what the collectors of held-out gradients were made for
+    _heldout_collectors: Sequence[Collector] = ()
     on_host = False  # it takes decisions on the host, which a captured step may not
 
     def __init__(self, tasks, lr: float | Tensor = 1e-3, **options) -> None:
@@ -52,70 +56,38 @@ class Method(ShiftingMetaOptimizer):
     def check_own_options(self, own: dict) -> None:
         """Raise ValueError for values of `own_options` that no step can use."""
 
-    # Buffers ----------------------------------------------------------------------------------------------------------
+    # What it works on -------------------------------------------------------------------------------------------------
 
-    def _build(self) -> None:
-        kept = (
-            {p: {n: x for n, x in entry.items() if n in self.buffers} for p, entry in self.state.items()}
-            if self.buffers
-            else {}
-        )
-        super()._build()
-        self._heldout_collectors: list[Collector] = []
-        self._task_params = [
-            [segment.params[row] for flat in self._shared() for segment in flat.segments]
-            for row in range(self.num_tasks)
-        ]
-        self._own: list[dict[str, Tensor]] = []  # one entry a shared flat buffer: name → [T, S] or [S]
-        for flat in self._shared():
-            own = {
-                name: torch.zeros_like(flat.theta if per_task else flat.phi, dtype=flat.work_dtype)
-                for name, per_task in self.buffers.items()
-            }
-            self._own.append(own)
-            for name, buffer in own.items():
-                rows = buffer if self.buffers[name] else buffer[None]
-                views = [flat.view(row, segment) for segment in flat.segments for row in rows]
-                owners = flat.params if self.buffers[name] else [segment.params[0] for segment in flat.segments]
-                for param, view in zip(owners, views, strict=True):
-                    if name in kept.get(param, {}):
-                        view.copy_(kept[param][name])
-                    self.state[param][name] = view
+    def shared_flats(self) -> list[Flat]:
+        """The shared parameters' buffers, one for each device and dtype."""
+        return [flat for _, flat in self.engine.shared]
 
-    def _shared(self) -> list[Flat]:
-        return [flats[0] for flats in self._flats if flats[0].shared]
+    def task_params(self, row: int) -> list[Tensor]:
+        """The shared parameters of one task, in the order of the buffers."""
+        return [segment.params[row] for flat in self.shared_flats() for segment in flat.segments]
 
-    def _passes(self) -> list[Passes]:
-        """What steps each shared buffer, for what a method does beside the step."""
-        return [launcher for launcher, flats in zip(self._launchers, self._flats, strict=True) if flats[0].shared]
-
-    def _launchers_of(self, shared_step: Callable) -> list[Callable]:
-        """The optimizer's launchers, where they step shared parameters as shared_step(launcher, gradients, hyper, control)."""
-        return [
-            partial(shared_step, launcher) if flats[0].shared else launcher
-            for launcher, flats in zip(self._launchers, self._flats, strict=True)
-        ]
-
-    def _reset_(self) -> None:
-        super()._reset_()
-        self._clear_()
-
-    def _clear_(self) -> None:
-        for buffer in chain.from_iterable(own.values() for own in self._own):
+    def clear_buffers_(self) -> None:
+        """Forget what the method kept of a round."""
+        for buffer in chain.from_iterable(flat.own.values() for flat in self.shared_flats()):
             buffer.zero_()
+
+    def reset_(self) -> None:
+        super().reset_()
+        self.clear_buffers_()
 
     # The step ---------------------------------------------------------------------------------------------------------
 
-    def _plan(self, inner_step: int, round_: int, meta_updates: int) -> tuple[Control, tuple[int, int, int]]:
+    def plan(self, counters: Counters) -> tuple[Control, Counters]:
         self._follow_horizon()
-        control, (inner_step, round_, after) = super()._plan(inner_step, round_, meta_updates)
+        control, after = super().plan(counters)
         if self.once_a_round:  # also where a new horizon lies behind
-            control, after = control._replace(meta_update=control.reset), meta_updates + control.reset
-        return control, (inner_step, round_, after)
+            control = control._replace(meta_update=control.reset)
+            after = after._replace(meta_updates=counters.meta_updates + control.reset)
+        return control, after
 
-    def _step_on_device(self, *args) -> None:
+    def plan_on_device(self) -> Control:
         self._follow_horizon()
-        super()._step_on_device(*args)
+        return super().plan_on_device()
 
     def _follow_horizon(self) -> None:
         """The meta-update of methods of whole rounds stays at K where somebody sets a new K."""
@@ -123,37 +95,44 @@ class Method(ShiftingMetaOptimizer):
             for group in self.param_groups:
                 group["meta_interval"] = group["horizon"]
 
-    def _inner_step_(
-        self, gradients, hyper: list[Hyper], control: Control, nonfinite, launchers: Sequence | None = None
-    ) -> None:
-        """The fused inner step of all tasks and nothing else; launchers: what runs it, if not the optimizer's."""
-        inner = control._replace(meta_update=False, reset=False)
-        shifting_step_(launchers or self._launchers, self._flats, gradients, hyper, inner, nonfinite)
+    def inner_step_(self, step: Step, shared_step: Callable[..., object] | None = None) -> None:
+        """The fused inner step of all tasks and nothing else; shared_step: what runs it on shared parameters, if not the backend's."""
+        inner = step.control._replace(meta_update=False, reset=False, after=None)
+        self.engine.step_(step.gradients, step.hyper, inner, shared_step)
 
-    def _heldout_gradients(self, heldout: Sequence[Callable[[], Tensor]]) -> list[Gradients]:
+    def heldout_gradients(self, heldout: Sequence[Callable[[], Tensor]]) -> list[Gradients]:
         """∇ heldout_t(θ_t) of all tasks for each shared buffer: as many numbers as the training gradients are."""
-        tasks = [self._task_gradients(loss, row) for row, loss in enumerate(heldout)]
+        tasks = [self.task_gradients(loss, row) for row, loss in enumerate(heldout)]
         gradients = iter(chain.from_iterable(zip(*tasks, strict=True)))  # segment by segment and row by row
-        if not self._heldout_collectors:
-            self._heldout_collectors = [Collector([flat]) for flat in self._shared()]
-        return [collect(list(islice(gradients, len(collect.params)))) for collect in self._heldout_collectors]
+        flats = self.shared_flats()
+        if self._heldout_flats != flats:  # they were laid out anew
+            self._heldout_flats, self._heldout_collectors = flats, [Collector([flat]) for flat in flats]
+        collectors = self._heldout_collectors
+        found = [collect(list(islice(gradients, len(collect.params)))) for collect in collectors]
+        if any(collect.moved for collect in collectors):  # a held-out function may exchange a parameter's storage
+            self.engine.rebind_(self.param_groups)
+        return found
 
-    def _task_gradients(self, heldout: Callable[[], Tensor], row: int) -> Sequence[Tensor | None]:
+    def task_gradients(self, heldout: Callable[[], Tensor], row: int) -> Sequence[Tensor | None]:
         """∇ of one task's held-out loss by its shared parameters; None where it does not depend on one."""
-        return torch.autograd.grad(evaluate(heldout, row), self._task_params[row], allow_unused=True)
+        return torch.autograd.grad(evaluate(heldout, row), self.task_params(row), allow_unused=True)
 
-    def _end_round_(
-        self, hyper: list[Hyper], control: Control, total: Sequence[Tensor | None], heldout: Sequence[Gradients | None] | None = None,
+    def end_round_(
+        self,
+        hyper: list[Hyper],
+        control: Control,
+        total: Sequence[Tensor | None],
+        heldout: Sequence[Gradients | None] | None = None,
         weight: float = 0.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """φ ← φ − β (total + weight Σ_t g_t^held), total ← 0, and the reset.
 
         total: [S] for each shared buffer, or None for 0; heldout: gradients for each, or None for none.
         """
         rates = [h.meta_lr for h in hyper]
-        for passes, own, found in zip(self._passes(), total, heldout or [None] * len(total), strict=True):
-            passes.end_round_(own, found, weight, rates, control.reset_momentum)
-            passes.flats[0].note_write()
+        for (backend, flat), own, found in zip(self.engine.shared, total, heldout or [None] * len(total), strict=True):
+            backend.end_round_(own, found, weight, rates, control.reset_momentum)
+            flat.note_write()
 
 
 def evaluate(heldout: Callable[[], Tensor], row: int) -> Tensor:

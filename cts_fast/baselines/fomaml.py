@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from cts_fast.baselines.base import Method
-from cts_fast.engine.step import Control, Hyper
+from cts_fast.engine.rules.sgd import Hyper
+from cts_fast.optimizer import Step
 
 
 class FOMAML(Method):
@@ -21,12 +22,12 @@ class FOMAML(Method):
     once_a_round = True
     on_host = True
 
-    def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
-        self._inner_step_(gradients, hyper, control, nonfinite)
-        if control.reset:
-            found = self._heldout_gradients(heldout)
+    def apply_(self, step: Step) -> None:
+        self.inner_step_(step)
+        if step.control.reset:
+            found = self.heldout_gradients(step.heldout)
             with torch.no_grad():
-                self._end_round_(descending(hyper), control, [None] * len(found), found, 1 / self.num_tasks)
+                self.end_round_(descending(step.hyper), step.control, [None] * len(found), found, 1 / self.num_tasks)
 
 
 class FOMAMLPlusPlus(Method):
@@ -42,18 +43,19 @@ class FOMAMLPlusPlus(Method):
     needs = frozenset({"heldout"})
     once_a_round = True
     on_host = True
-    buffers = {"meta_gradient": False}
+    buffers = {"meta_gradient": "shared"}
 
     @torch.no_grad()
-    def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
-        self._inner_step_(gradients, hyper, control, nonfinite)
+    def apply_(self, step: Step) -> None:
+        self.inner_step_(step)
         weight = 1 / (self.param_groups[0]["horizon"] * self.num_tasks)
-        totals, found = [own["meta_gradient"] for own in self._own], self._heldout_gradients(heldout)
-        if control.reset:
-            self._end_round_(descending(hyper), control, totals, found, weight)
+        found = self.heldout_gradients(step.heldout)
+        totals = [flat.own["meta_gradient"] for flat in self.shared_flats()]
+        if step.control.reset:
+            self.end_round_(descending(step.hyper), step.control, totals, found, weight)
             return
-        for passes, total, gradients in zip(self._passes(), totals, found, strict=True):
-            passes.add_gradients_(total, gradients, weight)
+        for (backend, _), total, gradients in zip(self.engine.shared, totals, found, strict=True):
+            backend.add_gradients_(total, gradients, weight)
 
 
 def descending(hyper: list[Hyper]) -> list[Hyper]:

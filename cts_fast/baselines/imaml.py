@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from cts_fast.baselines.base import Method, evaluate
-from cts_fast.engine.backends.base import add_present_
-from cts_fast.engine.gradients import Gradients, adopt_moved_
-from cts_fast.engine.step import Control, Hyper
+from cts_fast.engine.backends.method_ops import add_present_
+from cts_fast.engine.gradients import Gradients
+from cts_fast.engine.layout import Flat
+from cts_fast.engine.rules.sgd import Hyper
+from cts_fast.optimizer import Step
 
 
 class IMAML(Method):
@@ -42,6 +44,7 @@ class IMAML(Method):
     once_a_round = True
     on_host = True
     own_options = {"cg_steps": 5, "lam": 1.0}
+    _room: tuple[Flat, Tensor] | None = None
 
     def check_own_options(self, own: dict) -> None:
         """Raise ValueError for options that no step can use."""
@@ -50,49 +53,48 @@ class IMAML(Method):
         if not 0 < own["lam"] < math.inf:
             raise ValueError(f"Invalid lam: {own['lam']}; λ is a finite number > 0")
 
-    def _build(self) -> None:
-        super()._build()
-        self._proximal = [torch.zeros_like(flat.theta) for flat in self._shared()]
-        self._proximal_parts = [flat.parts(rows) for flat, rows in zip(self._shared(), self._proximal, strict=True)]
-
     @torch.no_grad()
-    def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
-        if any(h.maximize for h in hyper):
+    def apply_(self, step: Step) -> None:
+        if any(h.maximize for h in step.hyper):
             raise ValueError("IMAML: its proximal problem is a minimization; give the negative loss and maximize=False")
-        self._inner_step_(self._with_proximal_term(gradients, control.inverse_scale), hyper, control, nonfinite)
-        if not control.reset:
+        gradients = self._with_proximal_term(step.gradients, step.control.inverse_scale)
+        self.inner_step_(step._replace(gradients=gradients))
+        if not step.control.reset:
             return
-        total = [torch.zeros_like(flat.phi) for flat in self._shared()]
-        targets = [
-            part for flat, values in zip(self._shared(), total, strict=True) for part in flat.parts(values[None])
-        ]
-        for row, loss in enumerate(heldout):
-            add_present_(targets, self._implicit_gradient(loss, row, hyper), alpha=1 / self.num_tasks)
-        for flat in self._shared():
-            adopt_moved_(flat)  # a held-out function may exchange a parameter's storage
-        self._end_round_(hyper, control, total)
+        flats = self.shared_flats()
+        total = [torch.zeros_like(flat.phi) for flat in flats]
+        targets = [part for flat, values in zip(flats, total, strict=True) for part in flat.parts(values[None])]
+        for row, loss in enumerate(step.heldout):
+            add_present_(targets, self._implicit_gradient(loss, row, step.hyper), alpha=1 / self.num_tasks)
+        self.engine.rebind_(self.param_groups)  # a held-out function may exchange a parameter's storage
+        self.end_round_(step.hyper, step.control, total)
 
     def _with_proximal_term(self, gradients: Sequence[Gradients], inverse_scale: float) -> list[Gradients]:
         """g_t + λ (θ_t − φ), where the step will multiply all of it by inverse_scale; heads as they are."""
-        result, shared = [], iter(zip(self._shared(), self._proximal, self._proximal_parts, strict=True))
-        for collected, flats in zip(gradients, self._flats, strict=True):
-            terms: list[Tensor] = []
-            if flats[0].shared:
-                flat, rows, terms = next(shared)
+        result = []
+        for collected, flats in zip(gradients, self.engine.flats, strict=True):
+            flat, terms = flats[0], []
+            if flat.shared:
+                rows = self._room_for(flat)
                 torch.sub(flat.work_theta, flat.phi, out=rows)
                 rows.mul_(self.param_groups[0]["lam"] / inverse_scale)
+                terms = flat.parts(rows)
                 add_present_(terms, collected[: len(terms)])
-            tensors = [None if g is None else term for g, term in zip(collected, terms, strict=False)] + collected[
-                len(terms) :
-            ]
-            result.append(Gradients.of(tensors))
+            own = [None if g is None else term for g, term in zip(collected, terms, strict=False)]
+            result.append(Gradients.of(own + collected[len(terms) :]))
         return result
+
+    def _room_for(self, flat: Flat) -> Tensor:
+        """Memory for a number a coordinate of theta, the same from step to step."""
+        if self._room is None or self._room[0] is not flat:
+            self._room = (flat, torch.zeros_like(flat.theta))
+        return self._room[1]
 
     def _implicit_gradient(self, heldout: Callable[[], Tensor], row: int, hyper: list[Hyper]) -> list[Tensor]:
         """(I + H/λ)⁻¹ ∇L^held of one task, one tensor a segment."""
-        params, lam = self._task_params[row], self.param_groups[0]["lam"]
-        decay = [hyper[segment.group].weight_decay for flat in self._shared() for segment in flat.segments]
-        gradient = _filled(self._task_gradients(heldout, row), params)
+        params, lam = self.task_params(row), self.param_groups[0]["lam"]
+        decay = [hyper[segment.group].weight_decay for flat in self.shared_flats() for segment in flat.segments]
+        gradient = _filled(self.task_gradients(heldout, row), params)
         loss = evaluate(heldout, row)
         with torch.enable_grad():
             slope = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from cts_fast.baselines.base import Method
-from cts_fast.engine.backends.base import LeapPoint
-from cts_fast.engine.counters import Numbers
-from cts_fast.engine.step import Control, Hyper
+from cts_fast.engine.backends.method_ops import PathPoint
+from cts_fast.engine.layout import Flat
+from cts_fast.engine.plan import Control
+from cts_fast.optimizer import Step
 
 
 class Leap(Method):
@@ -35,54 +36,45 @@ class Leap(Method):
     once_a_round = True
     on_host = True
     own_options = {"measure": "length"}
-    buffers = {"meta_gradient": False, "previous_theta": True, "previous_gradient": True}
+    buffers = {
+        "meta_gradient": "shared",
+        "previous_theta": "task",
+        "previous_gradient": "task",
+        "previous_loss": "number",
+    }
 
     def check_own_options(self, own: dict) -> None:
         """Raise ValueError for an unknown measure."""
         if own["measure"] not in ("length", "energy"):
             raise ValueError(f'Invalid measure: {own["measure"]!r}; known: "length", "energy"')
 
-    def _build(self) -> None:
-        params = next(
-            segment.params for segment in self._segments() if segment.task is None
-        )  # one a task: they keep its last loss
-        kept = [self.state[param]["previous_loss"] for param in params if "previous_loss" in self.state.get(param, {})]
-        super()._build()
-        previous = torch.zeros(len(params), dtype=torch.float64, device="cpu")
-        for i, param in enumerate(params):
-            if kept:
-                previous[i] = kept[i]
-            self.state[param]["previous_loss"] = previous[i]
-        self._previous_loss = Numbers(previous)
-
     @torch.no_grad()
-    def _apply_(self, gradients, hyper: list[Hyper], control: Control, nonfinite, losses, heldout) -> None:
-        loss = _on_host(losses)
-        changes = [now - before for now, before in zip(loss, self._previous_loss.read(), strict=True)]
-        self._previous_loss.write(loss)
+    def apply_(self, step: Step) -> None:
+        loss, previous = _on_host(step.losses), self.engine.numbers["previous_loss"]
+        changes = [now - before for now, before in zip(loss, previous.read(), strict=True)]
+        previous.write(loss)
         weights, changes = (self._weights(changes), changes) if self.inner_step else ([], [])
-        points = iter([self._point(own, weights, changes, control) for own in self._own])
-        launchers = self._launchers_of(lambda launcher, *step: launcher.leap_step_(next(points), *step))
-        self._inner_step_(gradients, hyper, control, nonfinite, launchers)
-        if control.reset:
-            self._end_round_(hyper, control, [own["meta_gradient"] for own in self._own])
-            self._clear_()
 
-    @staticmethod
-    def _point(own: dict[str, Tensor], weights: list[float], changes: list[float], control: Control) -> LeapPoint:
-        buffers = (own["meta_gradient"], own["previous_theta"], own["previous_gradient"])
-        return LeapPoint(*buffers, weights, changes, scale=control.inverse_scale, keeps=not control.reset)
+        def leave_point_(backend, *arguments) -> None:
+            backend.path_step_(_point(backend.flats[0], weights, changes, step.control), *arguments)
+
+        self.inner_step_(step, leave_point_)
+        if step.control.reset:
+            self.end_round_(step.hyper, step.control, [flat.own["meta_gradient"] for flat in self.shared_flats()])
+            self.clear_buffers_()
 
     def _weights(self, loss_changes: list[float]) -> list[float]:
         """p ‖γ_{k+1} − γ_k‖^(p−2) / T of each task's segment from the kept point to this one."""
         p = 1 if self.param_groups[0]["measure"] == "length" else 2
-        parts = [
-            passes.squared_distances(own["previous_theta"])
-            for passes, own in zip(self._passes(), self._own, strict=True)
-        ]
+        parts = [backend.squared_distances(flat.own["previous_theta"]) for backend, flat in self.engine.shared]
         squared = [change * change + sum(moved) for change, *moved in zip(loss_changes, *parts, strict=True)]
         # a path that stands still has no direction
         return [p * s ** (p / 2 - 1) / len(squared) if s > 0 else 0.0 for s in squared]
+
+
+def _point(flat: Flat, weights: list[float], changes: list[float], control: Control) -> PathPoint:
+    buffers = (flat.own["meta_gradient"], flat.own["previous_theta"], flat.own["previous_gradient"])
+    return PathPoint(*buffers, weights, changes, scale=control.inverse_scale, keeps=not control.reset)
 
 
 def _on_host(losses: Sequence) -> list[float]:

@@ -1,7 +1,8 @@
 """Multi-task learning: one body, trained on the mean loss of all tasks."""
 
 from cts_fast.baselines.base import Method
-from cts_fast.engine.step import Control, Hyper
+from cts_fast.engine.plan import Control, Counters
+from cts_fast.engine.rules.sgd import Hyper
 
 
 class MultiTask(Method):
@@ -16,11 +17,11 @@ class MultiTask(Method):
 
     on_host = True
 
-    def _plan(self, inner_step: int, round_: int, meta_updates: int) -> tuple[Control, tuple[int, int, int]]:
-        horizon = self.param_groups[0]["horizon"]
-        inner_step += 1
+    def plan(self, counters: Counters) -> tuple[Control, Counters]:
+        horizon, inner_step = self.param_groups[0]["horizon"], counters.inner_step + 1
         ends = horizon is not None and inner_step >= horizon
-        return Control(True, True, False), (0 if ends else inner_step, round_ + ends, meta_updates + 1)
+        after = Counters(0 if ends else inner_step, counters.round + ends, counters.meta_updates + 1)
+        return Control(True, True, False, self.num_tasks), after
 
-    def _hyper(self) -> list[Hyper]:
-        return [hyper._replace(meta_lr=1.0) for hyper in super()._hyper()]
+    def read_hyper(self) -> list[Hyper]:
+        return [hyper._replace(meta_lr=1.0) for hyper in super().read_hyper()]

@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterable
-from numbers import Integral, Real
+from collections.abc import Iterable, Mapping, Sequence
+from multiprocessing.context import get_spawning_popen
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-NON_NEGATIVE = {  # name → the wording torch.optim.SGD users know
-    "lr": "learning rate", "momentum": "momentum value", "weight_decay": "weight_decay value", "meta_lr": "meta learning rate",
-}  # fmt: skip
-PER_GROUP = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "meta_lr", "shift")
-
-
-def check_hyper(values: dict) -> None:
-    """Raise ValueError, naming the option, for hyper-parameters that no step can use."""
-    for name in ("lr", "meta_lr"):
-        if isinstance(values[name], Tensor) and values[name].numel() != 1:
-            raise ValueError(f"Tensor {name} must be 1-element")
-    for name in ("lr", "momentum", "dampening", "weight_decay", "meta_lr", "shift"):
-        value = values[name]
-        if isinstance(value, Tensor):
-            if not value.is_cpu:
-                continue  # reading it would wait for the device
-            value = value.item()
-        if not isinstance(value, Real) or not math.isfinite(value) or (name in NON_NEGATIVE and value < 0):
-            raise ValueError(f"Invalid {NON_NEGATIVE.get(name, name)}: {value}")
-    if values["nesterov"] and (values["momentum"] <= 0 or values["dampening"] != 0):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-
-
-def check_options(horizon, meta_interval) -> None:
-    """Raise ValueError for options of the whole optimizer that no step can use."""
-    if horizon is not None and (not isinstance(horizon, Integral) or horizon < 1):
-        raise ValueError(f"Invalid horizon: {horizon}; it is a number of steps ≥ 1, or None for no resets")
-    if not isinstance(meta_interval, Integral) or meta_interval < 1:
-        raise ValueError(f"Invalid meta_interval: {meta_interval}; it is a number of steps ≥ 1")
+from cts_fast.engine.backends.base import DTYPES
+from cts_fast.engine.layout import Segment, refuse_shared
+from cts_fast.engine.plan import OPTIONS
+from cts_fast.engine.rules.sgd import Hyper
 
 
 def check_needs(needs: frozenset[str], num_tasks: int, losses, heldout) -> None:
@@ -73,10 +49,28 @@ def as_groups(tasks) -> Iterable:
     """The `tasks` argument as torch.optim.Optimizer takes it: param-group dicts. A bare tensor or set is left for torch to judge."""
     if isinstance(tasks, (Tensor, set)):
         return tasks
+    _refuse_containers(tasks, "tasks")
     tasks = list(tasks)
-    if not tasks or isinstance(tasks[0], dict):
+    if not tasks or (isinstance(tasks[0], dict) and "params" in tasks[0]):
         return tasks
     return [{"params": tasks}]
+
+
+def plain_number(value: Any) -> Any:
+    """A hyper-parameter as Python keeps it: numpy's scalars become Python's, so that checkpoints load with weights_only=True."""
+    is_foreign = hasattr(value, "item") and not isinstance(value, Tensor) and getattr(value, "ndim", 0) == 0
+    return value.item() if is_foreign else value
+
+
+def _refuse_containers(item: Any, where: str) -> None:
+    """Raise TypeError for a module or a state dict where parameters belong."""
+    if isinstance(item, nn.Module):
+        raise TypeError(f"{where}: is a module ({type(item).__name__}); give its parameters(), or named_parameters()")
+    if isinstance(item, Mapping):
+        raise TypeError(
+            f"{where}: is a dict of {', '.join(map(repr, list(item)[:3]))}; optimizer can only optimize Tensors: "
+            "give a module's named_parameters(), not its state_dict(), or a param group with 'params'"
+        )
 
 
 def split_tasks(params, num_tasks: int | None) -> list[list]:
@@ -85,9 +79,14 @@ def split_tasks(params, num_tasks: int | None) -> list[list]:
     params: a tensor, an iterable of tensors or (name, tensor) (one task), or a list of T such iterables. num_tasks: T where it is known.
     Raises TypeError for unordered sets, ValueError for another number of tasks.
     """
-    ordered = "optimizer parameters need to be organized in ordered collections, but the ordering of tensors in sets will change between runs. "
+    ordered = (
+        "optimizer parameters need to be organized in ordered collections, "
+        "but the ordering of tensors in sets will change between runs. "
+    )
     if isinstance(params, set):
         raise TypeError(ordered + "Please use a list instead.")
+    if not _is_parameter(params):
+        _refuse_containers(params, "params")
     items = [params] if _is_parameter(params) else list(params)
     if not items:
         return [[] for _ in range(num_tasks or 0)]
@@ -97,7 +96,8 @@ def split_tasks(params, num_tasks: int | None) -> list[list]:
         for t, item in enumerate(items):
             if isinstance(item, set):
                 raise TypeError(f"task {t}: {ordered}Please use a list instead.")
-            if not isinstance(item, Iterable) or isinstance(item, (dict, str)):
+            _refuse_containers(item, f"task {t}")
+            if not isinstance(item, Iterable) or isinstance(item, str):
                 raise TypeError(
                     f"task {t}: optimizer can only optimize Tensors, but one of the tasks is {torch.typename(item)}; "
                     "give an iterable of tensors for every task"
@@ -139,23 +139,39 @@ def drop_duplicates(tasks: list[list]) -> list[list]:
 
 
 def check_parameters(tasks: list[list], shared: bool) -> None:
-    """Raise TypeError or ValueError, naming task and parameter, for tensors that cannot be optimized or do not match from task to task."""
+    """Raise TypeError or ValueError, naming task and parameter, for tensors that cannot be optimized or differ from task to task."""
     for t, task in enumerate(tasks):
         for i, item in enumerate(task):
             name, tensor = item if isinstance(item, tuple) else (str(i), item)
-            where = f"task {t}, parameter {name!r}"
-            if not isinstance(tensor, Tensor):
-                raise TypeError(
-                    f"{where}: optimizer can only optimize Tensors, but one of the params is {torch.typename(tensor)}"
-                )
-            if not tensor.is_leaf:
-                raise ValueError(f"{where}: can't optimize a non-leaf Tensor")
-            if tensor.layout != torch.strided:
-                raise ValueError(f"{where}: layout is {tensor.layout}; only strided tensors can be optimized")
-            if tensor.dtype not in DTYPES:
-                raise ValueError(f"{where}: dtype is {tensor.dtype}; known: float32, float64, bfloat16, float16")
-    if not shared or not tasks:
-        return
+            _check_tensor(f"task {t}, parameter {name!r}", tensor)
+    if shared and tasks:
+        _check_alike(tasks)
+
+
+def _check_tensor(where: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        _refuse_containers(tensor, where)
+        raise TypeError(
+            f"{where}: optimizer can only optimize Tensors, but one of the params is {torch.typename(tensor)}"
+        )
+    if is_lazy(tensor):
+        raise ValueError(f"{where}: is not initialized yet; run a batch through the lazy module first")
+    if is_traceable_wrapper_subclass(tensor):
+        raise ValueError(f"{where}: is a {type(tensor).__name__}; only plain dense tensors can be optimized")
+    if tensor.is_inference():
+        raise ValueError(f"{where}: was made under inference_mode, so nothing can train it; make it outside")
+    if not tensor.is_leaf:
+        raise ValueError(f"{where}: can't optimize a non-leaf Tensor")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{where}: layout is {tensor.layout}; only strided tensors can be optimized")
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{where}: dtype is {tensor.dtype}; known: float32, float64, bfloat16, float16")
+    if tensor.numel() and tensor.device.type != "meta" and tensor.data_ptr() == 0:
+        raise ValueError(f"{where}: has no memory (a storage of size 0, or a tensor of zeros without one)")
+    refuse_shared(tensor, where)
+
+
+def _check_alike(tasks: list[list]) -> None:
     first = tasks[0]
     for t, task in enumerate(tasks[1:], 1):
         if len(task) != len(first):
@@ -177,3 +193,114 @@ def check_parameters(tasks: list[list], shared: bool) -> None:
                     raise ValueError(
                         f"task {t}, parameter {name!r}: {what} is {mine}, but {theirs} in task 0; shared parameters are the same in every task"
                     )
+
+
+def check_memory(segments: Iterable[Segment]) -> None:
+    """Raise ValueError, naming both, where two parameters, or numbers of one, lie in the same memory; warn of views of something larger.
+
+    The step gives every parameter memory of its own, so ties by storage alone would be cut.
+    """
+    spans: dict[int, list[tuple[int, int, Tensor, str]]] = {}
+    for segment in segments:
+        for row, param in enumerate(segment.params):
+            if param.numel() == 0 or param.device.type == "meta":
+                continue
+            if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
+                raise ValueError(f"{segment.where(row)}: several of its numbers lie in one place (an expanded tensor)")
+            last = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
+            start = param.data_ptr()
+            storage = param.untyped_storage()
+            own = spans.setdefault(storage.data_ptr(), [])
+            own.append((start, start + (last + 1) * param.itemsize, param, segment.where(row)))
+    for own in spans.values():
+        own.sort(key=lambda span: span[:2])
+        for (_, end, before, here), (start, _, after, there) in zip(own, own[1:], strict=False):
+            if start < end and _overlap(before, after):
+                raise ValueError(f"{there}: lies in the memory of {here}; tie modules by sharing one Parameter instead")
+        covered = sum(param.numel() * param.itemsize for _, _, param, _ in own)
+        if covered < own[0][2].untyped_storage().nbytes():
+            warnings.warn(
+                f"{own[0][3]}: is a view of larger memory; the optimizer gives it memory of its own, "
+                "so whoever holds the rest will not see it change",
+                stacklevel=5,
+            )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage share a number; their ranges do."""
+    places = [
+        torch.arange(t.untyped_storage().nbytes() // t.itemsize, device="cpu").as_strided(
+            t.shape, t.stride(), t.storage_offset()
+        )
+        for t in (a, b)
+    ]
+    return a.itemsize != b.itemsize or bool(torch.isin(places[0].flatten(), places[1].flatten()).any())
+
+
+def named_heads(heads: Iterable, num_tasks: int, named: bool) -> list[list]:
+    """The `heads` argument as parameters of a group, with names where the other groups have them: torch wants all or none."""
+    heads = [list(head) for head in heads]
+    if len(heads) != num_tasks:
+        raise ValueError(
+            f"heads of {len(heads)} tasks given, but there are {num_tasks} tasks; give one iterable a task"
+        )
+    pairs = [
+        [item if isinstance(item, tuple) else (f"head.{i}", item) for i, item in enumerate(head)] for head in heads
+    ]
+    return pairs if named else [[tensor for _, tensor in head] for head in pairs]
+
+
+def refuse_spawning() -> None:
+    """Raise RuntimeError where an optimizer is about to be sent to a process that is being spawned: its tensors would be shared."""
+    if get_spawning_popen() is not None:
+        raise RuntimeError(
+            "a ShiftingMetaOptimizer cannot be sent to another process: its parameters would move into shared memory, "
+            "which the flat buffers cannot follow; make it in that process, and send state_dict() of clones"
+        )
+
+
+class Regrouped(NamedTuple):
+    """What param_groups hold after an edit: sizes by task and kind of each, and new Parameter → the one whose place it took."""
+
+    sizes: list[list[int]]
+    shared: list[bool]
+    predecessors: dict[Tensor, Tensor]
+
+
+def regroup(groups: Sequence[dict], known: Sequence[tuple[list, list, bool]], num_tasks: int) -> Regrouped:
+    """Read param_groups that were edited from outside; known: (parameters, sizes, shared) of each group as it was laid out.
+
+    Raises ValueError, naming the group, for what cannot be read as a task-major list of every task's parameters.
+    """
+    owner = {id(param): g for g, (params, *_) in enumerate(known) for param in params}
+    result = Regrouped([], [], {})
+    seen: set[int] = set()
+    for g, group in enumerate(groups):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            raise ValueError(f"group {g}: is no dict with a list of 'params'; add groups with add_param_group()")
+        for name in (*Hyper._fields, *OPTIONS):
+            if name not in group:
+                raise ValueError(f"group {g}: {name!r} is missing; add groups with add_param_group()")
+        params = group["params"]
+        before = next((known[owner[id(param)]] for param in params if id(param) in owner), ([], None, True))
+        sizes, shared = group.get("sizes", before[1]), group.get("shared", before[2])
+        if sizes is None or len(sizes) != num_tasks or sum(sizes) != len(params):
+            raise ValueError(
+                f"group {g}: holds {len(params)} parameters, but {sizes} by task were laid out; a task-major list "
+                "cannot be cut or grown in place: remove the whole group, or add one with add_param_group()"
+            )
+        for param in params:
+            if id(param) in seen:
+                raise ValueError(f"group {g}: a parameter stands twice in param_groups")
+            seen.add(id(param))
+        tensors = iter(params)
+        check_parameters([[next(tensors) for _ in range(size)] for size in sizes], shared)
+        if len(before[0]) == len(params):
+            here = set(map(id, params))
+            pairs = zip(params, before[0], strict=True)
+            result.predecessors.update((new, old) for new, old in pairs if id(new) not in owner and id(old) not in here)
+        result.sizes.append(list(sizes))
+        result.shared.append(shared)
+    if not any(shared and group["params"] for shared, group in zip(result.shared, groups, strict=True)):
+        raise ValueError("no group with shared parameters is left in param_groups: there is nothing to meta-learn")
+    return result

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cts_fast.engine.layout import Flat, Segment
+from cts_fast.engine.layout import Flat, Segment, address_in
 
 try:
     from cts_fast._cpu import GradientTable
@@ -51,106 +52,100 @@ class Gradients(Sequence):
 
 
 class Collector:
-    """Collects the gradients of the buffers of one device and dtype, and takes exchanged parameters back into them."""
+    """Collects the gradients of the buffers of one device and dtype; `moved`: parameters that are not where they should be."""
 
     def __init__(self, flats: Sequence[Flat]) -> None:
         self.places = [(flat, n, row) for flat in flats for n in range(len(flat.segments)) for row in range(flat.rows)]
         self.params = [param for flat in flats for param in flat.params]
-        self.addresses = [_address(*place) for place in self.places]
-        like = flats[0].theta
-        if (
-            GradientTable is not None
-            and hasattr(Tensor, "__dlpack_c_exchange_api__")
-            and like.device.type in ("cpu", "cuda")
-        ):
-            layouts = [(tuple(flat.segments[n].shape), flat.segments[n].stride) for flat, n, _ in self.places]
-            self.table = GradientTable(self.params, self.addresses, layouts, like)
-            self.collect, self.set, self.address = self.table.collect, self.table.set, self.table.address
-        else:
-            self.table = torch.zeros(len(self.params), dtype=torch.int64, device="cpu")
-            self.collect, self.set, self.address = self._collect, self.table.__setitem__, self.table.data_ptr()
+        self.addresses = [address_in(flat.theta[row], flat.segments[n]) for flat, n, row in self.places]
+        self.table = _native_table(self, flats[0].theta) or PythonTable(self)
+        self.moved: list[int] = []
 
     def __call__(self, given: list[Tensor | None] | None = None) -> Gradients:
         """All gradients, dense in their parameters' memory order: the parameters' own, or those of a list in their place.
 
-        Parameters whose storage was exchanged (`p.data = …`, deepcopy, share_memory_) are taken back into the flat buffers first.
-        Raises ValueError naming task and parameter, before anything moved, for sparse gradients and other dtypes or devices.
+        Raises ValueError naming task and parameter, before anything moved, for sparse gradients and those of other kinds or devices.
         """
-        tensors, count, changed, odd, moved = self.collect(given)
+        tensors, count, changed, odd, self.moved = self.table.collect(self.params, given)
         for i in odd:
-            tensors[i] = _dense(tensors[i], *self.places[i])
-            self.set(i, tensors[i].data_ptr())
-        for i in moved:
-            flat, n, row = self.places[i]
-            flat.check_param(flat.segments[n], row)
-        for i in moved:
-            flat, n, row = self.places[i]
-            flat.adopt_(n, row)
-        return Gradients(tensors, count, self.address, changed or bool(odd))
+            tensors[i] = dense = _dense(tensors[i], *self.places[i])
+            self.table.set(i, dense.data_ptr())
+        return Gradients(tensors, count, self.table.address, changed or bool(odd))
 
-    def _collect(
-        self, given: list[Tensor | None] | None = None
+    def find_moved(self) -> list[int]:
+        """The parameters whose storage was exchanged (`p.data = …`, deepcopy, share_memory_), by their index."""
+        return [i for i, place in enumerate(self.places) if self._moved(i, *place)]
+
+    def _moved(self, i: int, flat: Flat, n: int, row: int) -> bool:
+        segment = flat.segments[n]
+        param, address = segment.params[row], self.addresses[i]
+        return param.dtype != flat.dtype or (
+            address != 0 and (param.data_ptr() != address or param.stride() != segment.stride)
+        )
+
+
+class PythonTable:
+    """What csrc/python/gradients.cpp does, in Python: the addresses of the gradients of a collector's parameters."""
+
+    def __init__(self, collector: Collector) -> None:
+        self._collector = collector
+        self._addresses = torch.zeros(len(collector.params), dtype=torch.int64, device="cpu")
+        self.address = self._addresses.data_ptr()
+
+    def collect(
+        self, params: list[Tensor], given: list[Tensor | None] | None
     ) -> tuple[list[Tensor | None], int, bool, list[int], list[int]]:
-        """What GradientTable.collect does."""
-        tensors = [param.grad for param in self.params] if given is None else list(given)
+        """(gradients, how many, whether an address changed, those that are not plain, parameters that moved)."""
+        tensors = [param.grad for param in params] if given is None else list(given)
         present = [i for i, gradient in enumerate(tensors) if gradient is not None]
-        odd = [i for i in present if not _plain(tensors[i], *self.places[i])]
-        moved = [i for i, place in enumerate(self.places) if _moved(*place)]
-        self.table.zero_()
+        odd = [i for i in present if not _plain(tensors[i], *self._collector.places[i])]
+        self._addresses.zero_()
         for i in set(present) - set(odd):
-            self.table[i] = tensors[i].data_ptr()
-        return tensors, len(present), True, odd, moved
+            self._addresses[i] = tensors[i].data_ptr()
+        return tensors, len(present), True, odd, self._collector.find_moved()
+
+    def set(self, i: int, address: int) -> None:
+        """Enter the address of a gradient that was made dense."""
+        self._addresses[i] = address
 
 
-def check_moved(flat: Flat) -> None:
-    """Raise ValueError, naming task and parameter, if one was cast, moved to another device or reshaped."""
-    for segment in flat.segments:
-        for row in range(flat.rows):
-            flat.check_param(segment, row)
-
-
-def adopt_moved_(flat: Flat) -> None:
-    """Take parameters whose storage was exchanged back into the flat buffer."""
-    for n, segment in enumerate(flat.segments):
-        for row in range(len(segment.params)):
-            if _moved(flat, n, row):
-                flat.adopt_(n, row)
-
-
-def _moved(flat: Flat, n: int, row: int) -> bool:
-    param, address = flat.segments[n].params[row], _address(flat, n, row)
-    return address != 0 and (param.data_ptr() != address or param.stride() != flat.segments[n].stride)
-
-
-def _address(flat: Flat, n: int, row: int) -> int:
-    """Where the parameter of segment n, row `row` lies; 0 for an empty one, which lies nowhere."""
-    segment = flat.segments[n]
-    columns = row * flat.theta.stride(0) + segment.offset
-    return flat.theta.data_ptr() + columns * flat.dtype.itemsize if segment.numel else 0
+def _native_table(collector: Collector, like: Tensor):
+    if (
+        GradientTable is None
+        or not hasattr(Tensor, "__dlpack_c_exchange_api__")
+        or like.device.type not in ("cpu", "cuda")
+    ):
+        return None
+    layouts = [(tuple(flat.segments[n].shape), flat.segments[n].stride) for flat, n, _ in collector.places]
+    return GradientTable(collector.addresses, layouts, like, torch._neg_view(torch.ones(2)))
 
 
 def _plain(gradient: Tensor, flat: Flat, n: int, row: int) -> bool:
     return (
-        gradient.layout == torch.strided
+        type(gradient) is Tensor
+        and gradient.layout == torch.strided
         and gradient.dtype == flat.dtype
         and gradient.device == flat.device
         and gradient.shape == flat.segments[n].shape
         and gradient.stride() == flat.segments[n].stride
         and not gradient.is_neg()
+        and not gradient._is_zerotensor()
     )
 
 
 def _dense(gradient: Tensor, flat: Flat, n: int, row: int) -> Tensor:
+    """A gradient's values as the kernels read them; a floating dtype that torch.optim.SGD would take is rounded to the parameter's."""
     segment: Segment = flat.segments[n]
+    where = segment.where(row)
     flat.check_param(segment, row)
     if gradient.layout != torch.strided:
+        raise ValueError(f"{where}: gradient is {gradient.layout}; the step takes dense gradients (use sparse=False)")
+    if is_traceable_wrapper_subclass(gradient):
+        raise ValueError(f"{where}: gradient is a {type(gradient).__name__}; the step takes plain dense tensors")
+    if not gradient.is_floating_point() or gradient.device != flat.device or gradient.shape != segment.shape:
         raise ValueError(
-            f"{segment.where(row)}: gradient is {gradient.layout}; the step takes dense gradients (use sparse=False)"
+            f"{where}: gradient is {gradient.dtype} {tuple(gradient.shape)} on {gradient.device}, "
+            f"the parameter {flat.dtype} {tuple(segment.shape)} on {flat.device}"
         )
-    if gradient.dtype != flat.dtype or gradient.device != flat.device:
-        raise ValueError(
-            f"{segment.where(row)}: gradient is {gradient.dtype} on {gradient.device}, the parameter {flat.dtype} on {flat.device}"
-        )
-    return torch.empty_strided(segment.shape, segment.stride, dtype=flat.dtype, device=flat.device).copy_(
-        gradient.detach()
-    )
+    values = torch.empty_strided(segment.shape, segment.stride, dtype=flat.dtype, device=flat.device)
+    return values.copy_(gradient.detach())

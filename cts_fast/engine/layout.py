@@ -1,4 +1,4 @@
-"""Flat buffers: phi [P]; theta and momentum [T, P]; every parameter of the user's modules becomes a view of theta.
+"""Flat buffers: φ [P]; θ and optimizer state, T rows of P; every parameter of the user's modules becomes a view of θ.
 
 One `Flat` holds all tensors of one device and dtype that share a kind: the shared parameters of T tasks (rows = T, with phi), or the
 head tensors of all tasks one after the other (rows = 1, no phi). Columns are the coordinates, so a kernel walks columns and sees T rows.
@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from cts_fast.engine.rules.sgd import STATE
 
 try:
     from cts_fast._cpu import prefetch_tensors
@@ -23,7 +27,10 @@ except ImportError:  # not built on this machine
 SEGMENT_BYTES = 128  # every tensor starts on such a boundary: wide loads, and no cache line is shared by two tensors
 FETCHED = 256  # tensors whose objects are fetched before they are touched: they fit into a second cache
 PAGE_BYTES, STAGGER_BYTES = 4096, 640  # rows a whole number of pages apart would fall into the same cache sets
-LEAD_BYTES = 2048  # of momentum: theta and momentum of a column, of any of 16 rows, have places of their own in a page, or loads wait for stores
+# of momentum: theta and momentum of a column, of any of 16 rows, have places of their own in a page, or loads wait for stores
+LEAD_BYTES = 2048
+MOMENTUM = STATE[0]
+TORCHS_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 @dataclass
@@ -49,14 +56,52 @@ class Segment:
         return f"task {row if self.task is None else self.task}, parameter {self.name!r}"
 
 
+def make_segments(groups: Sequence[dict]) -> list[Segment]:
+    """One segment for each shared tensor of all tasks and for each head tensor, in the order of the groups.
+
+    Raises ValueError for two shared parameters of one name.
+    """
+    segments, shared = [], 0
+    for g, group in enumerate(groups):
+        params, names, sizes = group["params"], group.get("param_names"), group["sizes"]
+        starts = [0, *accumulate(sizes)][: len(sizes)]
+        if group["shared"]:
+            for n in range(sizes[0] if sizes else 0):
+                name = plain_name(names[n]) if names else str(shared)
+                segments.append(Segment(g, name, [params[start + n] for start in starts]))
+                shared += 1
+            continue
+        for t, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            for n in range(size):
+                name = plain_name(names[start + n]) if names else f"head.{n}"
+                segments.append(Segment(g, name, [params[start + n]], task=t))
+    seen = set()
+    for segment in segments:
+        if segment.task is None:
+            if segment.name in seen:
+                raise ValueError(
+                    f"parameter {segment.name!r}: two shared parameters have that name; names of the initialization must differ"
+                )
+            seen.add(segment.name)
+    return segments
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what torch's wrappers put into it, so that it is the name in the plain module."""
+    return ".".join(part for part in name.split(".") if part not in TORCHS_WRAPPERS)
+
+
 class Flat:
     """phi [S], theta [R, S], momentum [R, S] of R rows, and for bfloat16 and float16 a float32 master of theta [R, S].
 
     Segments are padded to 128 bytes and rows are staggered, so S ≥ P; padding is zero and is never read into a parameter.
     `started[n, r]` says whether momentum of segment n, row r has taken its first gradient; where it has not, momentum is 0.
+    own: further buffers that a method keeps beside these, in phi's dtype: name → [R, S] ("task") or [S] ("shared").
     """
 
-    def __init__(self, segments: Sequence[Segment], shared: bool, started: Tensor | None = None) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], shared: bool, started: Tensor, own: Mapping[str, str] | None = None
+    ) -> None:
         first = segments[0].params[0]
         self.device, self.dtype = first.device, first.dtype
         self.segments, self.shared, self.rows = list(segments), shared, len(segments[0].params)
@@ -74,23 +119,23 @@ class Flat:
         self.momentum = self._zeros(stride, self.dtype, LEAD_BYTES)
         self.master = self._zeros(stride, torch.float32) if self.work_dtype != self.dtype else None
         self.phi = torch.zeros(columns, dtype=self.work_dtype, device=self.device) if shared else None
-        self.started = (
-            torch.zeros(len(self.segments), self.rows, dtype=torch.uint8, device="cpu")
-            if started is None
-            else started.view(-1, self.rows)
-        )
+        self.started = started.view(-1, self.rows)
         self.all_started = False
         self.initialization = [self.view(self.phi, segment) for segment in self.segments] if shared else []
+        self.own = {
+            name: torch.zeros_like(self.theta if kind == "task" else self.phi, dtype=self.work_dtype)
+            for name, kind in (own or {}).items()
+            if shared and kind != "number"
+        }
         # all replicas, segment by segment and row by row: the order of gradients everywhere
         self.params = [param for segment in self.segments for param in segment.params]
-        written = self.params + self.initialization  # what autograd may have saved
-        self._written = [tuple(written[i : i + FETCHED]) for i in range(0, len(written), FETCHED)]
+        self.memory: list[StorageWeakRef | None] = [None] * len(self.params)  # what each parameter was bound to
+        self._written: list[tuple[Tensor, ...]] = []
 
     def _zeros(self, stride: int, dtype: torch.dtype, lead: int = 0) -> Tensor:
         lead //= dtype.itemsize
-        return torch.zeros(lead + self.rows * stride, dtype=dtype, device=self.device)[lead:].view(self.rows, stride)[
-            :, : self.columns
-        ]
+        memory = torch.zeros(lead + self.rows * stride, dtype=dtype, device=self.device)
+        return memory[lead:].view(self.rows, stride)[:, : self.columns]
 
     def view(self, row: Tensor, segment: Segment) -> Tensor:
         """The segment of one row [S] (or of phi) in the parameter's shape, as a tensor whose storage holds nothing else.
@@ -123,38 +168,100 @@ class Flat:
         segment = self.segments[n]
         views = {
             "theta": self.view(self.work_theta[row], segment),
-            "momentum_buffer": self.view(self.momentum[row], segment),
+            MOMENTUM: self.view(self.momentum[row], segment),
             "momentum_started": self.started[n, row],
         }
         if self.shared and row == 0:
-            views["initialization"] = self.initialization[n]
+            views["initialization"] = self.view(self.phi, segment)
+        for name, buffer in self.own.items():
+            if buffer.dim() == 2 or row == 0:
+                views[name] = self.view(buffer[row] if buffer.dim() == 2 else buffer, segment)
         return views
 
+    def addresses(self, n: int, row: int) -> dict[str, int]:
+        """Where the views of `state` lie; empty ones lie nowhere."""
+        segment = self.segments[n]
+        if not segment.numel:
+            return {}
+        rows = {"theta": self.work_theta[row], MOMENTUM: self.momentum[row]}
+        if self.shared and row == 0:
+            rows["initialization"] = self.phi
+        for name, buffer in self.own.items():
+            if buffer.dim() == 2 or row == 0:
+                rows[name] = buffer[row] if buffer.dim() == 2 else buffer
+        found = {name: address_in(buffer, segment) for name, buffer in rows.items()}
+        return {**found, "momentum_started": self.started.data_ptr() + n * self.rows + row}
+
+    def like(self, n: int, name: str, view: Tensor) -> Tensor:
+        """A tensor of the shape, dtype and device that a view of `state` has by definition."""
+        if name not in ("theta", MOMENTUM, "initialization", *self.own):
+            return view
+        shape, dtype = self.segments[n].shape, self.dtype if name == MOMENTUM else self.work_dtype
+        return torch.empty_strided(shape, (0,) * len(shape), dtype=dtype, device=self.device)
+
+    def is_phi_moved(self) -> bool:
+        """Whether the memory of a view of φ was exchanged."""
+        return any(
+            view.data_ptr() != address for view, address in zip(self.initialization, self._phi_addresses, strict=True)
+        )
+
+    def is_at_phi(self) -> bool:
+        """Whether θ is φ in every row, bit for bit; waits for the device."""
+        bits = torch.int64 if self.work_dtype == torch.float64 else torch.int32
+        phi = self.phi.view(bits)
+        return all(torch.equal(row.view(bits), phi) for row in self.work_theta)
+
+    def follow_replicas_(self) -> str | None:
+        """φ ← θ for each tensor that is the same in every row; the first place where rows differ from φ and each other, in words."""
+        differs = None
+        parts = iter(self.parts(self.work_theta))
+        for phi, segment in zip(self.initialization, self.segments, strict=True):
+            rows = [next(parts) for _ in range(self.rows)]
+            apart = [row for row, theta in enumerate(rows) if not theta.equal(rows[0])]
+            if not apart:
+                phi.copy_(rows[0])
+            elif differs is None:
+                differs = segment.where(apart[0])
+        return differs
+
     def check_param(self, segment: Segment, row: int) -> None:
-        """Raise ValueError if the user cast, moved or reshaped a parameter after the optimizer was made."""
+        """Raise ValueError for a parameter that was cast, moved, reshaped or put into shared memory after the optimizer was made."""
         param = segment.params[row]
         if param.shape != segment.shape or param.dtype != self.dtype or param.device != self.device:
             raise ValueError(
-                f"{segment.where(row)}: was {self.dtype} {tuple(segment.shape)} on {self.device} when the optimizer was made and is "
-                f"{param.dtype} {tuple(param.shape)} on {param.device} now; move or cast modules before making the optimizer"
+                f"{segment.where(row)}: was {self.dtype} {tuple(segment.shape)} on {self.device} when the optimizer "
+                f"was made and is {param.dtype} {tuple(param.shape)} on {param.device} now; move or cast modules "
+                "before making the optimizer"
             )
+        refuse_shared(param, segment.where(row))
 
-    def adopt_(self, n: int, row: int) -> None:
-        """Take over the values of a parameter that lives elsewhere and make it a view of theta."""
+    def adopt_(self, n: int, row: int, values: Tensor) -> None:
+        """Take over a parameter's values, which lie elsewhere, and bind the parameter to its place in theta."""
         segment = self.segments[n]
-        self.check_param(segment, row)
-        param = segment.params[row]
         view = self.view(self.theta[row], segment)
-        view.copy_(param.detach().clone())  # it may be the same memory in another order
+        view.copy_(values.detach().clone())  # it may be the same memory in another order
         if self.master is not None:
-            self.view(self.master[row], segment).copy_(view)
-        param.data = view
+            master = self.view(self.master[row], segment)
+            master.copy_(torch.where(master.to(self.dtype) == view, master, view.to(master.dtype)))
+        segment.params[row].data = view
+        self.memory[n * self.rows + row] = StorageWeakRef(view.untyped_storage())
 
-    def hear_(self, columns: slice = slice(None)) -> None:
+    def is_held(self, n: int, row: int) -> bool:
+        """Whether somebody holds the memory that the parameter was bound to: a backup made by `p.data`, say."""
+        memory = self.memory[n * self.rows + row]
+        return memory is not None and not memory.expired()
+
+    def follow_parameters_(self, columns: slice = slice(None)) -> None:
         """Low precision: where somebody wrote the parameter since it was rounded from the master, the master follows."""
         if self.master is not None:
             master, stored = self.master[:, columns], self.theta[:, columns]
             master.copy_(torch.where(master.to(self.dtype) == stored, master, stored.to(master.dtype)))
+
+    def note_written(self) -> None:
+        """Gather what autograd may have saved, when all parameters and views of φ are in place."""
+        written = self.params + self.initialization
+        self._written = [tuple(written[i : i + FETCHED]) for i in range(0, len(written), FETCHED)]
+        self._phi_addresses = [address_in(self.phi, segment) for segment in self.segments] if self.shared else []
 
     def note_write(self) -> None:
         """Let autograd hear that the parameters and φ are written behind its back, so that a graph which saved one notices."""
@@ -181,7 +288,23 @@ class Flat:
             self.clear_momentum_()
 
 
-def make_flats(kinds: Mapping[bool, Sequence[Segment]], capturable: bool) -> list[Flat]:
+def address_in(row: Tensor, segment: Segment) -> int:
+    """Where a segment of one row [S] lies; 0 for an empty one, which lies nowhere."""
+    return row.data_ptr() + segment.offset * row.itemsize if segment.numel else 0
+
+
+def refuse_shared(tensor: Tensor, what: str) -> None:
+    """Raise ValueError for a tensor in memory that processes share: the step works in memory of its own, so they would part."""
+    if tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_shared():
+        raise ValueError(
+            f"{what}: lies in memory shared with other processes, which the flat buffers cannot follow; "
+            "send or share a clone() instead (x.data = x.data.clone() takes this one out of it)"
+        )
+
+
+def make_flats(
+    kinds: Mapping[bool, Sequence[Segment]], capturable: bool, own: Mapping[str, str] | None = None
+) -> list[Flat]:
     """The buffers of one device and dtype, by "shared": shared parameters first, then heads.
 
     Their `started` flags lie one after another in the order of gradients, on the device if capturable.
@@ -190,4 +313,4 @@ def make_flats(kinds: Mapping[bool, Sequence[Segment]], capturable: bool) -> lis
     counts = [len(segments) * len(segments[0].params) for segments in kinds.values()]
     device = next(iter(kinds.values()))[0].params[0].device if capturable else "cpu"
     started = torch.zeros(sum(counts), dtype=torch.uint8, device=device).split(counts)
-    return [Flat(segments, shared, part) for (shared, segments), part in zip(kinds.items(), started, strict=True)]
+    return [Flat(segments, shared, part, own) for (shared, segments), part in zip(kinds.items(), started, strict=True)]

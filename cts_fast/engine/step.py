@@ -4,71 +4,34 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from cts_fast.engine.backends.base import Backend
 from cts_fast.engine.gradients import Gradients
 from cts_fast.engine.layout import Flat
+from cts_fast.engine.plan import Control
+from cts_fast.engine.rules.sgd import Hyper
 
-BACKENDS = {  # name → module with `unavailable(device, dtype, capturable, groups)` and `Launcher(flats)`, a `passes.Passes`
-    "cuda": "cts_fast.engine.backends.cuda",
-    "triton": "cts_fast.kernels.shifting_step",
-    "cpu": "cts_fast.engine.backends.cpu",
-    "torch": "cts_fast.engine.backends.torch_ops",
-    "reference": "cts_fast.engine.backends.reference",
+BACKENDS = {  # name → module of cts_fast.engine.backends and its class
+    "cuda": ("cuda", "Cuda"),
+    "triton": ("triton", "Triton"),
+    "cpu": ("cpu", "Cpu"),
+    "torch": ("torch_ops", "TorchOps"),
+    "reference": ("reference", "Reference"),
 }
-PREFERENCE = {
-    "cuda": ("cuda", "triton", "torch"),
-    "cpu": ("cpu", "torch"),
-}  # fastest first, by device; others take "torch"
+# fastest first, by device; others take "torch"
+PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
 
 
-class Hyper(NamedTuple):
-    """Hyper-parameters of one param group, read at this step; α = lr, β = meta_lr."""
-
-    lr: float
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
-    maximize: bool
-    meta_lr: float
-    shift: float
-
-
-NEVER = 1 << 62  # a horizon that no round reaches
-
-
-class Counting(NamedTuple):
-    """Where a captured step finds what the host may not decide: the kernel reads it and, after its last block, advances it."""
-
-    counters: Tensor  # int64: inner_step, round, meta_updates, skipped_steps
-    horizon: int  # NEVER: no reset
-    meta_interval: int
-    found_inf: Tensor | None  # float32, one element: not 0 where nothing may change
-    grad_scale: Tensor | None  # float32, one element: gradients are divided by it
-    advances: bool = True  # this launch is the last of its step and advances the counters
-
-
-class Control(NamedTuple):
-    """What this step does besides the inner step. Under `counting` the device decides about meta-update, reset and scale."""
-
-    meta_update: bool
-    reset: bool
-    reset_momentum: bool
-    inverse_scale: float = 1.0  # gradients are multiplied by it (mixed precision)
-    nonfinite: Tensor | None = None  # uint8, one per gradient in collected order: set to 1 where one is NaN or infinite
-    counting: Counting | None = None
-
-    def flag_nonfinite(self, first: int, gradients: Sequence[Tensor | None]) -> None:
-        """Set the flags first, first + 1, … of gradients that hold a NaN or infinity."""
-        if self.nonfinite is not None:
-            for i, gradient in enumerate(gradients, first):
-                if gradient is not None:
-                    self.nonfinite[i] |= ~gradient.isfinite().all()
+def backend_class(name: str) -> type[Backend]:
+    """The class of a backend by its name; ImportError, with the reason, where its module or what that needs is not there."""
+    module, class_name = BACKENDS[name]
+    return getattr(importlib.import_module(f"cts_fast.engine.backends.{module}"), class_name)
 
 
 def unavailable(
@@ -76,16 +39,17 @@ def unavailable(
 ) -> str | None:
     """Why `backend` cannot run on that device and dtype with so many param groups; None if it can."""
     try:
-        module = importlib.import_module(BACKENDS[backend])
+        found = backend_class(backend)
     except ImportError as error:
         return str(error)
-    return module.unavailable(device, dtype, capturable, groups)
+    return found.unavailable(device, dtype, capturable, groups)
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype, capturable: bool = False, groups: int = 1) -> str:
     """The name of the backend that runs: "auto" takes the environment's CTS_FAST_BACKEND, else the fastest that can.
 
-    Raises ValueError for an unknown name, RuntimeError with the reason for one that cannot run.
+    Raises ValueError for an unknown name, RuntimeError with the reason for one that cannot run. Where "auto" passes over a
+    native module that is there and broken, or set up wrongly, it warns once.
     """
     if backend == "auto":
         backend = os.environ.get("CTS_FAST_BACKEND") or "auto"
@@ -96,6 +60,9 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, capturable: 
     for name in names:
         reason = unavailable(name, device, dtype, capturable, groups)
         if reason is None:
+            for passed, broken in why.items():
+                if broken.startswith(BROKEN):
+                    _warn_once(f"the {passed!r} backend is off and {name!r} runs in its place: {broken}")
             return name
         why[name] = reason
     raise RuntimeError(
@@ -103,14 +70,22 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, capturable: 
     )
 
 
+BROKEN = "broken: "  # how a reason begins that "auto" may not pass over in silence
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
 def counts_on_device(backends: Iterable[str]) -> bool:
     """Whether these backends can take a step's decisions on the device; the others take them on the host."""
-    return all(getattr(importlib.import_module(BACKENDS[name]).Launcher, "on_device", False) for name in backends)
+    return all(backend_class(name).counts_on_device for name in backends)
 
 
-def make_launcher(backend: str, flats: Sequence[Flat]):
-    """The callable (gradients, hyper, control) that steps these buffers, all of one device and dtype."""
-    return importlib.import_module(BACKENDS[backend]).Launcher(flats)
+def make_backend(name: str, flats: Sequence[Flat]) -> Backend:
+    """A backend on these buffers, all of one device and dtype."""
+    return backend_class(name)(flats)
 
 
 @torch.no_grad()
@@ -122,41 +97,52 @@ def any_nonfinite(gradients: Iterable[Sequence[Tensor | None]]) -> Tensor:
 
 
 def shifting_step_(
-    launchers: Sequence, flats: Sequence[Sequence[Flat]], gradients: Sequence[Gradients], hyper: Sequence[Hyper],
-    control: Control, nonfinite: Sequence[Tensor] | None = None,
-) -> None:  # fmt: skip
+    backends: Sequence[Backend],
+    gradients: Sequence[Gradients],
+    hyper: Sequence[Hyper],
+    control: Control,
+    nonfinite: Sequence[Tensor] | None = None,
+    shared_step: Callable[..., object] | None = None,
+) -> None:
     """Inner step, meta-update, shift and, if control.reset, reset of all tasks, in place (Algorithm 2 of Shin et al., 2021).
 
         θ_t ← θ_t − α u_t;   Δ = β (mean_t θ_t − φ);   φ ← φ + Δ;   θ_t ← θ_t + shift · Δ;   at K: θ_t ← φ
 
-    One launch for each device and dtype. launchers, flats, gradients, nonfinite: one entry for each of those. hyper: one a param group.
+    One launch for each device and dtype. backends, gradients, nonfinite: one entry for each of those. hyper: one a param group.
+    shared_step(backend, gradients, hyper, control): what a method runs in the place of `step_` where there are shared parameters.
     """
-    for i, launcher in enumerate(launchers):
+    for i, backend in enumerate(backends):
         if control.counting is not None:
-            control = control._replace(counting=control.counting._replace(advances=i == len(launchers) - 1))
-        for flat in flats[i]:  # here, while collecting has their tensors in the cache
+            control = control._replace(counting=control.counting._replace(advances=i == len(backends) - 1))
+        if nonfinite is not None:
+            control = control._replace(nonfinite=nonfinite[i])
+        clears = control.reset and control.reset_momentum
+        for flat in backend.flats:  # here, while collecting has their tensors in the cache
             flat.note_write()
-        launcher(gradients[i], hyper, control if nonfinite is None else control._replace(nonfinite=nonfinite[i]))
+            flat.all_started = flat.all_started and not (clears and flat.shared)
+        last = control if i == len(backends) - 1 or control.after is None else control._replace(after=None)
+        if shared_step is not None and backend.flats[0].shared:
+            shared_step(backend, gradients[i], hyper, last)
+        else:
+            backend.step_(gradients[i], hyper, last)
         if control.counting is None:
-            _keep_started_(flats[i], gradients[i], hyper, control)
+            _note_started_(backend.flats, gradients[i], hyper, clears)
 
 
-def _keep_started_(flats: Sequence[Flat], gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
+def _note_started_(flats: Sequence[Flat], gradients: Gradients, hyper: Sequence[Hyper], clears: bool) -> None:
     """Note which momentum has taken its first gradient now, and which a reset has cleared."""
     every = gradients.count == len(gradients) and all(h.momentum for h in hyper)
     first = 0
     for flat in flats:
         last = first + flat.started.numel()
-        if control.reset and control.reset_momentum and flat.shared:
+        if clears and flat.shared:
             flat.forget_started_()
         elif not flat.all_started and every:
             flat.started.fill_(1)
             flat.all_started = True
         elif not flat.all_started and any(h.momentum for h in hyper):
             present = torch.tensor([gradient is not None for gradient in gradients[first:last]], device="cpu")
-            uses_momentum = torch.tensor(
-                [hyper[segment.group].momentum != 0 for segment in flat.segments], device="cpu"
-            )
-            flat.started |= present.view_as(flat.started) & uses_momentum[:, None]
+            momentum = torch.tensor([hyper[segment.group].momentum != 0 for segment in flat.segments], device="cpu")
+            flat.started |= present.view_as(flat.started) & momentum[:, None]
             flat.all_started = bool(flat.started.all())
         first = last

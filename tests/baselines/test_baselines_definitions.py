@@ -21,7 +21,7 @@ from cts_fast.baselines import (
     ShiftingAccurate,
 )
 from cts_fast.baselines.imaml import conjugate_gradient
-from cts_fast.engine.backends.base import random_words
+from cts_fast.engine.backends.method_ops import random_words
 
 INNER = dict(lr=0.05, momentum=0.9, weight_decay=0.01)
 ALPHA = 0.05
@@ -142,9 +142,10 @@ def test_random_directions_follow_from_the_seed_and_differ_from_step_to_step():
     def thetas(seed):
         tasks = Quadratics()
         opt = RandomShifting(tasks.params, lr=0.0, meta_lr=0.1, seed=seed)
-        opt.load_initialization([p + 1 for p in opt.initialization])
+        tasks.step(opt)
+        opt.load_state_dict(opt.state_dict())
         for params in tasks.params:
-            params[0].data += 1
+            params[0].data += 1  # within a round this moves θ alone
         path = [tasks.theta(0).detach()]
         for _ in range(2):
             tasks.step(opt)

@@ -24,7 +24,7 @@ OPTIONS = dict(lr=0.1, momentum=0.9, weight_decay=0.01, meta_lr=0.3, horizon=3)
 def counted(case: Case, backend: str, device: str, on_device: bool, before_step=lambda opt, step: None, **more):
     """A case's optimizer after its steps, and what its buffers hold."""
     opt, params = build(case, backend, device, capturable=on_device, **more)
-    assert opt._counting is on_device
+    assert opt.engine.counting is on_device
     for step in range(case.steps):
         set_gradients(case, params, step)
         before_step(opt, step)
@@ -44,7 +44,7 @@ def test_a_step_that_the_device_counts_is_the_step_that_the_host_decides(backend
     counts, got = counted(case, backend, device, True)
     assert_equal(expected, got)
     assert (host.inner_step, host.round, host.meta_updates) == (counts.inner_step, counts.round, counts.meta_updates)
-    for a, b in zip(host._flats, counts._flats, strict=True):
+    for a, b in zip(host.engine.flats, counts.engine.flats, strict=True):
         for x, y in zip(a, b, strict=True):
             with_numbers = [segment.numel > 0 for segment in x.segments]
             assert torch.equal(x.started[with_numbers], y.started.cpu()[with_numbers])

@@ -62,7 +62,7 @@ def test_a_table_that_no_launch_holds_goes_through_device_memory(backend, device
         assert_as_exact_as_reference(case, backend, device)
         return
     opt, _ = build(case, backend, device, capturable=True)
-    assert opt._launchers[0].table is not None
+    assert opt.engine.backends[0].table is not None
     for a, b in zip(run(case, backend, device), run(case, backend, device, capturable=True), strict=True):
         assert torch.equal(a, b)
 

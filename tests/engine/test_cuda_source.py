@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 import cts_fast
-from cts_fast.engine.step import Hyper
+from cts_fast.engine.rules.sgd import Hyper
 
 SUPPORT = Path(__file__).parents[1] / "support"
 pytest.importorskip("pybind11")

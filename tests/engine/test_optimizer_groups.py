@@ -1,5 +1,7 @@
 """Tasks, param groups, heads and hyper-parameters of `ShiftingMetaOptimizer`."""
 
+import warnings
+
 import pytest
 import torch
 from support.nets import assert_same, backward, make_nets, make_optimizer, train, values
@@ -99,9 +101,14 @@ def test_heads_may_differ_between_tasks_and_stay_out_of_the_initialization():
 
 def test_differing_replicas_start_at_the_first_tasks_parameters_with_a_warning():
     nets = [nn.Linear(2, 2), nn.Linear(2, 2)]
-    with pytest.warns(UserWarning, match="task 1, parameter 'weight'.*differs"):
-        opt = ShiftingMetaOptimizer([net.named_parameters() for net in nets])
+    opt = ShiftingMetaOptimizer([net.named_parameters() for net in nets])
     assert torch.equal(nets[0].weight, nets[1].weight) and torch.equal(opt.initialization[0], nets[0].weight)
+    nets[0].weight.grad = torch.ones(2, 2)
+    with pytest.warns(UserWarning, match="task 1, parameter 'weight'.*differs"):
+        opt.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()  # it says so once
 
 
 # Hyper-parameters

@@ -50,7 +50,7 @@ def test_the_device_table_is_sent_again_only_when_it_changed():
     opt, params = build(case, "triton", DEVICE)
     set_gradients(case, params, 0)
     assert_table_is_sent_again_only_when_it_changed(opt, params)
-    table = opt._launchers[0].table
+    table = opt.engine.backends[0].table
     version = table.table._version
     opt.param_groups[0]["lr"] = 0.2
     opt.step()

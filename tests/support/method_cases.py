@@ -64,7 +64,7 @@ def assert_a_new_start(opt, tasks, other, fresh):
     start = [torch.ones_like(p) for p in opt.initialization]
     for one in (opt, other):
         one.load_initialization(start)
-    opt._counters.tensor[2] = 0  # a random shift's direction i belongs to meta-update i
+    opt.engine.counters.tensor[2] = 0  # a random shift's direction i belongs to meta-update i
     for _ in range(7):
         tasks.step(opt)
         fresh.step(other)

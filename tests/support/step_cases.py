@@ -187,7 +187,7 @@ def cases(draw) -> Case:
 def assert_table_is_sent_again_only_when_it_changed(opt, params):
     """Steps an optimizer whose kernel reads the gradients' addresses from a device table; params: [T][N], with gradients."""
     opt.step()
-    (launcher,) = opt._launchers
+    (launcher,) = opt.engine.backends
     version = launcher.table.table._version
     opt.step()
     assert launcher.table.table._version == version

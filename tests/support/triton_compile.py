@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cts_fast.engine.backends.triton import tile_shape
 from cts_fast.kernels import shifting_step as step
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,7 +43,7 @@ def source(T, dtype="fp32", aligned=True, dampened=False, counting=False, nonfin
     types = {name: "*" + kind for name, kind in pointers.items()} | numbers
     plain = T <= 8 and not (dampened or counting or nonfinite)
     given = dict(T=T, PLAIN=plain, ALIGNED=aligned, WORK=getattr(tl, WORK[work]), DAMPENED=dampened)
-    given |= step.tile_shape(T, DTYPES[work])
+    given |= tile_shape(T, DTYPES[work])
     names = step.shifting_step_kernel.arg_names
     constants = {name: given.get(name) for name in names if name not in types}
     attributes = {

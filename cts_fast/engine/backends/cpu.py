@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cts_fast.engine.backends.base import LeapPoint, Passes
+from cts_fast.engine.backends.base import CONTROL_FIELDS, DTYPES, Backend, packed_flat
+from cts_fast.engine.backends.method_ops import PathPoint
 from cts_fast.engine.gradients import Gradients
 from cts_fast.engine.layout import Flat
-from cts_fast.engine.step import Control, Hyper
+from cts_fast.engine.plan import Control
+from cts_fast.engine.rules.sgd import Hyper
 
 try:
     from cts_fast import _cpu
@@ -23,8 +25,6 @@ except ImportError as error:
     raise ImportError(
         f"the native module is not there ({error}); reinstall with CTS_FAST_BUILD=cpu and a C++ compiler to see why"
     ) from error
-
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _shares_openmp = _cpu.share_openmp(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 TEAM = "torch's own OpenMP threads" if _shares_openmp else "threads of its own for every step"
@@ -35,48 +35,58 @@ def instruction_set() -> str:
     return os.environ.get("CTS_FAST_ISA") or _cpu.instruction_sets()[0]
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
-    """Why this backend cannot run there; None if it can."""
-    if device.type != "cpu":
-        return f"it runs on the CPU, not on {device}"
-    if instruction_set() not in _cpu.instruction_sets():
-        return f"CTS_FAST_ISA={instruction_set()!r}; this machine has {', '.join(_cpu.instruction_sets())}"
-    return None if dtype in DTYPES else f"it has no kernel for {dtype}"
+class Cpu(Backend):
+    """All buffers of one dtype, cut into tiles once; a step is one native call, and so is each of a method's passes."""
 
-
-class Launcher(Passes):
-    """All buffers of one dtype, cut into tiles once; a call is one native call, and so is each pass."""
+    @classmethod
+    def unavailable(cls, device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
+        """Why it cannot run there; None if it can."""
+        if device.type != "cpu":
+            return f"it runs on the CPU, not on {device}"
+        if instruction_set() not in _cpu.instruction_sets():
+            return f"CTS_FAST_ISA={instruction_set()!r}; this machine has {', '.join(_cpu.instruction_sets())}"
+        return None if dtype in DTYPES else f"it has no kernel for {dtype}"
 
     def __init__(self, flats: Sequence[Flat]) -> None:
-        self.flats = flats
+        super().__init__(flats)
         self.started = flats[0].started  # the flags of all flats lie behind it
-        buffers, segments, first = [], [], 0
+        segments, first = [], 0
         for flat in flats:
-            pointers = [
-                0 if tensor is None else tensor.data_ptr()
-                for tensor in (flat.phi, flat.theta, flat.momentum, flat.master)
-            ]
-            buffers.append((*pointers, flat.theta.stride(0), flat.rows))
             segments.append([(s.offset, s.numel, s.group, first + n * flat.rows) for n, s in enumerate(flat.segments)])
             first += len(flat.params)
-        self.plan = _cpu.Plan(DTYPES[flats[0].dtype], buffers, segments, instruction_set())
+        self.plan = _cpu.Plan(DTYPES[flats[0].dtype], list(map(packed_flat, flats)), segments, instruction_set())
 
-    def __call__(
-        self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, leap: tuple | None = None, measures: bool = False
-    ) -> float:  # fmt: skip
-        started = 0 if all(flat.all_started for flat in self.flats) else self.started.data_ptr()
-        nonfinite = 0 if control.nonfinite is None else control.nonfinite.data_ptr()
-        return self.plan.step(
-            gradients.address, started, nonfinite, hyper, control.meta_update, control.reset, control.reset_momentum,
-            control.inverse_scale, leap, measures, torch.get_num_threads(),
-        )  # fmt: skip
+    def step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
+        self._step_(gradients, hyper, control)
 
     def measured_step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> float:
-        return self(gradients, hyper, control, measures=True)
+        return self._step_(gradients, hyper, control, measure_phi=True)
 
-    def leap_step_(self, point: LeapPoint, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
+    def path_step_(self, point: PathPoint, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         kept = (point.total.data_ptr(), point.theta.data_ptr(), point.gradient.data_ptr(), point.theta.stride(0))
-        self(gradients, hyper, control, (*kept, point.weights, point.changes, point.scale, point.keeps))
+        self._step_(gradients, hyper, control, (*kept, point.weights, point.changes, point.scale, point.keeps))
+
+    def _step_(
+        self,
+        gradients: Gradients,
+        hyper: Sequence[Hyper],
+        control: Control,
+        path: tuple | None = None,
+        measure_phi: bool = False,
+    ) -> float:
+        all_started = all(flat.all_started for flat in self.flats)
+        return self.plan.step(
+            gradients.address,
+            self.started.data_ptr(),
+            all_started,
+            0 if control.nonfinite is None else control.nonfinite.data_ptr(),
+            hyper,
+            control[:CONTROL_FIELDS],
+            control.after,
+            path,
+            measure_phi,
+            torch.get_num_threads(),
+        )
 
     def add_gradients_(self, target: Tensor, gradients: Gradients, weight: float) -> None:
         self.plan.add_gradients(gradients.address, target.data_ptr(), weight, torch.get_num_threads())

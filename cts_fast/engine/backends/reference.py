@@ -10,29 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cts_fast.engine.backends.base import Passes
-from cts_fast.engine.layout import Flat
-from cts_fast.engine.step import Control, Hyper
+from cts_fast.engine.backends.base import Backend
+from cts_fast.engine.gradients import Gradients
+from cts_fast.engine.plan import Control
+from cts_fast.engine.rules.sgd import Hyper, inner_step_
 
 
-def inner_step_(theta: Tensor, v: Tensor, g: Tensor, started: bool, h: Hyper) -> None:
-    """One SGD-momentum step of one tensor of one task, theta and v in place (METHOD: d, v, u, theta); all of shape [n].
-
-    Operation for operation torch.optim.SGD, so that meta_lr = 0 gives the same bits.
-    """
-    g = -g if h.maximize else g
-    d = g.add(theta, alpha=h.weight_decay) if h.weight_decay else g
-    u = d
-    if h.momentum:
-        v.mul_(h.momentum).add_(d, alpha=1 - h.dampening) if started else v.copy_(d)
-        u = d.add(v, alpha=h.momentum) if h.nesterov else v
-    theta.add_(u, alpha=-h.lr)
-
-
-def meta_update(phi: Tensor, theta: Sequence[Tensor], h: Hyper) -> Tensor:
+def meta_update(phi: Tensor, theta: Sequence[Tensor], h: Hyper, num_tasks: int) -> Tensor:
     """Δ = β (mean_t theta_t − phi): minus β times the Reptile gradient, averaged over the tasks in their order; [n]."""
     delta = sum((theta_t - phi for theta_t in theta[1:]), start=theta[0] - phi)
-    return delta * (h.meta_lr / len(theta)) if h.meta_lr else torch.zeros_like(phi)
+    return delta * (h.meta_lr / num_tasks) if h.meta_lr else torch.zeros_like(phi)
 
 
 def shifting_step_(
@@ -54,7 +41,7 @@ def shifting_step_(
     if phi is None:
         return
     if c.meta_update:
-        delta = meta_update(phi, theta, h)
+        delta = meta_update(phi, theta, h, c.num_tasks)
         phi.add_(delta)
         for theta_t in theta:
             theta_t.add_(delta, alpha=h.shift)
@@ -65,38 +52,32 @@ def shifting_step_(
                 v_t.zero_()
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
-    """Why this backend cannot run there; None if it can."""
-    return (
-        "it takes its decisions on the host, which a captured step may not"
-        if capturable and device.type != "cpu"
-        else None
-    )
-
-
-class Launcher(Passes):
+class Reference(Backend):
     """Runs the equations segment by segment over the flat buffers; low precision computes in float32 and rounds what it stores."""
 
-    def __init__(self, flats: Sequence[Flat]) -> None:
-        self.flats = flats
+    @classmethod
+    def unavailable(cls, device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
+        """Why it cannot run there; None if it can."""
+        if capturable and device.type != "cpu":
+            return "it takes its decisions on the host, which a captured step may not"
+        return None
 
-    def __call__(self, gradients: Sequence[Tensor | None], hyper: Sequence[Hyper], control: Control) -> None:
+    def step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         i = 0
         for flat in self.flats:
             work = flat.theta if flat.master is None else flat.master
-            flat.hear_()
+            flat.follow_parameters_()
             for n, segment in enumerate(flat.segments):
                 columns = slice(segment.offset, segment.offset + segment.numel)
                 g = [
-                    None if x is None else as_flat(x, flat.work_dtype) * control.inverse_scale
+                    None if x is None else in_memory_order(x, flat.work_dtype) * control.inverse_scale
                     for x in gradients[i : i + flat.rows]
                 ]
                 control.flag_nonfinite(i, g)
                 v = [row[columns].to(flat.work_dtype) for row in flat.momentum]
-                shifting_step_(
-                    None if flat.phi is None else flat.phi[columns],
-                    [row[columns] for row in work], v, g, flat.started[n].tolist(), hyper[segment.group], control,
-                )  # fmt: skip
+                phi = None if flat.phi is None else flat.phi[columns]
+                theta, started = [row[columns] for row in work], flat.started[n].tolist()
+                shifting_step_(phi, theta, v, g, started, hyper[segment.group], control)
                 for row, v_t in zip(flat.momentum, v, strict=True):
                     row[columns].copy_(v_t)
                 i += flat.rows
@@ -104,6 +85,6 @@ class Launcher(Passes):
                 flat.theta.copy_(work)
 
 
-def as_flat(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+def in_memory_order(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     """A dense gradient in memory order, [numel]."""
     return gradient.detach().as_strided((gradient.numel(),), (1,), gradient.storage_offset()).to(dtype)

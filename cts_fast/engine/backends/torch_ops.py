@@ -10,27 +10,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cts_fast.engine.backends.base import Passes
+from cts_fast.engine.backends.base import Backend
+from cts_fast.engine.gradients import Gradients
 from cts_fast.engine.layout import Flat
-from cts_fast.engine.step import Control, Hyper
+from cts_fast.engine.plan import Control
+from cts_fast.engine.rules.sgd import Hyper
 
 BLOCK = 1 << 19  # columns of all tasks together that one pass takes
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
-    """Why this backend cannot run there; None if it can."""
-    return (
-        "it takes its decisions on the host, which a captured step may not"
-        if capturable and device.type != "cpu"
-        else None
-    )
-
-
-class Launcher(Passes):
+class TorchOps(Backend):
     """Blocks of columns with one param group each; in a block every equation is one op on [R, B]."""
 
+    @classmethod
+    def unavailable(cls, device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
+        """Why it cannot run there; None if it can."""
+        if capturable and device.type != "cpu":
+            return "it takes its decisions on the host, which a captured step may not"
+        return None
+
     def __init__(self, flats: Sequence[Flat]) -> None:
-        self.flats, self.blocks = flats, []
+        super().__init__(flats)
+        self.blocks: list[_Block] = []
         first = 0
         for flat in flats:
             pieces: list[tuple[int, int, int]] = []  # (segment, from, to) within the segment
@@ -51,7 +52,7 @@ class Launcher(Passes):
         if pieces:
             self.blocks.append(_Block(flat, pieces, first))
 
-    def __call__(self, gradients: Sequence[Tensor | None], hyper: Sequence[Hyper], control: Control) -> None:
+    def step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         for block in self.blocks:
             block.step_(gradients, hyper[block.group], control)
 
@@ -76,7 +77,7 @@ class _Block:
         theta, v = stored, momentum
         if flat.master is not None:
             theta, v = flat.master[:, columns], momentum.float()
-            flat.hear_(columns)
+            flat.follow_parameters_(columns)
 
         d, missing, fresh = self._gather(gradients, h, c)
         kept = [(at, row, theta[row, at].clone(), v[row, at].clone()) for row, at in missing]
@@ -100,7 +101,7 @@ class _Block:
             delta = theta[0] - phi
             for row in theta[1:]:
                 delta += row - phi
-            delta *= h.meta_lr / flat.rows
+            delta *= h.meta_lr / c.num_tasks
             phi.add_(delta)
             theta.add_(delta, alpha=h.shift)
         if phi is not None and c.reset:

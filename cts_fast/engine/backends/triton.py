@@ -1,0 +1,157 @@
+"""The step on GPUs in Triton: one launch of kernels/shifting_step.py, gradients' addresses in a table on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cts_fast.engine.backends.base import Backend
+from cts_fast.engine.backends.device_table import DeviceTable, host_addresses, rate_address
+from cts_fast.engine.gradients import Gradients
+from cts_fast.engine.layout import Flat
+from cts_fast.engine.plan import Control
+from cts_fast.engine.rules.sgd import Hyper
+from cts_fast.kernels import shifting_step as kernel
+
+INTERPRETED = triton.knobs.runtime.interpret
+NONE = (None,) * 5
+
+
+def tile_shape(tasks: int, work_dtype: torch.dtype) -> dict[str, int]:
+    """Rows held in registers at once and columns of a program: 16 bytes of each row for each of 128 threads."""
+    return {"ROWS": min(triton.next_power_of_2(tasks), 8), "BLOCK": 128 * 16 // work_dtype.itemsize}
+
+
+def make_tiles(flats: Sequence[Flat], block: int) -> Tensor:
+    """The tiles of all segments, in order; int64 [tiles, TILE]."""
+    tiles, first = [], 0
+    for flat in flats:
+        for segment in flat.segments:
+            at = torch.arange(0, segment.numel, block, device="cpu")
+            group, gradient = torch.full_like(at, segment.group), torch.full_like(at, first)
+            tiles.append(torch.stack([segment.offset + at, segment.numel - at, at, group, gradient], dim=1))
+            first += flat.rows
+    return torch.cat(tiles)
+
+
+def _plain(tasks: int, rows: int, hyper: Sequence[Hyper], control: Control) -> bool:
+    """Whether the usual rule is all that this step needs, with its tasks in registers: in the loop over more of them it would spill."""
+    scaled = control.inverse_scale != 1 or (control.counting is not None and control.counting.grad_scale is not None)
+    rule = all(h.momentum != 0 and not (h.nesterov or h.maximize or h.dampening) for h in hyper)
+    return tasks <= rows and rule and not scaled and control.nonfinite is None
+
+
+def _mode(control: Control) -> int:
+    """The kernel's bits of what this step does."""
+    meta_update, reset = control.meta_update * kernel.META_UPDATE.value, control.reset * kernel.RESET.value
+    return meta_update | reset | control.reset_momentum * kernel.RESET_MOMENTUM.value
+
+
+class Triton(Backend):
+    """Launches the kernel for all buffers of one device and dtype."""
+
+    counts_on_device = True
+
+    @classmethod
+    def unavailable(cls, device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
+        """Why it cannot run there; None if it can. Under TRITON_INTERPRET=1 it runs on CPU tensors, else on CUDA ones."""
+        if INTERPRETED:
+            return None if device.type == "cpu" else "TRITON_INTERPRET is set, which runs Triton on CPU tensors only"
+        if device.type != "cuda":
+            return (
+                "Triton runs on NVIDIA GPUs, or on CPU tensors under TRITON_INTERPRET=1; "
+                f"the parameters are on {device}"
+            )
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            found = "{}.{}".format(*torch.cuda.get_device_capability(device))
+            return f"Triton's kernels here need compute capability 8.0; {device} has {found}"
+        return None
+
+    def __init__(self, flats: Sequence[Flat]) -> None:
+        super().__init__(flats)
+        self.shared = flats[0] if flats[0].shared else None
+        self.head = None if flats[-1].shared else flats[-1]
+        self.device, self.work_dtype = flats[0].device, flats[0].work_dtype
+        self.count = sum(len(flat.params) for flat in flats)
+        self.shared_count = len(self.shared.params) if self.shared else 0
+        self.tasks = self.shared.rows if self.shared else 1
+        self.shape = tile_shape(self.tasks, self.work_dtype)
+        tiles = make_tiles(flats, self.shape["BLOCK"])
+        segments = self.shared.segments if self.shared else []
+        self.shared_tiles = sum(-(-segment.numel // self.shape["BLOCK"]) for segment in segments)
+        self.num_tiles = len(tiles)
+        if not len(tiles):
+            tiles = torch.zeros(1, kernel.TILE.value, dtype=torch.int64, device="cpu")
+        self.tiles = tiles.to(self.device)
+        groups = [segment.group for flat in flats for segment in flat.segments for _ in range(flat.rows)]
+        self.groups = torch.tensor(groups, dtype=torch.int32, device=self.device)
+        self.num_groups = max(groups) + 1
+        self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.table, self.flags = DeviceTable(self.device), DeviceTable(self.device)
+
+    def step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
+        counting = control.counting
+        if not self.num_tiles and counting is None:
+            return
+        hyper = hyper[: self.num_groups]
+        addresses = host_addresses(gradients)
+        dampened = any(h.dampening and h.momentum for h in hyper)
+        shared, head = self.shared, self.head
+        buffers = (shared.theta, shared.momentum, shared.master, shared.phi, shared.theta.stride(0)) if shared else NONE
+        heads = (head.theta, head.momentum, head.master) if head else NONE[:3]
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            started = self._started(dampened, control)
+            table = self._table(addresses, hyper, control)
+            kernel.shifting_step_kernel[(max(self.num_tiles, 1),)](
+                self.tiles,
+                table[: self.count],
+                self.groups,
+                table[self.count :].view(torch.float64),
+                started,
+                control.nonfinite,
+                *buffers,
+                *heads,
+                self.shared_tiles,
+                self.shared_count,
+                self.count,
+                _mode(control),
+                *self._counts(control),
+                T=self.tasks,
+                **self.shape,
+                ALIGNED=not (addresses & 15).any(),
+                WORK=tl.float64 if self.work_dtype == torch.float64 else tl.float32,
+                DAMPENED=dampened and started is not None,
+                PLAIN=_plain(self.tasks, self.shape["ROWS"], hyper, control),
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
+
+    def _started(self, dampened: bool, control: Control) -> Tensor | None:
+        """The first-gradient flags on the device; None where it need not read them."""
+        if control.counting is not None:
+            return self.flats[0].started
+        if dampened and not all(flat.all_started for flat in self.flats):
+            return self.flags(torch.cat([flat.started.flatten() for flat in self.flats]))
+        return None
+
+    def _counts(self, control: Control) -> tuple:
+        """Where the device counts: counters, ticket, horizon, meta_interval, found_inf, grad_scale, whether it advances them."""
+        on = control.counting
+        if on is None:
+            return (None,) * 7
+        optional = (on.found_inf, on.grad_scale)
+        return (on.counters, self.ticket, on.horizon, on.meta_interval, *optional, int(on.advances))
+
+    def _table(self, addresses: Tensor, hyper: Sequence[Hyper], control: Control) -> Tensor:
+        """The device's table: int64 [count + groups · HYPER], gradients' addresses and then the hyper-parameters' bits."""
+        rates = [[rate_address(rate) for rate in (h.lr, h.meta_lr)] for h in hyper]
+        numbers = [[0.0 if isinstance(value, Tensor) else float(value) for value in h] for h in hyper]
+        last = torch.full((len(hyper), 1), float(control.num_tasks), dtype=torch.float64, device="cpu")
+        scaled = [[*values, control.inverse_scale] for values in numbers]
+        bits = torch.tensor(scaled, dtype=torch.float64, device="cpu").view(torch.int64)
+        parts = (bits, torch.tensor(rates, dtype=torch.int64, device="cpu"), last.view(torch.int64))
+        return self.table(torch.cat([addresses, torch.cat(parts, dim=1).flatten()]), control.counting is not None)

@@ -1,0 +1,105 @@
+"""What methods do beside the step: the native ops against torch's, for every instruction set and number of threads."""
+
+import pytest
+import torch
+from support.step_cases import Case, build, set_gradients
+
+from cts_fast.engine.backends.method_ops import MethodOps, PathPoint
+from cts_fast.engine.plan import Control
+from cts_fast.engine.rules.sgd import Hyper
+
+_cpu = pytest.importorskip("cts_fast._cpu", reason="the native module is not built")
+
+SHAPES = ((129,), (3, 5, 3, 3), (), (0, 4), (1,), (2, 4100))
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+OPTIONS = dict(lr=0.1, momentum=0.9, meta_lr=0.3)
+KEY = 0xFEDCBA9876543210
+HYPER = Hyper(0.1, 0.9, 0.0, 0.0, False, False, 0.3, 1.0)
+OPS = {
+    "add_gradients_": lambda ops, x: ops.add_gradients_(x["total"], x["gradients"], 0.3),
+    "end_round_": lambda ops, x: ops.end_round_(x["total"], x["gradients"], 0.3, [0.7, 9.0], True),
+    "end_round_ with gradients alone": lambda ops, x: ops.end_round_(None, x["gradients"], 0.3, [0.7, 9.0], False),
+    "end_round_ with a sum alone": lambda ops, x: ops.end_round_(x["total"], None, 0.0, [0.7, 9.0], True),
+    "reset_": lambda ops, x: ops.reset_(True),
+    "reset_, momentum kept": lambda ops, x: ops.reset_(False),
+    "squared_distances": lambda ops, x: ops.squared_distances(x["theta"]),
+    "measured_step_": lambda ops, x: ops.measured_step_(x["gradients"], [HYPER, HYPER], Control(True, False, False, x["tasks"])),
+    "measured_step_, all gradients there": lambda ops, x: ops.measured_step_(x["gradients"], [HYPER, HYPER], Control(True, False, False, x["tasks"])),
+    "add_signs_": lambda ops, x: ops.add_signs_(KEY, 5, 0.01),
+    "path_step_, the first point": lambda ops, x: leap(ops, x, [], [], 0.5, True),
+    "path_step_": lambda ops, x: leap(ops, x, [0.5 + t for t in range(x["tasks"])], [0.1 * t - 0.2 for t in range(x["tasks"])], 0.5, True),
+    "path_step_, the last point": lambda ops, x: leap(ops, x, [1.0] * x["tasks"], [0.3] * x["tasks"], 1.0, False),
+}  # fmt: skip
+
+
+def leap(ops, x, *segment):
+    point = PathPoint(x["total"], x["theta"], x["gradient"], *segment)
+    ops.path_step_(point, x["gradients"], [HYPER, HYPER], Control(False, False, True, x["tasks"]))
+
+
+every_op = pytest.mark.parametrize("name", OPS)
+
+
+def taken(name, dtype=torch.float64, tasks=3, native=True, threads=2):
+    """All buffers after an operation, in float64, and what it returned; some gradients are missing but for one pass, one lies in another order."""
+    missing = frozenset() if "all gradients" in name else frozenset({(1, 0, 0), (1, tasks - 1, 5)})
+    case = Case(tasks, SHAPES, heads=(((3,),),) * tasks, dtype=dtype, missing=missing, options=OPTIONS)
+    opt, params = build(case, "cpu")
+    for step in (0, 1):
+        set_gradients(case, params, step)
+        if step == 0:
+            opt.step()
+    params[-1][1].grad = params[-1][1].grad.transpose(0, 1).contiguous().transpose(0, 1)
+    (backend,), (collect,) = opt.engine.backends, opt.engine.collectors
+    flat = backend.flats[0]
+    draw = torch.Generator().manual_seed(1)
+    x = {"gradients": collect(), "tasks": tasks, "total": torch.zeros_like(flat.phi)}
+    x |= {name: torch.zeros(flat.rows, flat.columns, dtype=flat.work_dtype) for name in ("theta", "gradient")}
+    for buffer in (x["total"][None], x["theta"], x["gradient"]):
+        for part in flat.parts(buffer):
+            part.copy_(torch.randn(part.shape, generator=draw))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        returned = OPS[name](backend if native else InTorch(backend), x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(flat.theta, flat.work_theta.to(flat.dtype))
+    buffers = [flat.phi, flat.work_theta, flat.momentum, flat.started, x["total"]]
+    buffers += [x["theta"], x["gradient"]] if name != "path_step_, the last point" else []  # not read again
+    return [b.double().clone() for b in buffers] + [torch.tensor(returned or 0.0, dtype=torch.float64)]
+
+
+class InTorch(MethodOps):
+    """Torch's ops beside the native step of the same buffers."""
+
+    def __init__(self, backend):
+        self.backend, self.flats = backend, backend.flats
+
+    def step_(self, *args):
+        self.backend.step_(*args)
+
+
+@every_op
+@pytest.mark.parametrize("tasks", [1, 3, 5, 8])
+@pytest.mark.parametrize("isa", _cpu.instruction_sets())
+def test_native_ops_do_what_torch_does(monkeypatch, name, tasks, isa):
+    monkeypatch.setenv("CTS_FAST_ISA", isa)
+    torch.testing.assert_close(taken(name, tasks=tasks), taken(name, tasks=tasks, native=False), rtol=1e-12, atol=1e-12)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", DTYPES[:1] + DTYPES[2:], ids=str)
+@pytest.mark.parametrize("isa", _cpu.instruction_sets())
+def test_native_ops_do_what_torch_does_in_low_precision(monkeypatch, name, dtype, isa):
+    monkeypatch.setenv("CTS_FAST_ISA", isa)
+    torch.testing.assert_close(taken(name, dtype), taken(name, dtype, native=False), rtol=2e-5, atol=2e-5)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(name, dtype):
+    one = taken(name, dtype, threads=1)
+    for threads in (2, 5):
+        for a, b in zip(one, taken(name, dtype, threads=threads), strict=True):
+            assert torch.equal(a, b)
