@@ -15,9 +15,8 @@ from cts_fast.engine.step import BACKENDS, PREFERENCE, resolve, unavailable
 
 def main() -> None:
     """Print one line a fact."""
-    print(
-        f"cts_fast {__version__}, Python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}"
-    )
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}"
+    print(f"cts_fast {__version__}, {versions}")
     print(f"machine: {platform.machine()}, {platform.system()} {platform.release()}")
     print(f"CPU kernel: {_cpu_kernel()}")
     print(f"CUDA: {_cuda()}")

@@ -92,22 +92,20 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         shift: factor of the shift; 1 is the paper's, 0 leaves the trajectories where they are.
         reset_momentum: clear the shared momentum at a reset, so that a round depends on φ alone.
         heads: one iterable of parameters for each task; they take the inner step only and may differ between tasks.
-        nonfinite: "ignore" NaN and infinite gradients as torch does, "raise" after the step that met one, or "skip" such
-            steps.
+        nonfinite: "ignore" NaN and infinite gradients as torch does, "raise" after the step that met one, or "skip" it.
         process_group: not available in this version; give None.
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference"; the environment's CTS_FAST_BACKEND sets what
             "auto" is.
         capturable: keep counters on the device and decide nothing on the host, for steps inside a CUDA graph.
 
     Between two steps a parameter's ``.data``, the parameters and options in `param_groups`, and `state` may be set from
-    outside, as with any torch optimizer: the next step takes it over, or raises ValueError before anything moved. Weights
-    that are loaded into all tasks before a round's first step are the new φ. Batch-norm statistics are buffers, which
-    neither φ nor a reset touches. Clipping the gradients of a whole group couples the tasks; clip each task's own
+    outside, as with any torch optimizer: the next step takes it over, or raises ValueError before anything moved.
+    Weights that are loaded into all tasks before a round's first step are the new φ. Batch-norm statistics are buffers,
+    which neither φ nor a reset touches. Clipping the gradients of a whole group couples the tasks; clip each task's own
     parameters to keep them apart.
 
     Raises:
-        ValueError, TypeError: bad input, naming task, parameter and reason. RuntimeError: a backend that cannot run, and
-            why.
+        ValueError, TypeError: bad input, naming task, parameter and reason. RuntimeError: why a backend cannot run.
 
     Example:
         >>> opt = ShiftingMetaOptimizer([net.body.named_parameters() for net in nets], lr=0.01, momentum=0.9,
@@ -256,7 +254,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         losses: Sequence | None = None,
         heldout: Sequence[Callable] | None = None,
     ) -> float | None:
-        """Inner step of all tasks, meta-update, shift and, at K, reset; nothing at all where no parameter has a gradient.
+        """Inner step of all tasks, meta-update, shift and, at K, reset; nothing at all where no parameter has a
+        gradient.
 
         closure: evaluates the losses again and returns what `step` returns; called once, with gradients enabled.
         losses, heldout: for the methods of `cts_fast.baselines` that name them in `needs`; not read by this one.
@@ -323,7 +322,9 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     # Hooks for methods ------------------------------------------------------------------------------------------------
 
     def plan(self, counters: Counters) -> tuple[Control, Counters]:
-        """What the next step does, and the counters after it. A method whose meta-updates come at other times decides here."""
+        """What the next step does, and the counters after it. A method whose meta-updates come at other times decides
+        here.
+        """
         return next_step(self.param_groups[0], counters, self.engine.num_tasks)
 
     def plan_on_device(self) -> Control:
@@ -358,7 +359,9 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         return Hyper(**values)
 
     def _read(self, value: Any) -> Any:
-        """The number that a tensor hyper-parameter holds; the device reads its own in a captured step, where the host takes no part."""
+        """The number that a tensor hyper-parameter holds; the device reads its own in a captured step, where the host
+        takes no part.
+        """
         on_device = self.engine.counting and isinstance(value, Tensor)
         if isinstance(value, Tensor) and not (on_device and value.device == self.engine.counters.tensor.device):
             return value.item()
@@ -377,7 +380,9 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
     @property
     def initialization(self) -> tuple[Tensor, ...]:
-        """φ: one tensor for each shared parameter of a task, in their order; live views (float32 for low-precision parameters)."""
+        """φ: one tensor for each shared parameter of a task, in their order; live views (float32 for low-precision
+        parameters).
+        """
         return tuple(self.engine.initialization.values())
 
     @property
@@ -440,20 +445,24 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def reset_tasks(self) -> None:
-        """The reset at K, now: θ ← φ for every task, shared momentum cleared if `reset_momentum`, inner_step 0, round + 1."""
+        """The reset at K, now: θ ← φ for every task, shared momentum cleared if `reset_momentum`, inner_step 0, round +
+        1.
+        """
         self._prepare_to_write()
         self.reset_()
         inner_step, round_, *others = self.engine.counters.read()
         self.engine.counters.write((inner_step, round_ + 1, *others))
 
     def _prepare_to_write(self) -> None:
-        """Before the buffers are written outside a step: what was exchanged lies in them, and replicas need no warning."""
+        """Before buffers are written outside a step: what was exchanged lies in them, and replicas need no warning."""
         self._sync()
         self.engine.rebind_(self.param_groups)
         self.engine.differing = None
 
     def reset_(self) -> None:
-        """θ ← φ for every task, inner_step 0; a method clears here what it keeps of a round. A hook; call `reset_tasks`."""
+        """θ ← φ for every task, inner_step 0; a method clears here what it keeps of a round. A hook; call
+        `reset_tasks`.
+        """
         self.engine.reset_(self.param_groups[0]["reset_momentum"])
         self.engine.counters.write((0, *self.engine.counters.read()[1:]))
 
@@ -479,7 +488,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping) -> None:
         """Continue from `state_dict`: θ, φ, momentum, counters and hyper-parameters, in place.
 
-        Raises ValueError, before anything changed, for another number of tasks or groups, other names, shapes or dtypes.
+        Raises ValueError, before anything changed, for another number of tasks or groups, other names, shapes or
+        dtypes.
         """
         if isinstance(state_dict, Mapping):
             state_dict = dict(state_dict)

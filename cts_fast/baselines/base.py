@@ -1,7 +1,7 @@
 """What the methods share: options of their own, buffers of their own in the state, and a meta-update of their own.
 
-A method overrides the optimizer's hooks: `plan` (when a meta-update and a reset come), `read_hyper`, `apply_` (the step and what
-belongs to it) and `reset_`. Buffers, backends and counters are `self.engine`'s.
+A method overrides the optimizer's hooks: `plan` (when a meta-update and a reset come), `read_hyper`, `apply_` (the step
+and what belongs to it) and `reset_`. Buffers, backends and counters are `self.engine`'s.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from cts_fast.optimizer import ShiftingMetaOptimizer, Step
 class Method(ShiftingMetaOptimizer):
     """A method on the flat buffers of `ShiftingMetaOptimizer`; its options and what it shares are described there.
 
-    A subclass names in `own_options` its further options, and in `buffers` what it keeps beside theta and phi: name → "task" (a row
-    a task, laid out as theta), "shared" (one in all, as phi) or "number" (one a task). Both are part of the state dict; a reset
-    clears the buffers (in `apply_`, where a method ends its rounds itself).
+    A subclass names in `own_options` its further options, and in `buffers` what it keeps beside theta and phi: name →
+    "task" (a row a task, laid out as theta), "shared" (one in all, as phi) or "number" (one a task). Both are part of
+    the state dict; a reset clears the buffers (in `apply_`, where a method ends its rounds itself).
     """
 
     own_options: Mapping[str, object] = {}
@@ -96,7 +96,9 @@ class Method(ShiftingMetaOptimizer):
                 group["meta_interval"] = group["horizon"]
 
     def inner_step_(self, step: Step, shared_step: Callable[..., object] | None = None) -> None:
-        """The fused inner step of all tasks and nothing else; shared_step: what runs it on shared parameters, if not the backend's."""
+        """The fused inner step of all tasks and nothing else; shared_step: what runs it on shared parameters, if not
+        the backend's.
+        """
         inner = step.control._replace(meta_update=False, reset=False, after=None)
         self.engine.step_(step.gradients, step.hyper, inner, shared_step)
 

@@ -17,9 +17,13 @@ from cts_fast.engine.layout import Segment, refuse_shared
 from cts_fast.engine.plan import OPTIONS
 from cts_fast.engine.rules.sgd import Hyper
 
+ALIKE = "shared parameters are the same in every task"
+
 
 def check_needs(needs: frozenset[str], num_tasks: int, losses, heldout) -> None:
-    """Raise ValueError or TypeError where `step` is not given what a method needs: T losses, or T callables that return held-out losses."""
+    """Raise ValueError or TypeError where `step` is not given what a method needs: T losses, or T callables that return
+    held-out losses.
+    """
     for name, given in (("losses", losses), ("heldout", heldout)):
         if name in needs and given is None:
             raise ValueError(
@@ -46,7 +50,9 @@ def _is_parameter(item) -> bool:
 
 
 def as_groups(tasks) -> Iterable:
-    """The `tasks` argument as torch.optim.Optimizer takes it: param-group dicts. A bare tensor or set is left for torch to judge."""
+    """The `tasks` argument as torch.optim.Optimizer takes it: param-group dicts. A bare tensor or set is left for torch
+    to judge.
+    """
     if isinstance(tasks, (Tensor, set)):
         return tasks
     _refuse_containers(tasks, "tasks")
@@ -57,7 +63,9 @@ def as_groups(tasks) -> Iterable:
 
 
 def plain_number(value: Any) -> Any:
-    """A hyper-parameter as Python keeps it: numpy's scalars become Python's, so that checkpoints load with weights_only=True."""
+    """A hyper-parameter as Python keeps it: numpy's scalars become Python's, so that checkpoints load with
+    weights_only=True.
+    """
     is_foreign = hasattr(value, "item") and not isinstance(value, Tensor) and getattr(value, "ndim", 0) == 0
     return value.item() if is_foreign else value
 
@@ -76,8 +84,8 @@ def _refuse_containers(item: Any, where: str) -> None:
 def split_tasks(params, num_tasks: int | None) -> list[list]:
     """A group's `params` as one list of parameters a task.
 
-    params: a tensor, an iterable of tensors or (name, tensor) (one task), or a list of T such iterables. num_tasks: T where it is known.
-    Raises TypeError for unordered sets, ValueError for another number of tasks.
+    params: a tensor, an iterable of tensors or (name, tensor) (one task), or a list of T such iterables. num_tasks: T
+    where it is known. Raises TypeError for unordered sets, ValueError for another number of tasks.
     """
     ordered = (
         "optimizer parameters need to be organized in ordered collections, "
@@ -122,7 +130,8 @@ def drop_duplicates(tasks: list[list]) -> list[list]:
             if where[0] != t:
                 name = repr(item[0]) if isinstance(item, tuple) else str(i)
                 raise ValueError(
-                    f"task {t}, parameter {name}: is a parameter of task {where[0]} too; every task needs replicas of its own"
+                    f"task {t}, parameter {name}: is a parameter of task {where[0]} too; "
+                    "every task needs replicas of its own"
                 )
             if where[1] == i:
                 kept.append(item)
@@ -139,7 +148,9 @@ def drop_duplicates(tasks: list[list]) -> list[list]:
 
 
 def check_parameters(tasks: list[list], shared: bool) -> None:
-    """Raise TypeError or ValueError, naming task and parameter, for tensors that cannot be optimized or differ from task to task."""
+    """Raise TypeError or ValueError, naming task and parameter, for tensors that cannot be optimized or differ from
+    task to task.
+    """
     for t, task in enumerate(tasks):
         for i, item in enumerate(task):
             name, tensor = item if isinstance(item, tuple) else (str(i), item)
@@ -175,9 +186,7 @@ def _check_alike(tasks: list[list]) -> None:
     first = tasks[0]
     for t, task in enumerate(tasks[1:], 1):
         if len(task) != len(first):
-            raise ValueError(
-                f"task {t}: {len(task)} parameters, but task 0 has {len(first)}; shared parameters are the same in every task"
-            )
+            raise ValueError(f"task {t}: {len(task)} parameters, but task 0 has {len(first)}; {ALIKE}")
         for i, (item, model) in enumerate(zip(task, first, strict=True)):
             if isinstance(item, tuple) != isinstance(model, tuple):
                 raise ValueError("all optimizer params should be with/without names. Some param names are missing")
@@ -190,13 +199,12 @@ def _check_alike(tasks: list[list]) -> None:
                 ("device", tensor.device, model_tensor.device),
             ):
                 if mine != theirs:
-                    raise ValueError(
-                        f"task {t}, parameter {name!r}: {what} is {mine}, but {theirs} in task 0; shared parameters are the same in every task"
-                    )
+                    raise ValueError(f"task {t}, parameter {name!r}: {what} is {mine}, but {theirs} in task 0; {ALIKE}")
 
 
 def check_memory(segments: Iterable[Segment]) -> None:
-    """Raise ValueError, naming both, where two parameters, or numbers of one, lie in the same memory; warn of views of something larger.
+    """Raise ValueError, naming both, where two parameters, or numbers of one, lie in the same memory; warn of views of
+    something larger.
 
     The step gives every parameter memory of its own, so ties by storage alone would be cut.
     """
@@ -238,7 +246,9 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def named_heads(heads: Iterable, num_tasks: int, named: bool) -> list[list]:
-    """The `heads` argument as parameters of a group, with names where the other groups have them: torch wants all or none."""
+    """The `heads` argument as parameters of a group, with names where the other groups have them: torch wants all or
+    none.
+    """
     heads = [list(head) for head in heads]
     if len(heads) != num_tasks:
         raise ValueError(
@@ -251,7 +261,9 @@ def named_heads(heads: Iterable, num_tasks: int, named: bool) -> list[list]:
 
 
 def refuse_spawning() -> None:
-    """Raise RuntimeError where an optimizer is about to be sent to a process that is being spawned: its tensors would be shared."""
+    """Raise RuntimeError where an optimizer is about to be sent to a process that is being spawned: its tensors would
+    be shared.
+    """
     if get_spawning_popen() is not None:
         raise RuntimeError(
             "a ShiftingMetaOptimizer cannot be sent to another process: its parameters would move into shared memory, "
@@ -260,7 +272,9 @@ def refuse_spawning() -> None:
 
 
 class Regrouped(NamedTuple):
-    """What param_groups hold after an edit: sizes by task and kind of each, and new Parameter → the one whose place it took."""
+    """What param_groups hold after an edit: sizes by task and kind of each, and new Parameter → the one whose place it
+    took.
+    """
 
     sizes: list[list[int]]
     shared: list[bool]
@@ -268,7 +282,8 @@ class Regrouped(NamedTuple):
 
 
 def regroup(groups: Sequence[dict], known: Sequence[tuple[list, list, bool]], num_tasks: int) -> Regrouped:
-    """Read param_groups that were edited from outside; known: (parameters, sizes, shared) of each group as it was laid out.
+    """Read param_groups that were edited from outside; known: (parameters, sizes, shared) of each group as it was laid
+    out.
 
     Raises ValueError, naming the group, for what cannot be read as a task-major list of every task's parameters.
     """

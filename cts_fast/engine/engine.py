@@ -1,7 +1,7 @@
 """The flat buffers under an optimizer's groups, and one truth about them: what users hold is what steps.
 
-Between two steps a parameter's `.data`, the Parameters in `param_groups`, and `opt.state` may be exchanged from outside. `sync_` and
-`collect` take over what was exchanged, or refuse it before anything moved.
+Between two steps a parameter's `.data`, the Parameters in `param_groups`, and `opt.state` may be exchanged from
+outside. `sync_` and `collect` take over what was exchanged, or refuse it before anything moved.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ HERE = "in opt.state"
 class Engine:
     """Buffers, backends and counters of one optimizer; laid out by `build`, stepped by `step_`.
 
-    backend: the name that was asked for. flags_nonfinite: whether a step flags gradients that are not finite. own: further buffers
-    of a method, name → "task" ([T, P]), "shared" ([P]) or "number" (one float64 a task); they are part of the state.
+    backend: the name that was asked for. flags_nonfinite: whether a step flags gradients that are not finite. own:
+    further buffers of a method, name → "task" ([T, P]), "shared" ([P]) or "number" (one float64 a task); they are part
+    of the state.
     """
 
     def __init__(self, backend: str, flags_nonfinite: bool, own: Mapping[str, str]) -> None:
@@ -60,7 +61,8 @@ class Engine:
     # Layout -----------------------------------------------------------------------------------------------------------
 
     def build(self, groups: Sequence[dict], state: State) -> None:
-        """Lay out flat buffers for all groups, fill them from `state` and the parameters, and bind the parameters to them.
+        """Lay out flat buffers for all groups, fill them from `state` and the parameters, and bind the parameters to
+        them.
 
         All that can fail comes before the first write. What others hold of older buffers stays as it is.
         """
@@ -114,7 +116,9 @@ class Engine:
         return self.counters.tensor
 
     def _fill_(self, flat: Flat, state: State, old: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
-        """Values and views of one flat buffer: from `state` where a parameter has an entry, else from the first task's parameter."""
+        """Values and views of one flat buffer: from `state` where a parameter has an entry, else from the first task's
+        parameter.
+        """
         for n, segment in enumerate(flat.segments):
             entries = [state.entry(param) or {} for param in segment.params]
             start = segment.params[0].detach().clone()
@@ -155,7 +159,8 @@ class Engine:
     # One truth --------------------------------------------------------------------------------------------------------
 
     def sync_(self, groups: list[dict], state: Any) -> State:
-        """Take over groups, Parameters and state that were exchanged since the last step; returns the state, always a `State`.
+        """Take over groups, Parameters and state that were exchanged since the last step; returns the state, always a
+        `State`.
 
         Raises ValueError, before anything moved, for what cannot be taken over.
         """
@@ -177,7 +182,9 @@ class Engine:
         return True
 
     def _regroup_(self, groups: list[dict], state: State) -> None:
-        """Lay out anew what the groups hold now: parameters that went rest, and a new one takes its predecessor's place."""
+        """Lay out anew what the groups hold now: parameters that went rest, and a new one takes its predecessor's
+        place.
+        """
         found = regroup(groups, self.groups, self.num_tasks)
         for new, before in found.predecessors.items():
             if state.entry(new) is None and new.shape == before.shape:
@@ -241,10 +248,11 @@ class Engine:
         state.seen.update(p for p in watched if _references(state.entry(p), self.views[p]) > UNSEEN)
         return state
 
-    # The step -----------------------------------------------------------------------------------------------------------
+    # The step ---------------------------------------------------------------------------------------------------------
 
     def collect(self, groups: Sequence[dict]) -> list[Gradients]:
-        """The gradients of each device and dtype, after parameters whose storage was exchanged were taken back into the buffers.
+        """The gradients of each device and dtype, after parameters whose storage was exchanged were taken back into the
+        buffers.
 
         Raises ValueError naming task and parameter, before anything moved, for what the step cannot take.
         """
@@ -255,13 +263,17 @@ class Engine:
         return collected
 
     def rebind_(self, groups: Sequence[dict]) -> None:
-        """Take parameters whose storage was exchanged (`p.data = …`, deepcopy) back into the buffers; ValueError as in `collect`."""
+        """Take parameters whose storage was exchanged (`p.data = …`, deepcopy) back into the buffers; ValueError as in
+        `collect`.
+        """
         self._rebind_([(collector, collector.find_moved()) for collector in self.collectors], groups)
         for flat in chain.from_iterable(self.flats):
             flat.follow_parameters_()
 
     def _rebind_(self, moved: Sequence[tuple[Collector, list[int]]], groups: Sequence[dict]) -> bool:
-        """Whether the buffers were laid out anew: so that memory which others hold, a backup of a parameter say, is not written."""
+        """Whether the buffers were laid out anew: so that memory which others hold, a backup of a parameter say, is not
+        written.
+        """
         places = [collector.places[i] for collector, found in moved for i in found]
         for flat, n, row in places:
             flat.check_param(flat.segments[n], row)
@@ -285,7 +297,7 @@ class Engine:
                 if where is not None:
                     self.differing = (
                         f"{where}: differs from the initialization at the start of a round and from the "
-                        "other tasks, so φ stays as it was; load the same weights into every task, or call reset_tasks()"
+                        "other tasks, so φ stays; load the same weights into every task, or call reset_tasks()"
                     )
 
     def warn_of_differing_replicas(self) -> None:
@@ -317,7 +329,9 @@ class Engine:
         return [(backend, flats[0]) for backend, flats in pairs if flats[0].shared]
 
     def report_nonfinite(self) -> None:
-        """Raise RuntimeError, naming task and parameter, if the last step met a gradient that was not finite; clears the flags."""
+        """Raise RuntimeError, naming task and parameter, if the last step met a gradient that was not finite; clears
+        the flags.
+        """
         if self.flags is None or (
             any(flags.is_cuda for flags in self.flags) and torch.cuda.is_current_stream_capturing()
         ):
@@ -332,10 +346,12 @@ class Engine:
                     "that step was applied"
                 )
 
-    # What is saved ------------------------------------------------------------------------------------------------------
+    # What is saved ----------------------------------------------------------------------------------------------------
 
     def saved_state(self, groups: Sequence[dict], given: Any) -> dict[Tensor, dict[str, Any]]:
-        """Parameter → its entry, as references where that is the truth; what was exchanged is shown as it is, and nothing is written."""
+        """Parameter → its entry, as references where that is the truth; what was exchanged is shown as it is, and
+        nothing is written.
+        """
         saved = {}
         for param in (param for group in groups for param in group["params"]):
             entry = given.entry(param) if isinstance(given, State) else given.get(param)
@@ -347,7 +363,9 @@ class Engine:
         return saved
 
     def _saved_theta(self, param: Tensor, shown: Any) -> Tensor:
-        """θ of a parameter in working precision: what the parameter is now, and its master where that is its exact value."""
+        """θ of a parameter in working precision: what the parameter is now, and its master where that is its exact
+        value.
+        """
         flat, n, row = self.places[param]
         value = param.detach()
         if flat.master is None:
@@ -371,7 +389,9 @@ def _same_objects(views: dict[str, Tensor], old: Mapping[str, Tensor]) -> dict[s
 
 
 def _references(entry: dict, views: Mapping[str, Tensor]) -> int:
-    """References to an entry and to the most held of its tensors; φ and the counters are looked at before every step anyway."""
+    """References to an entry and to the most held of its tensors; φ and the counters are looked at before every step
+    anyway.
+    """
     tensors = (getrefcount(view) for name, view in views.items() if name not in ("initialization", "counters"))
     return getrefcount(entry) + max(tensors, default=0)
 

@@ -1,6 +1,7 @@
 """Gradients as autograd left them: checked, and their addresses in one table for native kernels, without a copy.
 
-The table is filled in C (csrc/python/gradients.cpp) where the native module is built and torch has DLPack's C functions, else in Python.
+The table is filled in C (csrc/python/gradients.cpp) where the native module is built and torch has DLPack's C
+functions, else in Python.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Gradients(Sequence):
     """Every replica's gradient, flat by flat, segment by segment and row by row; None where there is none.
 
     count: how many there are. address: of the table of their addresses in host memory, one pointer each, null for None.
-    changed: whether the table differs from the one before (False is certain). Valid until the next call of the same `Collector`.
+    changed: whether the table differs from the one before (False is certain). Valid until the next call of the same
+    `Collector`.
     """
 
     __slots__ = ("tensors", "count", "address", "changed", "table")
@@ -52,7 +54,9 @@ class Gradients(Sequence):
 
 
 class Collector:
-    """Collects the gradients of the buffers of one device and dtype; `moved`: parameters that are not where they should be."""
+    """Collects the gradients of the buffers of one device and dtype; `moved`: parameters that are not where they should
+    be.
+    """
 
     def __init__(self, flats: Sequence[Flat]) -> None:
         self.places = [(flat, n, row) for flat in flats for n in range(len(flat.segments)) for row in range(flat.rows)]
@@ -62,9 +66,11 @@ class Collector:
         self.moved: list[int] = []
 
     def __call__(self, given: list[Tensor | None] | None = None) -> Gradients:
-        """All gradients, dense in their parameters' memory order: the parameters' own, or those of a list in their place.
+        """All gradients, dense in their parameters' memory order: the parameters' own, or those of a list in their
+        place.
 
-        Raises ValueError naming task and parameter, before anything moved, for sparse gradients and those of other kinds or devices.
+        Raises ValueError naming task and parameter, before anything moved, for sparse gradients and those of other
+        kinds or devices.
         """
         tensors, count, changed, odd, self.moved = self.table.collect(self.params, given)
         for i in odd:
@@ -134,7 +140,9 @@ def _plain(gradient: Tensor, flat: Flat, n: int, row: int) -> bool:
 
 
 def _dense(gradient: Tensor, flat: Flat, n: int, row: int) -> Tensor:
-    """A gradient's values as the kernels read them; a floating dtype that torch.optim.SGD would take is rounded to the parameter's."""
+    """A gradient's values as the kernels read them; a floating dtype that torch.optim.SGD would take is rounded to the
+    parameter's.
+    """
     segment: Segment = flat.segments[n]
     where = segment.where(row)
     flat.check_param(segment, row)

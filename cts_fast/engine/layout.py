@@ -1,7 +1,8 @@
 """Flat buffers: φ [P]; θ and optimizer state, T rows of P; every parameter of the user's modules becomes a view of θ.
 
-One `Flat` holds all tensors of one device and dtype that share a kind: the shared parameters of T tasks (rows = T, with phi), or the
-head tensors of all tasks one after the other (rows = 1, no phi). Columns are the coordinates, so a kernel walks columns and sees T rows.
+One `Flat` holds all tensors of one device and dtype that share a kind: the shared parameters of T tasks (rows = T, with
+phi), or the head tensors of all tasks one after the other (rows = 1, no phi). Columns are the coordinates, so a kernel
+walks columns and sees T rows.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ except ImportError:  # not built on this machine
 SEGMENT_BYTES = 128  # every tensor starts on such a boundary: wide loads, and no cache line is shared by two tensors
 FETCHED = 256  # tensors whose objects are fetched before they are touched: they fit into a second cache
 PAGE_BYTES, STAGGER_BYTES = 4096, 640  # rows a whole number of pages apart would fall into the same cache sets
-# of momentum: theta and momentum of a column, of any of 16 rows, have places of their own in a page, or loads wait for stores
+# of momentum: theta and momentum of a column, of any of 16 rows, have places of their own in a page,
+# or loads wait for stores
 LEAD_BYTES = 2048
 MOMENTUM = STATE[0]
 TORCHS_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -80,7 +82,8 @@ def make_segments(groups: Sequence[dict]) -> list[Segment]:
         if segment.task is None:
             if segment.name in seen:
                 raise ValueError(
-                    f"parameter {segment.name!r}: two shared parameters have that name; names of the initialization must differ"
+                    f"parameter {segment.name!r}: two shared parameters have that name; "
+                    "names of the initialization must differ"
                 )
             seen.add(segment.name)
     return segments
@@ -94,8 +97,9 @@ def plain_name(name: str) -> str:
 class Flat:
     """phi [S], theta [R, S], momentum [R, S] of R rows, and for bfloat16 and float16 a float32 master of theta [R, S].
 
-    Segments are padded to 128 bytes and rows are staggered, so S ≥ P; padding is zero and is never read into a parameter.
-    `started[n, r]` says whether momentum of segment n, row r has taken its first gradient; where it has not, momentum is 0.
+    Segments are padded to 128 bytes and rows are staggered, so S ≥ P; padding is zero and is never read into a
+    parameter. `started[n, r]` says whether momentum of segment n, row r has taken its first gradient; where it has not,
+    momentum is 0.
     own: further buffers that a method keeps beside these, in phi's dtype: name → [R, S] ("task") or [S] ("shared").
     """
 
@@ -138,7 +142,8 @@ class Flat:
         return memory[lead:].view(self.rows, stride)[:, : self.columns]
 
     def view(self, row: Tensor, segment: Segment) -> Tensor:
-        """The segment of one row [S] (or of phi) in the parameter's shape, as a tensor whose storage holds nothing else.
+        """The segment of one row [S] (or of phi) in the parameter's shape, as a tensor whose storage holds nothing
+        else.
 
         A storage of its own keeps `torch.save`, pickle and deepcopy of a parameter as small as the parameter.
         """
@@ -212,7 +217,9 @@ class Flat:
         return all(torch.equal(row.view(bits), phi) for row in self.work_theta)
 
     def follow_replicas_(self) -> str | None:
-        """φ ← θ for each tensor that is the same in every row; the first place where rows differ from φ and each other, in words."""
+        """φ ← θ for each tensor that is the same in every row; the first place where rows differ from φ and each other,
+        in words.
+        """
         differs = None
         parts = iter(self.parts(self.work_theta))
         for phi, segment in zip(self.initialization, self.segments, strict=True):
@@ -225,7 +232,9 @@ class Flat:
         return differs
 
     def check_param(self, segment: Segment, row: int) -> None:
-        """Raise ValueError for a parameter that was cast, moved, reshaped or put into shared memory after the optimizer was made."""
+        """Raise ValueError for a parameter that was cast, moved, reshaped or put into shared memory after the optimizer
+        was made.
+        """
         param = segment.params[row]
         if param.shape != segment.shape or param.dtype != self.dtype or param.device != self.device:
             raise ValueError(
@@ -252,7 +261,7 @@ class Flat:
         return memory is not None and not memory.expired()
 
     def follow_parameters_(self, columns: slice = slice(None)) -> None:
-        """Low precision: where somebody wrote the parameter since it was rounded from the master, the master follows."""
+        """Low precision: where somebody wrote a parameter since it was rounded from its master, the master follows."""
         if self.master is not None:
             master, stored = self.master[:, columns], self.theta[:, columns]
             master.copy_(torch.where(master.to(self.dtype) == stored, master, stored.to(master.dtype)))
@@ -264,7 +273,9 @@ class Flat:
         self._phi_addresses = [address_in(self.phi, segment) for segment in self.segments] if self.shared else []
 
     def note_write(self) -> None:
-        """Let autograd hear that the parameters and φ are written behind its back, so that a graph which saved one notices."""
+        """Let autograd hear that the parameters and φ are written behind its back, so that a graph which saved one
+        notices.
+        """
         for tensors in self._written:
             prefetch_tensors(tensors)
             torch.autograd.graph.increment_version(tensors)
@@ -294,7 +305,9 @@ def address_in(row: Tensor, segment: Segment) -> int:
 
 
 def refuse_shared(tensor: Tensor, what: str) -> None:
-    """Raise ValueError for a tensor in memory that processes share: the step works in memory of its own, so they would part."""
+    """Raise ValueError for a tensor in memory that processes share: the step works in memory of its own, so they would
+    part.
+    """
     if tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_shared():
         raise ValueError(
             f"{what}: lies in memory shared with other processes, which the flat buffers cannot follow; "

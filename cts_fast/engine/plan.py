@@ -18,7 +18,9 @@ OPTIONS = (
 
 
 class Counting(NamedTuple):
-    """Where a captured step finds what the host may not decide: the kernel reads it and, after its last block, advances it."""
+    """Where a captured step finds what the host may not decide: the kernel reads it and, after its last block, advances
+    it.
+    """
 
     counters: Tensor  # int64: inner_step, round, meta_updates, skipped_steps
     horizon: int  # NEVER: no reset
@@ -29,7 +31,9 @@ class Counting(NamedTuple):
 
 
 class Control(NamedTuple):
-    """What this step does besides the inner step. Under `counting` the device decides about meta-update, reset and scale."""
+    """What this step does besides the inner step. Under `counting` the device decides about meta-update, reset and
+    scale.
+    """
 
     meta_update: bool
     reset: bool
@@ -66,7 +70,9 @@ def check_options(options: Mapping) -> None:
 
 
 def next_step(options: Mapping, now: Counters, num_tasks: int) -> tuple[Control, Counters]:
-    """What the next step does, and the counters after it: a meta-update every meta_interval steps, the reset at the horizon."""
+    """What the next step does, and the counters after it: a meta-update every meta_interval steps, the reset at the
+    horizon.
+    """
     check_options(options)
     inner_step = now.inner_step + 1
     meta_update = inner_step % options["meta_interval"] == 0

@@ -1,4 +1,4 @@
-"""What is saved: the counters as a tensor, `opt.state` as a mapping that notices, and whether a saved state dict fits."""
+"""What is saved: the counters as a tensor, `opt.state` as a mapping that notices, and whether a state dict fits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _TYPES = {torch.int64: ctypes.c_int64, torch.float64: ctypes.c_double}
 class Scalars:
     """A few numbers in `tensor` [n], int64 or float64, on whatever device needs them, read and written together.
 
-    In host memory they are plain numbers in a few cycles; torch's ops on a handful would take a tenth of a small network's step.
+    In host memory they are plain numbers in a few cycles; torch's ops on a handful would take a tenth of a small
+    network's step.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -51,7 +52,8 @@ class Scalars:
 
 
 class State(defaultdict):
-    """`opt.state`: a defaultdict(dict) that notes whose entries somebody has seen, so that only those are looked at before a step.
+    """`opt.state`: a defaultdict(dict) that notes whose entries somebody has seen, so that only those are looked at
+    before a step.
 
     seen: the parameters whose entries were handed out since the buffers were laid out; everything: all of them were.
     `entry` is the engine's own access, which notes nothing.
@@ -121,8 +123,8 @@ def check_state_dict(
 ) -> tuple[list[dict], list[tuple[Tensor, Mapping[str, Tensor]]]]:
     """The saved param groups, and (parameter, its saved entry) for every parameter, of a state dict that fits.
 
-    Raises ValueError, naming group or task and parameter, for what no state_dict() returned, another number of tasks or groups,
-    other names, shapes or dtypes, and counters that are none.
+    Raises ValueError, naming group or task and parameter, for what no state_dict() returned, another number of tasks or
+    groups, other names, shapes or dtypes, and counters that are none.
     """
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"a state dict is a mapping, but {type(state_dict).__name__} was given")
@@ -178,7 +180,9 @@ def _check_groups(groups: Sequence[dict], saved_groups: Sequence) -> None:
 
 
 def check_entry(place: str, views: Mapping[str, Tensor], entry: Any, where: str = "in the loaded state dict") -> None:
-    """Raise ValueError, naming the place, where an entry lacks a tensor of `views`, or has one of another shape or dtype."""
+    """Raise ValueError, naming the place, where an entry lacks a tensor of `views`, or has one of another shape or
+    dtype.
+    """
     if not isinstance(entry, Mapping):
         raise ValueError(f"{place}: the entry is {type(entry).__name__} {where}; it is a dict of tensors")
     for name, view in views.items():
@@ -193,7 +197,8 @@ def check_value(place: str, name: str, view: Tensor, value: Any, where: str) -> 
         raise ValueError(f"{place}: {name!r} is {type(value).__name__} {where}; it is a tensor")
     if value.shape != view.shape or value.dtype != view.dtype or value.layout != torch.strided:
         raise ValueError(
-            f"{place}: {name!r} is {value.dtype} {tuple(value.shape)} {where}, but {view.dtype} {tuple(view.shape)} here"
+            f"{place}: {name!r} is {value.dtype} {tuple(value.shape)} {where}, "
+            f"but {view.dtype} {tuple(view.shape)} here"
         )
     if value.device.type == "meta" and view.device.type != "meta":
         raise ValueError(f"{place}: {name!r} is on the meta device {where}, so it holds no numbers")

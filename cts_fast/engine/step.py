@@ -29,7 +29,9 @@ PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
 
 
 def backend_class(name: str) -> type[Backend]:
-    """The class of a backend by its name; ImportError, with the reason, where its module or what that needs is not there."""
+    """The class of a backend by its name; ImportError, with the reason, where its module or what that needs is not
+    there.
+    """
     module, class_name = BACKENDS[name]
     return getattr(importlib.import_module(f"cts_fast.engine.backends.{module}"), class_name)
 
@@ -48,8 +50,8 @@ def unavailable(
 def resolve(backend: str, device: torch.device, dtype: torch.dtype, capturable: bool = False, groups: int = 1) -> str:
     """The name of the backend that runs: "auto" takes the environment's CTS_FAST_BACKEND, else the fastest that can.
 
-    Raises ValueError for an unknown name, RuntimeError with the reason for one that cannot run. Where "auto" passes over a
-    native module that is there and broken, or set up wrongly, it warns once.
+    Raises ValueError for an unknown name, RuntimeError with the reason for one that cannot run. Where "auto" passes
+    over a native module that is there and broken, or set up wrongly, it warns once.
     """
     if backend == "auto":
         backend = os.environ.get("CTS_FAST_BACKEND") or "auto"
@@ -90,7 +92,7 @@ def make_backend(name: str, flats: Sequence[Flat]) -> Backend:
 
 @torch.no_grad()
 def any_nonfinite(gradients: Iterable[Sequence[Tensor | None]]) -> Tensor:
-    """1.0 if a gradient holds a NaN or infinity, else 0.0: a float32 scalar on the first one's device, not waited for."""
+    """1.0 if a gradient holds a NaN or infinity, else 0.0: float32 on the first one's device, not waited for."""
     present = [[g for g in group if g is not None and g.numel()] for group in gradients]
     flags = [~torch.stack(torch._foreach_norm(group, float("inf"))).isfinite().all() for group in present if group]
     return torch.stack([flag.to(flags[0].device) for flag in flags]).any().float() if flags else torch.zeros(())
@@ -104,12 +106,14 @@ def shifting_step_(
     nonfinite: Sequence[Tensor] | None = None,
     shared_step: Callable[..., object] | None = None,
 ) -> None:
-    """Inner step, meta-update, shift and, if control.reset, reset of all tasks, in place (Algorithm 2 of Shin et al., 2021).
+    """Inner step, meta-update, shift and, if control.reset, reset of all tasks, in place (Algorithm 2 of Shin et al.,
+    2021).
 
         θ_t ← θ_t − α u_t;   Δ = β (mean_t θ_t − φ);   φ ← φ + Δ;   θ_t ← θ_t + shift · Δ;   at K: θ_t ← φ
 
-    One launch for each device and dtype. backends, gradients, nonfinite: one entry for each of those. hyper: one a param group.
-    shared_step(backend, gradients, hyper, control): what a method runs in the place of `step_` where there are shared parameters.
+    One launch for each device and dtype. backends, gradients, nonfinite: one entry for each of those. hyper: one a
+    param group. shared_step(backend, gradients, hyper, control): what a method runs in the place of `step_` where there
+    are shared parameters.
     """
     for i, backend in enumerate(backends):
         if control.counting is not None:

@@ -26,8 +26,9 @@ def packed_flat(flat: Flat) -> tuple:
 class Backend(MethodOps, ABC):
     """Steps the buffers of one device and dtype: flats[0] the shared parameters, then heads (or heads alone).
 
-    Over ranks a step comes in two halves, a partial_ that returns Σ_t (θ′_t − φ) of the local tasks after the inner step and a
-    finish_ that takes the sum over all ranks; `control.num_tasks` is T of the mean, never a buffer's number of rows.
+    Over ranks a step comes in two halves, a partial_ that returns Σ_t (θ′_t − φ) of the local tasks after the inner
+    step and a finish_ that takes the sum over all ranks; `control.num_tasks` is T of the mean, never a buffer's number
+    of rows.
     """
 
     counts_on_device = False  # whether it can take a captured step's decisions on the device

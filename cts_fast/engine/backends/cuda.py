@@ -25,7 +25,9 @@ NO_BUFFERS = (0, 0, 0, 0, 0, 1)
 
 
 def make_tiles(flats: Sequence[Flat]) -> Tensor:
-    """The tiles of all segments as csrc/cuda/launch.h lays them out, int64 [tiles, 4], the largest first: small ones fill the gaps at the end."""
+    """The tiles of all segments as csrc/cuda/launch.h lays them out, int64 [tiles, 4], the largest first: small ones
+    fill the gaps at the end.
+    """
     tasks = flats[0].rows if flats[0].shared else 1
     columns, head_columns = _cuda.tile_columns(tasks, flats[0].work_dtype.itemsize)
     tiles, first = [], 0

@@ -11,7 +11,7 @@ from cts_fast.engine.gradients import Gradients
 
 
 def host_addresses(gradients: Gradients) -> Tensor:
-    """The gradients' addresses as int64 [count], in the table that they lie in: valid until they are collected again."""
+    """The gradients' addresses as int64 [count], in their own table: valid until they are collected again."""
     memory = (ctypes.c_int64 * len(gradients)).from_address(gradients.address)
     return torch.frombuffer(memory, dtype=torch.int64)
 
@@ -27,7 +27,8 @@ class DeviceTable:
         self.captured: list[Tensor] = []  # read at every replay: pinned copies and what they are copied to
 
     def __call__(self, host: Tensor, capturable: bool = False) -> Tensor:
-        """The device's copy of `host`, a CPU tensor, in the order of the current stream. capturable: a capture may follow.
+        """The device's copy of `host`, a CPU tensor, in the order of the current stream. capturable: a capture may
+        follow.
 
         Raises RuntimeError in a capture that no call with capturable=True came before.
         """
@@ -35,7 +36,8 @@ class DeviceTable:
         if on_gpu and torch.cuda.is_current_stream_capturing():
             if self.spare is None:
                 raise RuntimeError(
-                    "the step's table needs pinned memory, which a capture cannot make: take one step outside before each capture"
+                    "the step's table needs pinned memory, which a capture cannot make: "
+                    "take one step outside before each capture"
                 )
             pinned, self.spare = self.spare.copy_(host), None
             self.captured += [pinned, pinned.to(self.device, non_blocking=True)]
@@ -53,7 +55,8 @@ class DeviceTable:
 
 
 def rate_address(rate: float | Tensor) -> int:
-    """Where the device reads a tensor lr or meta_lr: a float32 tensor's address, or a float64 tensor's plus one; 0 for a number.
+    """Where the device reads a tensor lr or meta_lr: a float32 tensor's address, or a float64 tensor's plus one; 0 for
+    a number.
 
     Raises ValueError for other dtypes.
     """

@@ -1,4 +1,6 @@
-"""What methods of `cts_fast.baselines` do beside the step, in torch ops; a backend may have faster ways (the cpu backend has)."""
+"""What methods of `cts_fast.baselines` do beside the step, in torch ops; a backend may have faster ways (the cpu
+backend has).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from cts_fast.engine.rules.sgd import Hyper
 class PathPoint(NamedTuple):
     """A sum along the tasks' paths, taken in the pass of the step that leaves a point.
 
-    total ← total + Σ_t w_t ((θ_t^kept − θ_t) − c_t g_t^kept); then, if `keeps`, θ^kept ← θ and g^kept ← scale · gradients.
+    total ← total + Σ_t w_t ((θ_t^kept − θ_t) − c_t g_t^kept); then, if `keeps`, θ^kept ← θ and g^kept ← scale ·
+    gradients.
     """
 
     total: Tensor  # [S]
@@ -32,8 +35,8 @@ class PathPoint(NamedTuple):
 class MethodOps:
     """Torch ops on `flats[0]`, the shared parameters: T rows of S columns.
 
-    Buffers of a method are in phi's dtype: [S] laid out as phi, [T, S] laid out as theta. Gradients come as a `Collector` collects them:
-    dense, segment by segment and row by row, None where there is none.
+    Buffers of a method are in phi's dtype: [S] laid out as phi, [T, S] laid out as theta. Gradients come as a
+    `Collector` collects them: dense, segment by segment and row by row, None where there is none.
     """
 
     flats: Sequence[Flat]
@@ -81,7 +84,8 @@ class MethodOps:
     def add_signs_(self, key: int, first: int, scale: float) -> None:
         """θ_t ← θ_t ± scale for every t, + where a bit of the key's random words is set.
 
-        A bit for each number in memory order, the lowest first; each segment starts with a word of its own, the first one with word `first`.
+        A bit for each number in memory order, the lowest first; each segment starts with a word of its own, the first
+        one with word `first`.
         """
         flat = self.flats[0]
         shift = torch.zeros_like(flat.phi)
@@ -123,9 +127,11 @@ def sign_words(numel: int) -> int:
 
 
 def random_words(key: int, first: int, count: int, device: torch.device) -> Tensor:
-    """Words first … first + count of a key's random 64-bit words, as int64; no state, so that every backend has the same.
+    """Words first … first + count of a key's random 64-bit words, as int64; no state, so that every backend has the
+    same.
 
-    key: 0 ≤ key < 2^64. SplitMix64 of Steele, Lea and Flood, OOPSLA 2014, with its stream's state at word i computed from i.
+    key: 0 ≤ key < 2^64. SplitMix64 of Steele, Lea and Flood, OOPSLA 2014, with its stream's state at word i computed
+    from i.
     """
     z = torch.arange(first + 1, first + count + 1, device=device).mul_(_signed(0x9E3779B97F4A7C15)).add_(_signed(key))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

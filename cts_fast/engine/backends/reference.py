@@ -1,6 +1,7 @@
 """Continual trajectory shifting in plain PyTorch, in the paper's notation: the oracle of every other backend.
 
-Shin et al., "Large-Scale Meta-Learning with Continual Trajectory Shifting", ICML 2021, Algorithm 2; the inner step is torch.optim.SGD's.
+Shin et al., "Large-Scale Meta-Learning with Continual Trajectory Shifting", ICML 2021, Algorithm 2; the inner step is
+torch.optim.SGD's.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def shifting_step_(
 
 
 class Reference(Backend):
-    """Runs the equations segment by segment over the flat buffers; low precision computes in float32 and rounds what it stores."""
+    """Runs the equations segment by segment over the flat buffers; low precision computes in float32 and rounds what it
+    stores.
+    """
 
     @classmethod
     def unavailable(cls, device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:

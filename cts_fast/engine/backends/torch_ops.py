@@ -1,6 +1,7 @@
 """The step as a handful of large in-place torch ops on the flat buffers: any device that torch knows.
 
-Columns are taken in blocks, so that the dense copy of the gradients stays small beside the buffers (2 MiB of float32 a task).
+Columns are taken in blocks, so that the dense copy of the gradients stays small beside the buffers (2 MiB of float32 a
+task).
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ class _Block:
             momentum.copy_(v)
 
     def _gather(self, gradients: Sequence[Tensor | None], h: Hyper, c: Control):
-        """The block's gradients [R, B]; its (row, columns) without one; those whose momentum takes its first, where that matters."""
+        """The block's gradients [R, B]; its (row, columns) without one; those whose momentum takes its first, where
+        that matters.
+        """
         flat = self.flat
         d = torch.zeros(flat.rows, self.end - self.begin, dtype=flat.work_dtype, device=flat.device)
         into, of, missing, fresh = [], [], [], []

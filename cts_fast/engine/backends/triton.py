@@ -39,7 +39,9 @@ def make_tiles(flats: Sequence[Flat], block: int) -> Tensor:
 
 
 def _plain(tasks: int, rows: int, hyper: Sequence[Hyper], control: Control) -> bool:
-    """Whether the usual rule is all that this step needs, with its tasks in registers: in the loop over more of them it would spill."""
+    """Whether the usual rule is all that this step needs, with its tasks in registers: in the loop over more of them it
+    would spill.
+    """
     scaled = control.inverse_scale != 1 or (control.counting is not None and control.counting.grad_scale is not None)
     rule = all(h.momentum != 0 and not (h.nesterov or h.maximize or h.dampening) for h in hyper)
     return tasks <= rows and rule and not scaled and control.nonfinite is None
@@ -58,7 +60,7 @@ class Triton(Backend):
 
     @classmethod
     def unavailable(cls, device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
-        """Why it cannot run there; None if it can. Under TRITON_INTERPRET=1 it runs on CPU tensors, else on CUDA ones."""
+        """Why it cannot run there; None if it can: CPU tensors under TRITON_INTERPRET=1, else CUDA ones."""
         if INTERPRETED:
             return None if device.type == "cpu" else "TRITON_INTERPRET is set, which runs Triton on CPU tensors only"
         if device.type != "cuda":
@@ -139,7 +141,9 @@ class Triton(Backend):
         return None
 
     def _counts(self, control: Control) -> tuple:
-        """Where the device counts: counters, ticket, horizon, meta_interval, found_inf, grad_scale, whether it advances them."""
+        """Where the device counts: counters, ticket, horizon, meta_interval, found_inf, grad_scale, whether it advances
+        them.
+        """
         on = control.counting
         if on is None:
             return (None,) * 7
@@ -147,7 +151,7 @@ class Triton(Backend):
         return (on.counters, self.ticket, on.horizon, on.meta_interval, *optional, int(on.advances))
 
     def _table(self, addresses: Tensor, hyper: Sequence[Hyper], control: Control) -> Tensor:
-        """The device's table: int64 [count + groups · HYPER], gradients' addresses and then the hyper-parameters' bits."""
+        """The device's table: int64 [count + groups · HYPER], gradients, then the hyper-parameters' bits."""
         rates = [[rate_address(rate) for rate in (h.lr, h.meta_lr)] for h in hyper]
         numbers = [[0.0 if isinstance(value, Tensor) else float(value) for value in h] for h in hyper]
         last = torch.full((len(hyper), 1), float(control.num_tasks), dtype=torch.float64, device="cpu")

@@ -1,4 +1,6 @@
-"""The inner rule of torch.optim.SGD: its hyper-parameters in the packed record's order, their checks, its state, its equation."""
+"""The inner rule of torch.optim.SGD: its hyper-parameters in the packed record's order, their checks, its state, its
+equation.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ WORDING = {  # of the hyper-parameters that may not be negative, as torch.optim.
 
 
 class Hyper(NamedTuple):
-    """Hyper-parameters of one param group, read at every step: those of the inner rule, then β = meta_lr and the shift's factor.
+    """Hyper-parameters of one param group, read at every step: those of the inner rule, then β = meta_lr and the
+    shift's factor.
 
     This order is the native kernels' packed record; a tensor lr or meta_lr stays one only where the device reads it.
     """
@@ -55,7 +58,8 @@ def check_hyper(values: Mapping) -> None:
 def inner_step_(theta: Tensor, v: Tensor, g: Tensor, started: bool, h: Hyper) -> None:
     """One step of one tensor of one task, theta and v in place; all of shape [n].
 
-        d = ±g + λ θ;   v ← μ v + (1 − dampening) d  (its first gradient: v ← d);   u = v  (Nesterov: d + μ v);   θ ← θ − α u
+        d = ±g + λ θ;   v ← μ v + (1 − dampening) d  (its first gradient: v ← d)
+        u = v  (Nesterov: d + μ v);   θ ← θ − α u
 
     Operation for operation torch.optim.SGD, so that meta_lr = 0 gives the same bits.
     """
