@@ -43,29 +43,31 @@ struct Flat {
 
 // What a step does besides the inner step. gradients, started, nonfinite: one entry for each row of each segment,
 // Segment::first says where. A null gradient leaves the inner step out. started: momentum has taken its first gradient;
-// null: all have. nonfinite: set to 1 where a gradient holds a NaN or an infinity; null: not looked for.
+// null: all have. nonfinite: set to 1 where a gradient holds a NaN or an infinity; null: not looked for. num_tasks: T
+// of the mean, which may be more than a buffer's rows.
 struct Step {
   const void* const* gradients;
   const uint8_t* started;
   uint8_t* nonfinite;
   const SgdGroup* groups;
   double inverse_scale;
+  int32_t num_tasks;
   bool meta_update, reset, reset_momentum;
 };
 
 inline namespace CTS_ISA {
 
-// A group's numbers in the type that they are used in, for one kernel over T tasks.
+// A group's numbers in the type that they are used in.
 template <class C> struct Rule {
   // -lr, mu, 1 - dampening, lambda, meta_lr / T, shift, and g's factor
   C descent, momentum, gain, weight_decay, rate, shift, scale;
   bool has_momentum, has_weight_decay, nesterov, scaled, maximize, meta_update, reset, reset_momentum;
 };
 
-template <class C> CTS_HD Rule<C> make_rule(const SgdGroup& h, const Step& step, int32_t tasks, bool shared) {
+template <class C> CTS_HD Rule<C> make_rule(const SgdGroup& h, const Step& step, bool shared) {
   Rule<C> r;
   r.descent = C(-h.lr), r.momentum = C(h.momentum), r.gain = C(1 - h.dampening), r.weight_decay = C(h.weight_decay);
-  r.rate = C(h.meta_lr / tasks), r.shift = C(h.shift), r.scale = C(step.inverse_scale);
+  r.rate = C(h.meta_lr / step.num_tasks), r.shift = C(h.shift), r.scale = C(step.inverse_scale);
   r.has_momentum = h.momentum != 0, r.has_weight_decay = h.weight_decay != 0, r.nesterov = h.nesterov;
   r.scaled = step.inverse_scale != 1, r.maximize = h.maximize;
   r.meta_update = shared && step.meta_update && h.meta_lr != 0;  // meta_lr 0 moves nothing: tasks are then wholly apart

@@ -244,7 +244,7 @@ void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& 
   while (const Tile* tile = prefetcher.follow()) {
     const Flat& flat = flats[tile->flat];
     const Segment& segment = flat.segments[tile->segment];
-    const Rule<C> rule = make_rule<C>(step.groups[segment.group], step, flat.rows, flat.phi != nullptr);
+    const Rule<C> rule = make_rule<C>(step.groups[segment.group], step, flat.phi != nullptr);
     if (path && flat.phi) method_ops.extend_path(flat, *tile, step.gradients, *path);
     double squares = 0;
     switch (kind_of(rule, step, segment, flat.rows)) {

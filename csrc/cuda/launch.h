@@ -65,10 +65,15 @@ struct Counting {
   bool advances;
 };
 
+// Where a group's rates are on the device: the address of a float tensor, or of a double tensor plus one; 0: the host
+// has told them.
+struct RateAddresses {
+  uintptr_t lr, meta_lr;
+};
+
 // Buffers and tiles of one device and dtype (0 float32, 1 float64, 2 bfloat16, 3 float16), all in device memory. count:
 // of gradients, those of shared tensors first. table: the gradients' addresses on the device; null: they travel with
-// the launch. lr, meta_lr: one a group, the address of a float tensor, or of a double tensor plus one, or 0. streams:
-// the buffers are too large for the L2 cache to keep.
+// the launch. rates: one a group. streams: the buffers are too large for the L2 cache to keep.
 struct Launch {
   int dtype, device, num_tiles, num_groups;
   int32_t count, shared_count;
@@ -76,7 +81,7 @@ struct Launch {
   const Tile* tiles;
   const void* table;
   uint8_t* started;
-  const uintptr_t *lr, *meta_lr;
+  const RateAddresses* rates;
   void* stream;
   bool streams;
 };

@@ -34,14 +34,14 @@ template <class P> struct Buffers {
 
 // What a launch is given. `table` is the device's copy of the gradients' addresses, or null: `gradients` holds them.
 // wide: all gradients are aligned. dampened: some group's first gradients differ, so steps read the flags. A slice of a
-// block takes `share` of the tasks.
+// block takes `share` of the tasks. num_tasks: T of the mean.
 template <class P, int POINTERS, int GROUPS> struct Params {
   Buffers<P> shared, heads;
   const Tile* tiles;
   const P* const* table;
   uint8_t *started, *nonfinite;
   Counting counting;
-  int32_t tasks, share, count, shared_count;
+  int32_t tasks, num_tasks, share, count, shared_count;
   bool reset_momentum, wide, streams, dampened;
   Rule<typename Work<P>::type> rules[GROUPS];
   // where a tensor's value is: a float's address, or a double's plus one; 0: it is in the rule
@@ -249,7 +249,7 @@ __device__ __forceinline__ Rule<C> rule_of(const Launch& p, const Tile& tile, co
   const Counting& c = p.counting;
   if (c.counters != nullptr) {
     if (p.lr[tile.group] != 0) rule.descent = C(-value_at(p.lr[tile.group]));
-    if (p.meta_lr[tile.group] != 0) rule.rate = C(value_at(p.meta_lr[tile.group]) / p.tasks);
+    if (p.meta_lr[tile.group] != 0) rule.rate = C(value_at(p.meta_lr[tile.group]) / p.num_tasks);
     if (c.grad_scale != nullptr) rule.scale = C(1 / double(*c.grad_scale)), rule.scaled = true;
     rule.meta_update = rule.rate != 0 && decision.meta_update;
     rule.reset = decision.reset;
@@ -349,13 +349,14 @@ void launch_kernel(const Launch& l, const Step& step, const Counting& counting) 
   p.shared = buffers(l.shared), p.heads = buffers(l.heads);
   p.tiles = l.tiles, p.table = static_cast<const P* const*>(l.table), p.counting = counting;
   p.started = l.started, p.nonfinite = step.nonfinite;
-  p.tasks = l.shared.rows, p.share = shape.share, p.count = l.count, p.shared_count = l.shared_count;
+  p.tasks = l.shared.rows, p.num_tasks = step.num_tasks, p.share = shape.share, p.count = l.count,
+  p.shared_count = l.shared_count;
   p.reset_momentum = step.reset_momentum, p.wide = are_aligned(l, step, 16 / sizeof(C) * sizeof(P));
   p.streams = l.streams,
   p.dampened = std::any_of(step.groups, step.groups + l.num_groups, [](const SgdGroup& g) { return g.dampening != 0; });
   for (int i = 0; i < l.num_groups; ++i) {
-    p.rules[i] = make_rule<C>(step.groups[i], step, l.shared.rows, true);
-    p.lr[i] = l.lr[i], p.meta_lr[i] = l.meta_lr[i];
+    p.rules[i] = make_rule<C>(step.groups[i], step, true);
+    p.lr[i] = l.rates[i].lr, p.meta_lr[i] = l.rates[i].meta_lr;
   }
   if (l.table == nullptr) memcpy(p.gradients, step.gradients, l.count * sizeof(void*));
   void* arguments[] = {&p};

@@ -3,10 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "cpu/plan.h"
 #include "python/gradients.h"
+#include "python/notes.h"
 #include "python/records.h"
 
 namespace py = pybind11;
@@ -20,24 +22,35 @@ using SegmentTuple = std::tuple<int64_t, int64_t, int32_t, int32_t>;
 using PathTuple =
     std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, std::vector<double>, std::vector<double>, double, bool>;
 
-cts::Plan make_plan(int dtype, const std::vector<cts::FlatTuple>& flats,
-                    const std::vector<std::vector<SegmentTuple>>& segments, const std::string& isa) {
+// What stays the same from step to step.
+struct Plan : cts::Plan {
+  cts::Notes notes;
+};
+
+Plan make_plan(int dtype, const std::vector<cts::FlatTuple>& flats,
+               const std::vector<std::vector<SegmentTuple>>& segments, const std::string& isa) {
   std::vector<cts::Flat> native;
   for (const auto& flat : flats) native.push_back(cts::unpacked(flat));
   std::vector<std::vector<cts::Segment>> places;
-  for (const auto& of_flat : segments) {
+  std::vector<int32_t> groups;
+  for (size_t f = 0; f < segments.size(); ++f) {
     places.emplace_back();
-    for (auto [offset, numel, group, first] : of_flat) places.back().push_back({offset, numel, group, first});
+    for (auto [offset, numel, group, first] : segments[f]) {
+      places.back().push_back({offset, numel, group, first});
+      groups.resize(std::max(groups.size(), size_t(first + native[f].rows)));
+      std::fill_n(groups.begin() + first, native[f].rows, group);
+    }
   }
-  return cts::Plan(static_cast<cts::DType>(dtype), std::move(native), std::move(places), isa);
+  const size_t shared_count = native[0].phi ? places[0].size() * size_t(native[0].rows) : 0;
+  return {cts::Plan(static_cast<cts::DType>(dtype), std::move(native), std::move(places), isa),
+          cts::Notes(std::move(groups), shared_count)};
 }
 
-double step(const cts::Plan& plan, uintptr_t gradients, uintptr_t started, uintptr_t nonfinite,
-            const std::vector<cts::GroupTuple>& hyper, bool meta_update, bool reset, bool reset_momentum,
-            double inverse_scale, const std::optional<PathTuple>& path, bool measure_phi, int threads) {
+double step(const Plan& plan, uintptr_t gradients, uintptr_t started, bool all_started, uintptr_t nonfinite,
+            const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control, const cts::AfterTuple& after,
+            const std::optional<PathTuple>& path, bool measure_phi, int threads) {
   const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
-  const cts::Step step =
-      cts::step_of(gradients, started, nonfinite, groups, inverse_scale, meta_update, reset, reset_momentum);
+  const cts::Step step = cts::step_of(gradients, all_started ? 0 : started, nonfinite, groups, control);
   cts::PathSum native{};
   if (path) {
     const auto& [total, theta, gradient, stride, weights, loss_changes, scale, keep_point] = *path;
@@ -47,27 +60,29 @@ double step(const cts::Plan& plan, uintptr_t gradients, uintptr_t started, uintp
     native.scale = scale, native.keep_point = keep_point;
   }
   py::gil_scoped_release release;
-  return plan.step(step, path ? &native : nullptr, measure_phi, threads);
+  const double moved = plan.step(step, path ? &native : nullptr, measure_phi, threads);
+  plan.notes.write(step, pointer<uint8_t>(started), all_started, after);
+  return moved;
 }
 
-void add_gradients(const cts::Plan& plan, uintptr_t gradients, uintptr_t target, double weight, int threads) {
+void add_gradients(const Plan& plan, uintptr_t gradients, uintptr_t target, double weight, int threads) {
   py::gil_scoped_release release;
   plan.add_gradients(pointer<const void* const>(gradients), pointer<void>(target), weight, threads);
 }
 
-void end_round(const cts::Plan& plan, uintptr_t gradients, uintptr_t total, double weight,
+void end_round(const Plan& plan, uintptr_t gradients, uintptr_t total, double weight,
                const std::vector<double>& rates, bool momentum, int threads) {
   py::gil_scoped_release release;
   plan.end_round({pointer<const void* const>(gradients), pointer<void>(total), weight, rates.data(), momentum},
                  threads);
 }
 
-std::vector<double> squared_distances(const cts::Plan& plan, uintptr_t rows, int64_t stride, int threads) {
+std::vector<double> squared_distances(const Plan& plan, uintptr_t rows, int64_t stride, int threads) {
   py::gil_scoped_release release;
   return plan.squared_distances(pointer<const void>(rows), stride, threads);
 }
 
-void add_signs(const cts::Plan& plan, uint64_t key, uint64_t first, double scale, int threads) {
+void add_signs(const Plan& plan, uint64_t key, uint64_t first, double scale, int threads) {
   py::gil_scoped_release release;
   plan.add_signs(key, first, scale, threads);
 }
@@ -80,16 +95,20 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_sets", &cts::instruction_sets, "Instruction sets that can run here, the widest first.");
   m.def("share_openmp", &cts::share_openmp, "library"_a,
         "Use the OpenMP runtime that a loaded library is linked with; False if none.");
-  py::class_<cts::Plan>(m, "Plan", "Buffers of one dtype, cut into tiles; the buffers must outlive it.")
+  py::class_<Plan>(m, "Plan", "Buffers of one dtype, cut into tiles; the buffers must outlive it.")
       .def(py::init(&make_plan), "dtype"_a, "flats"_a, "segments"_a, "isa"_a,
            "dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. flats: (phi, theta, momentum, master, stride, rows), "
            "addresses or 0. segments: for each flat, (offset, numel, group, index of row 0's gradient).")
-      .def("step", &step, "gradients"_a, "started"_a, "nonfinite"_a, "hyper"_a, "meta_update"_a, "reset"_a,
-           "reset_momentum"_a, "inverse_scale"_a, "path"_a, "measure_phi"_a, "threads"_a,
-           "One step in place. The first three are addresses, the last two of them may be 0. path: None, or for a sum "
-           "along the tasks' paths that takes place before the step (total, theta, gradient, stride of the last two, "
-           "weights, loss changes, scale, whether to keep the point): the sum takes in the segment that ends here "
-           "(weights empty: none); then this point is kept. Returns |phi - phi before|^2 if measure_phi, else 0.")
+      .def(
+          "step", &step, "gradients"_a, "started"_a, "all_started"_a, "nonfinite"_a, "hyper"_a, "control"_a, "after"_a,
+          "path"_a, "measure_phi"_a, "threads"_a,
+          "One step in place. gradients, nonfinite: addresses, the latter may be 0. started: address of the "
+          "first-gradient flags, one a gradient; all_started: they are all 1. control: (meta_update, reset, "
+          "reset_momentum, num_tasks, inverse_scale). after: None, or (address of the counters, their values after the "
+          "step). The flags and the counters are brought up to date with it. path: None, or for a sum "
+          "along the tasks' paths that takes place before the step (total, theta, gradient, stride of the last two, "
+          "weights, loss changes, scale, whether to keep the point): the sum takes in the segment that ends here "
+          "(weights empty: none); then this point is kept. Returns |phi - phi before|^2 if measure_phi, else 0.")
       .def("add_gradients", &add_gradients, "gradients"_a, "target"_a, "weight"_a, "threads"_a,
            "target [S] += weight times the sum over the rows of their gradients.")
       .def("end_round", &end_round, "gradients"_a, "total"_a, "weight"_a, "rates"_a, "momentum"_a, "threads"_a,
@@ -99,12 +118,14 @@ PYBIND11_MODULE(_cpu, m) {
            "|theta_t - rows_t|^2 of every row t.")
       .def("add_signs", &add_signs, "key"_a, "first"_a, "scale"_a, "threads"_a,
            "theta_t += scale * (1 where the bit of the key's words is set, else -1) in every row.");
+  m.def("same_objects", &cts::same_objects, "a"_a, "b"_a, "Whether two lists hold the very same objects in one order.");
   m.def("prefetch_tensors", &cts::prefetch_tensors, "tensors"_a,
         "Fetch what torch reads when it advances the versions of a tuple of tensors.");
-  py::class_<cts::GradientTable>(m, "GradientTable", "The addresses of the gradients of a list of parameters.")
-      .def(py::init<py::list, const std::vector<uintptr_t>&, const std::vector<py::tuple>&, py::object>(), "params"_a,
-           "addresses"_a, "layouts"_a, "like"_a)
-      .def("collect", &cts::GradientTable::collect, "given"_a = py::none(),
+  py::class_<cts::GradientTable>(m, "GradientTable",
+                                 "The addresses of the gradients of a list of parameters, which comes with every call.")
+      .def(py::init<const std::vector<uintptr_t>&, const std::vector<py::tuple>&, py::object, py::object>(),
+           "addresses"_a, "layouts"_a, "like"_a, "negated"_a)
+      .def("collect", &cts::GradientTable::collect, "params"_a, "given"_a = py::none(),
            "(gradients, how many, changed, odd, moved)")
       .def("set", &cts::GradientTable::set, "i"_a, "address"_a, "Enter the address of a gradient that was made dense.")
       .def_property_readonly(

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cuda/launch.h"
+#include "python/notes.h"
 #include "python/records.h"
 
 namespace py = pybind11;
@@ -14,26 +15,31 @@ using cts::FlatTuple;
 using cts::pointer;
 
 using CountingTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int32_t, bool>;
+using RatesTuple = std::pair<uintptr_t, uintptr_t>;
 
 // What stays the same from step to step.
 struct Plan {
   cts::Launch launch{};
+  cts::Notes notes;
 
-  Plan(int dtype, int device, FlatTuple shared, FlatTuple heads, uintptr_t tiles, int num_tiles, int count,
-       int shared_count, bool streams) {
+  Plan(int dtype, int device, FlatTuple shared, FlatTuple heads, uintptr_t tiles, int num_tiles,
+       const std::vector<int32_t>& groups, int shared_count, bool streams)
+      : notes(groups, size_t(shared_count)) {
     launch.dtype = dtype, launch.device = device, launch.num_tiles = num_tiles;
-    launch.count = count, launch.shared_count = shared_count;
+    launch.count = int32_t(groups.size()), launch.shared_count = shared_count;
     launch.shared = cts::unpacked(shared), launch.heads = cts::unpacked(heads);
     launch.tiles = pointer<cts::Tile>(tiles), launch.streams = streams;
   }
 
-  void step(uintptr_t gradients, uintptr_t table, uintptr_t started, uintptr_t nonfinite,
-            const std::vector<cts::GroupTuple>& hyper, const std::vector<uintptr_t>& lr,
-            const std::vector<uintptr_t>& meta_lr, bool meta_update, bool reset, bool reset_momentum,
-            double inverse_scale, const CountingTuple& counting, uintptr_t stream) const {
+  void step(uintptr_t gradients, uintptr_t table, uintptr_t started, uintptr_t host_started, uintptr_t nonfinite,
+            const std::vector<cts::GroupTuple>& hyper, const std::vector<RatesTuple>& rates,
+            const cts::ControlTuple& control, const cts::AfterTuple& after, const CountingTuple& counting,
+            uintptr_t stream) const {
     const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
-    const cts::Step step =
-        cts::step_of(gradients, started, nonfinite, groups, inverse_scale, meta_update, reset, reset_momentum);
+    const cts::Step step = cts::step_of(gradients, started, nonfinite, groups, control);
+    if (rates.size() != groups.size()) throw std::invalid_argument("one pair of addresses for each group");
+    std::vector<cts::RateAddresses> addresses;
+    for (auto [lr, meta_lr] : rates) addresses.push_back({lr, meta_lr});
     auto [counters, ticket, found_inf, grad_scale, group_of, horizon, meta_interval, advances] = counting;
     const cts::Counting counts{pointer<int64_t>(counters),
                                pointer<unsigned>(ticket),
@@ -46,8 +52,9 @@ struct Plan {
     cts::Launch now = launch;
     now.num_groups = static_cast<int>(groups.size());
     now.table = pointer<void>(table), now.started = pointer<uint8_t>(started), now.stream = pointer<void>(stream);
-    now.lr = lr.data(), now.meta_lr = meta_lr.data();
+    now.rates = addresses.data();
     cts::launch(now, step, counts);
+    notes.write(step, pointer<uint8_t>(host_started), false, after);
   }
 };
 
@@ -75,13 +82,20 @@ PYBIND11_MODULE(_cuda, m) {
       "The most columns of a shared tile and of a head's; itemsize: bytes of a number of phi.");
   m.attr("needs_driver") = cts::NEEDS_DRIVER;
   py::class_<Plan>(m, "Plan", "Buffers of one device and dtype and their tiles; all of it must outlive the plan.")
-      .def(py::init<int, int, FlatTuple, FlatTuple, uintptr_t, int, int, int, bool>(), "dtype"_a, "device"_a,
-           "shared"_a, "heads"_a, "tiles"_a, "num_tiles"_a, "count"_a, "shared_count"_a, "streams"_a,
+      .def(py::init<int, int, FlatTuple, FlatTuple, uintptr_t, int, const std::vector<int32_t>&, int, bool>(),
+           "dtype"_a, "device"_a, "shared"_a, "heads"_a, "tiles"_a, "num_tiles"_a, "groups"_a, "shared_count"_a,
+           "streams"_a,
            "dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. shared, heads: (phi, theta, momentum, master, stride, "
-           "rows), addresses or 0. streams: what is stored may leave the caches first.")
-      .def("step", &Plan::step, "gradients"_a, "table"_a, "started"_a, "nonfinite"_a, "hyper"_a, "lr"_a, "meta_lr"_a,
-           "meta_update"_a, "reset"_a, "reset_momentum"_a, "inverse_scale"_a, "counting"_a, "stream"_a,
-           "Queue one step. gradients: address of the table in host memory; table: of its copy on the device, or 0. "
-           "lr, meta_lr: addresses of tensors, or 0. counting: (counters, ticket, found_inf, grad_scale, groups, "
-           "horizon, meta_interval, advances), 0 for none.");
+           "rows), addresses or 0. groups: of each gradient, in collected order; the first shared_count are shared. "
+           "streams: "
+           "what is stored may leave the caches first.")
+      .def(
+          "step", &Plan::step, "gradients"_a, "table"_a, "started"_a, "host_started"_a, "nonfinite"_a, "hyper"_a,
+          "rates"_a, "control"_a, "after"_a, "counting"_a, "stream"_a,
+          "Queue one step. gradients: address of the table in host memory; table: of its copy on the device, or 0. "
+          "started: of the first-gradient flags on the device, or 0; host_started: of the host's, which are brought up "
+          "to date once the step is queued, or 0. rates: for each group, addresses of lr and meta_lr where they are "
+          "tensors, or 0. control: (meta_update, reset, reset_momentum, num_tasks, inverse_scale). after: None, or "
+          "(address of the host's counters, their values after the step). counting: (counters, ticket, found_inf, "
+          "grad_scale, groups, horizon, meta_interval, advances), 0 for none.");
 }

@@ -56,7 +56,7 @@ void prefetch(uintptr_t address, int lines) {
 
 uintptr_t address(const DLTensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset; }
 
-// Which word of a tensor's Python object is the address of its TensorImpl; 0 if none: then nothing is prefetched.
+// Which word of a tensor's Python object is the address of its TensorImpl; 0 if none: then nothing is read there.
 size_t find_impl(py::handle tensor) {
   const auto impl = tensor.attr("_cdata").cast<uintptr_t>(), object = reinterpret_cast<uintptr_t>(tensor.ptr());
   const size_t words = size_t(Py_TYPE(tensor.ptr())->tp_basicsize) / sizeof(uintptr_t);
@@ -65,7 +65,67 @@ size_t find_impl(py::handle tensor) {
   return 0;
 }
 
+// Tensors that have a bit and others that lack it, as alike as possible otherwise.
+struct Samples {
+  py::list with, without;
+  unsigned pairs = 0;
+
+  // The tensor with another dimension or two, each in a pair of views that were made in the same way: two or three lazy
+  // minuses. In either order, so that no bit of an address tells one from the other.
+  void add(py::object tensor) {
+    for (int dims = 0; dims < 4; ++dims, ++pairs, tensor = tensor.attr("unsqueeze")(0)) {
+      for (int i = 0; i < 2; ++i) {
+        const bool odd = (__builtin_popcount(pairs) + i) % 2;
+        py::object view = tensor.attr("_neg_view")().attr("_neg_view")();
+        odd ? with.append(view.attr("_neg_view")()) : without.append(view);
+      }
+    }
+  }
+
+  // The bits of word i of a TensorImpl that all of `with` have and none of `without`.
+  uintptr_t bits(size_t impl, size_t i) const {
+    uintptr_t all = ~uintptr_t(0), any = 0;
+    for (py::handle tensor : with) all &= word(word(reinterpret_cast<uintptr_t>(tensor.ptr()), impl), i);
+    for (py::handle tensor : without) any |= word(word(reinterpret_cast<uintptr_t>(tensor.ptr()), impl), i);
+    return all & ~any;
+  }
+};
+
+bool is_one_bit(uintptr_t bits) { return bits && !(bits & (bits - 1)); }
+
+// Torch's key set, in which every lazy operation has a bit, is found by what a minus changes. It is the last word in
+// every torch so far, so nothing behind it is read. impl: as `find_impl` says.
+LazyBits find_lazy_bits(size_t impl, py::object like, py::object negated) {
+  constexpr size_t kLastWord = 23;
+  if (!impl) return {};
+  const py::object plain = negated.attr("resolve_neg")();
+  Samples samples;
+  for (const py::object& one : {like, plain, py::object(plain[py::int_(0)])})
+    samples.add(one), samples.without.append(one);
+  for (const py::object& one : {negated, py::object(negated[py::int_(0)])}) samples.with.append(one);
+  size_t i = kLastPart + 1;
+  while (i < kLastWord && !samples.bits(impl, i)) ++i;
+  LazyBits found{i, samples.bits(impl, i)};
+  if (!is_one_bit(found.bits)) return {};
+  // zeros without memory: their views may have an address that is not null
+  Samples zeros;
+  zeros.without.append(plain);
+  const auto make = py::module_::import("torch").attr("_efficientzerotensor");
+  zeros.with.append(
+      make(plain.attr("shape"), py::arg("dtype") = plain.attr("dtype"), py::arg("device") = plain.attr("device")));
+  if (const uintptr_t bits = zeros.bits(impl, i); is_one_bit(bits)) found.bits |= bits;
+  return found;
+}
+
 }  // namespace
+
+bool same_objects(const py::list& a, const py::list& b) {
+  const Py_ssize_t count = PyList_GET_SIZE(a.ptr());
+  if (count != PyList_GET_SIZE(b.ptr())) return false;
+  for (Py_ssize_t i = 0; i < count; ++i)
+    if (PyList_GET_ITEM(a.ptr(), i) != PyList_GET_ITEM(b.ptr(), i)) return false;
+  return true;
+}
 
 void prefetch_tensors(const py::tuple& tensors) {
   const size_t count = tensors.size(), impl = count ? find_impl(tensors[0]) : 0;
@@ -82,16 +142,14 @@ void prefetch_tensors(const py::tuple& tensors) {
   }
 }
 
-GradientTable::GradientTable(py::list params, const std::vector<uintptr_t>& addresses,
-                             const std::vector<py::tuple>& layouts, py::object like)
-    : params_(params),
-      addresses_(addresses),
+GradientTable::GradientTable(const std::vector<uintptr_t>& addresses, const std::vector<py::tuple>& layouts,
+                             py::object like, py::object negated)
+    : addresses_(addresses),
       pointers_(addresses.size()),
       last_(addresses.size()),
       name_(py::str("grad")),
       is_neg_(py::str("is_neg")) {
-  if (params.size() != addresses.size() || params.size() != layouts.size())
-    throw std::invalid_argument("one address and one layout for each parameter");
+  if (layouts.size() != addresses.size()) throw std::invalid_argument("one address and one layout for each parameter");
   for (const py::tuple& given : layouts) {
     const Layout layout{given[0].cast<std::vector<int64_t>>(), given[1].cast<std::vector<int64_t>>()};
     if (layouts_.empty() || !(layouts_.back() == layout)) layouts_.push_back(layout);
@@ -99,6 +157,7 @@ GradientTable::GradientTable(py::list params, const std::vector<uintptr_t>& addr
   }
   tensor_type_ = py::type::of(like);
   impl_ = find_impl(like);
+  lazy_ = find_lazy_bits(impl_, like, negated);
   const ExchangeApi* api = exchange_api(tensor_type_);
   exchange_ = api;
   DLTensor described;
@@ -107,10 +166,10 @@ GradientTable::GradientTable(py::list params, const std::vector<uintptr_t>& addr
   type_code_ = described.type_code, type_bits_ = described.type_bits;
 }
 
-void GradientTable::prefetch_for(size_t i) const {
+void GradientTable::prefetch_for(const py::list& params, size_t i) const {
   const size_t count = pointers_.size();
   const auto param = [&](size_t j) {
-    return reinterpret_cast<uintptr_t>(PyList_GET_ITEM(params_.ptr(), Py_ssize_t(j)));
+    return reinterpret_cast<uintptr_t>(PyList_GET_ITEM(params.ptr(), Py_ssize_t(j)));
   };
   if (i + kObject < count) prefetch(param(i + kObject), 1);
   if (i + kImpl < count) {
@@ -133,13 +192,12 @@ bool GradientTable::is_plain(PyObject* gradient, size_t i, const void** data) co
   *data = reinterpret_cast<const void*>(address(found));
   return found.type_code == type_code_ && found.type_bits == type_bits_ && found.device_type == device_type_ &&
          found.device_id == device_id_ && layout(i).fits(found.ndim, found.shape, found.strides) &&
-         !negated(gradient, layout(i));
+         (*data || !addresses_[i]) && !is_lazy(gradient);
 }
 
-// Autograd leaves torch's lazy minus only on single numbers: the imaginary part of a conjugate, which else is strided.
-bool GradientTable::negated(PyObject* gradient, const Layout& layout) const {
-  for (int64_t size : layout.shape)
-    if (size != 1) return false;
+// Whether its values are others than what lies in its memory.
+bool GradientTable::is_lazy(PyObject* gradient) const {
+  if (lazy_.bits) return word(word(reinterpret_cast<uintptr_t>(gradient), impl_), lazy_.word) & lazy_.bits;
   return py::handle(gradient).attr(is_neg_)().cast<bool>();
 }
 
@@ -150,7 +208,8 @@ bool GradientTable::Layout::fits(int32_t ndim, const int64_t* sizes, const int64
   return true;
 }
 
-py::tuple GradientTable::collect(const py::object& given) {
+py::tuple GradientTable::collect(const py::list& params, const py::object& given) {
+  if (params.size() != pointers_.size()) throw std::invalid_argument("one address for each parameter");
   if (!given.is_none() && (!py::isinstance<py::list>(given) || py::len(given) != pointers_.size()))
     throw std::invalid_argument("one gradient or None for each parameter, in a list");
   const auto describe = static_cast<const ExchangeApi*>(exchange_)->describe;
@@ -161,9 +220,9 @@ py::tuple GradientTable::collect(const py::object& given) {
   bool changed = false;
   for (size_t step = 0; step < count + kCheck; ++step) {
     if (step < count) {
-      if (impl_) prefetch_for(step);
+      if (impl_) prefetch_for(params, step);
       PyObject* gradient = given.is_none()
-                               ? PyObject_GetAttr(PyList_GET_ITEM(params_.ptr(), Py_ssize_t(step)), name_.ptr())
+                               ? PyObject_GetAttr(PyList_GET_ITEM(params.ptr(), Py_ssize_t(step)), name_.ptr())
                                : Py_NewRef(PyList_GET_ITEM(given.ptr(), Py_ssize_t(step)));
       if (!gradient) throw py::error_already_set();
       PyList_SET_ITEM(gradients.ptr(), Py_ssize_t(step), gradient);  // the list owns it now
@@ -175,7 +234,7 @@ py::tuple GradientTable::collect(const py::object& given) {
     }
     if (step < kCheck) continue;
     const size_t i = step - kCheck;
-    PyObject *param = PyList_GET_ITEM(params_.ptr(), Py_ssize_t(i)),
+    PyObject *param = PyList_GET_ITEM(params.ptr(), Py_ssize_t(i)),
              *gradient = PyList_GET_ITEM(gradients.ptr(), Py_ssize_t(i));
     const void* data = nullptr;
     if (gradient != Py_None) {

@@ -48,13 +48,16 @@ inline std::vector<SgdGroup> unpacked(const std::vector<GroupTuple>& packed) {
   return groups;
 }
 
+// (meta_update, reset, reset_momentum, num_tasks, inverse_scale)
+using ControlTuple = std::tuple<bool, bool, bool, int32_t, double>;
+
 // gradients, started, nonfinite: addresses; the last two may be 0. groups must outlive it.
 inline Step step_of(uintptr_t gradients, uintptr_t started, uintptr_t nonfinite, const std::vector<SgdGroup>& groups,
-                    double inverse_scale, bool meta_update, bool reset, bool reset_momentum) {
+                    const ControlTuple& control) {
   Step step{};
   step.gradients = pointer<const void* const>(gradients), step.started = pointer<const uint8_t>(started);
-  step.nonfinite = pointer<uint8_t>(nonfinite), step.groups = groups.data(), step.inverse_scale = inverse_scale;
-  step.meta_update = meta_update, step.reset = reset, step.reset_momentum = reset_momentum;
+  step.nonfinite = pointer<uint8_t>(nonfinite), step.groups = groups.data();
+  std::tie(step.meta_update, step.reset, step.reset_momentum, step.num_tasks, step.inverse_scale) = control;
   return step;
 }
 
