@@ -42,9 +42,9 @@ class Case:
 def laid_out(values: Tensor, layout: str) -> Tensor:
     """The same values in another memory layout."""
     if layout == "transposed" and values.dim() >= 2:
-        return values.transpose(0, 1).contiguous().transpose(0, 1)
+        return values.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
     if layout == "channels_last" and values.dim() == 4:
-        return values.contiguous(memory_format=torch.channels_last)
+        return values.clone(memory_format=torch.channels_last)
     if layout == "sliced" and values.dim() >= 1:
         wide = torch.full(
             (*values.shape[:-1], 2 * values.shape[-1] + 1), float("nan"), dtype=values.dtype, device=values.device

@@ -44,7 +44,3 @@ class Backend(MethodOps, ABC):
     @abstractmethod
     def step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         """Inner step, meta-update, shift and, if control.reset, reset, in one pass; hyper: one a param group."""
-
-    def reset_(self, clear_momentum: bool) -> None:
-        """θ_t ← φ for every t (and v_t ← 0)."""
-        self.flats[0].reset_(clear_momentum)

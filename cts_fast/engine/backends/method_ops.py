@@ -47,7 +47,7 @@ class MethodOps:
 
     def reset_(self, clear_momentum: bool) -> None:
         """θ_t ← φ for every t (and v_t ← 0)."""
-        raise NotImplementedError
+        self.flats[0].reset_(clear_momentum)
 
     def add_gradients_(self, target: Tensor, gradients: Gradients, weight: float) -> None:
         """target ← target + weight Σ_t g_t; target: [S]."""
