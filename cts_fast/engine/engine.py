@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from operator import is_
 from sys import getrefcount
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from cts_fast.engine.arguments import check_memory, regroup
 from cts_fast.engine.backends.base import Backend
-from cts_fast.engine.gradients import Collector, Gradients
+from cts_fast.engine.gradients import Collector, Gradients, same_objects
 from cts_fast.engine.layout import MOMENTUM, Flat, Segment, make_flats, make_segments, refuse_shared
 from cts_fast.engine.plan import Control
 from cts_fast.engine.rules.sgd import Hyper
@@ -89,6 +88,7 @@ class Engine:
             counters = self._counters(segments, state).to(home.device if capturable else "cpu")
 
             old, self.views, self.places, self.differing = self.views, {}, {}, None
+            state.everything = True  # should an interrupt come in between, the next step looks at all of it
             for flat in chain.from_iterable(flats):
                 self._fill_(flat, state, old)
             self.views[home]["counters"] = counters
@@ -174,8 +174,8 @@ class Engine:
         if len(groups) != len(self.groups):
             return False
         for group, (params, sizes, shared) in zip(groups, self.groups, strict=True):
-            now = group.get("params", ()) if isinstance(group, dict) else ()
-            if len(now) != len(params) or not all(map(is_, now, params)):
+            now = group.get("params") if isinstance(group, dict) else None
+            if not isinstance(now, list) or not same_objects(now, params):
                 return False
             if group.get("shared") is not shared or group.get("sizes") != sizes:
                 return False

@@ -7,6 +7,7 @@ functions, else in Python.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -15,9 +16,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from cts_fast.engine.layout import Flat, Segment, address_in
 
 try:
-    from cts_fast._cpu import GradientTable
+    from cts_fast._cpu import GradientTable, same_objects
 except ImportError:  # not built on this machine
     GradientTable = None
+
+    def same_objects(a: Sequence, b: Sequence) -> bool:
+        """Whether two lists hold the very same objects."""
+        return len(a) == len(b) and all(map(is_, a, b))
+
 
 
 class Gradients(Sequence):

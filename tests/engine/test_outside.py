@@ -3,6 +3,8 @@
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import warnings
 import weakref
 
@@ -811,3 +813,52 @@ def test_a_negative_learning_rate_from_a_scheduler_raises():
     problem.step()
     schedule.step()
     problem.assert_refused("Invalid learning rate: -0.125")
+
+
+INTERRUPTED = """
+import copy, signal, sys, torch
+from cts_fast import ShiftingMetaOptimizer
+backend = sys.argv[1]
+torch.set_num_threads(1)
+tasks = [[torch.nn.Parameter(torch.zeros(n)) for n in (3, 50_000, 7)] for _ in range(2)]
+opt = ShiftingMetaOptimizer(tasks, lr=1.0, momentum=0.5, meta_lr=0.0, horizon=None, backend=backend)
+for task in tasks:
+    for p in task:
+        p.grad = torch.ones_like(p)
+steps = interrupts = 0
+theta, v, expected = 0.0, 0.0, [0.0]
+for _ in range(100):  # what a parameter is after so many steps
+    v = 0.5 * v + 1
+    theta -= v
+    expected.append(theta)
+armed = False
+def interrupt(*_):
+    if armed:
+        raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, interrupt)
+start = copy.deepcopy(opt.state_dict())
+while interrupts < 150:
+    if opt.inner_step > 90:
+        opt.load_state_dict(start)
+    try:
+        try:
+            armed = True
+            signal.setitimer(signal.ITIMER_REAL, 1e-5 + (steps * 7919 % 997) * 1.2e-6)
+            while opt.inner_step <= 90:
+                steps += 1
+                opt.step()
+        finally:
+            armed = False
+    except KeyboardInterrupt:
+        interrupts += 1
+    for p in tasks[0] + tasks[1]:
+        assert torch.allclose(p, torch.tensor(expected[opt.inner_step])), (opt.inner_step, p[0].item())
+        assert bool(opt.state[p]["momentum_started"]) == (opt.inner_step > 0)
+print(interrupts, steps)
+"""
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the native module is not built")
+def test_a_keyboard_interrupt_leaves_a_step_done_or_not():
+    result = subprocess.run([sys.executable, "-c", INTERRUPTED, "cpu"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
