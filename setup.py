@@ -6,6 +6,7 @@ CTS_FAST_CUDA_ARCHITECTURES="90" or "80 90" builds for those alone. CXX, CXXFLAG
 """
 
 import hashlib
+import json
 import os
 import platform
 import shlex
@@ -112,6 +113,33 @@ def build_stamp(module: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def description(module_file: Path) -> Path:
+    """Where it stands what a module's file has to be; cts_fast/engine/native.py reads it."""
+    return module_file.with_name(module_file.name + ".json")
+
+
+def describe(module_file: Path, module: str) -> None:
+    """Write a module's description."""
+    content = module_file.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    facts = {"bytes": len(content), "sha256": sha256, "build": build_stamp(module)}
+    description(module_file).write_text(json.dumps(facts) + "\n")
+
+
+def put_beside(built: Path, to: Path) -> None:
+    """Copy a module and its description to where they are imported from.
+
+    A program that runs the old module keeps it, and none finds the description of another one.
+    """
+    if built == to or not built.exists():
+        return
+    description(to).unlink(missing_ok=True)
+    for source, target in ((built, to), (description(built), description(to))):
+        temporary = target.with_name(target.name + ".new")
+        shutil.copy2(source, temporary)
+        os.replace(temporary, target)
+
+
 class Ninja(build_ext):
     """Each native module as one ninja build: all objects in parallel, then the link."""
 
@@ -128,10 +156,16 @@ class Ninja(build_ext):
         print(result.stdout)
         if result.returncode:
             raise CompileError(f"{ext.name} could not be built:\n{result.stdout}{result.stderr}")
+        describe(target, module)
         if Path(".git").exists():  # `python -m` from inside a checkout imports the checkout, which should be as fast
-            beside = Path("cts_fast", target.name).resolve()
-            if beside != target:
-                shutil.copy2(target, beside)
+            put_beside(target, Path("cts_fast", target.name).resolve())
+
+    def copy_extensions_to_source(self) -> None:
+        """As setuptools does it for builds in place, with each module's description."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(ext.name)).resolve()
+            put_beside(built, Path("cts_fast", built.name).resolve())
 
     def ninja(self) -> str:
         """Ninja's path: the build requirement's, or the system's."""
