@@ -10,6 +10,7 @@ import torch
 
 from cts_fast import __version__
 from cts_fast.engine.arguments import DTYPES
+from cts_fast.engine.native import load
 from cts_fast.engine.step import BACKENDS, PREFERENCE, resolve, unavailable
 
 
@@ -36,11 +37,10 @@ def _version(package: str) -> str:
 
 def _cpu_kernel() -> str:
     try:
-        from cts_fast import _cpu
         from cts_fast.engine.backends import cpu
     except ImportError as error:
         return str(error)
-    others = ", ".join(_cpu.instruction_sets())
+    others = ", ".join(load("_cpu").instruction_sets())
     return f"{cpu.instruction_set()} (this machine has {others}), {torch.get_num_threads()} threads, {cpu.TEAM}"
 
 

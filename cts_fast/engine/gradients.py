@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cts_fast.engine.layout import Flat, Segment, address_in
+from cts_fast.engine.native import load
 
 try:
-    from cts_fast._cpu import GradientTable, same_objects
-except ImportError:  # not built on this machine
+    GradientTable, same_objects = load("_cpu").GradientTable, load("_cpu").same_objects
+except ImportError:  # not built on this machine, or broken, which the choice of a backend reports
     GradientTable = None
 
     def same_objects(a: Sequence, b: Sequence) -> bool:
         """Whether two lists hold the very same objects."""
         return len(a) == len(b) and all(map(is_, a, b))
-
 
 
 class Gradients(Sequence):

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from cts_fast.engine.native import load
 from cts_fast.engine.rules.sgd import STATE
 
 try:
-    from cts_fast._cpu import prefetch_tensors
-except ImportError:  # not built on this machine
+    prefetch_tensors = load("_cpu").prefetch_tensors
+except ImportError:  # not built on this machine, or broken
 
     def prefetch_tensors(tensors: Sequence[Tensor]) -> None:
         """Fetch nothing."""

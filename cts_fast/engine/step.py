@@ -57,22 +57,24 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, capturable: 
         backend = os.environ.get("CTS_FAST_BACKEND") or "auto"
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
-    names = PREFERENCE.get(device.type, ("torch",)) if backend == "auto" else (backend,)
+    if backend != "auto":
+        names: Sequence[str] = (backend,)
+    else:
+        names = PREFERENCE.get(device.type, ("torch",))
     why = {}
     for name in names:
         reason = unavailable(name, device, dtype, capturable, groups)
         if reason is None:
-            for passed, broken in why.items():
-                if broken.startswith(BROKEN):
-                    _warn_once(f"the {passed!r} backend is off and {name!r} runs in its place: {broken}")
+            for passed_over, broken in why.items():
+                if broken.startswith(FAULTS):
+                    _warn_once(f"the {passed_over!r} backend is off, and {name!r} runs in its place: {broken}")
             return name
         why[name] = reason
-    raise RuntimeError(
-        f"no backend can run {dtype} on {device}: " + "; ".join(f"{name!r}: {reason}" for name, reason in why.items())
-    )
+    reasons = "; ".join(f"{name!r}: {reason}" for name, reason in why.items())
+    raise RuntimeError(f"no backend can run {dtype} on {device}: {reasons}")
 
 
-BROKEN = "broken: "  # how a reason begins that "auto" may not pass over in silence
+FAULTS = ("broken: ", "CTS_FAST_ISA=")  # how reasons begin that "auto" may not pass over in silence
 
 
 @cache

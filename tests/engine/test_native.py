@@ -293,3 +293,47 @@ def test_the_number_of_tasks_of_the_mean_is_an_argument():
         moved[num_tasks] = notes.phi[0].item()
         assert notes.heads[0, 0].item() == -0.5
     assert moved == {2: -0.5, 8: -0.125}
+
+
+# What "auto" says
+
+
+TWO_OPTIMIZERS = """
+import warnings, torch
+with warnings.catch_warnings(record=True) as heard:
+    warnings.simplefilter("always")
+    from cts_fast import ShiftingMetaOptimizer
+    opts = [ShiftingMetaOptimizer([[torch.nn.Parameter(torch.ones(3))]], lr=1.0) for _ in range(2)]
+    p = opts[0].param_groups[0]["params"][0]
+    p.grad = torch.ones(3)
+    opts[0].step()
+print(opts[0].backend, p.tolist(), len(heard), *[warning.message for warning in heard])
+"""
+
+
+def told(path: Path, **environment: str) -> str:
+    """What two optimizers with backend "auto" say, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(path), **environment}
+    command = [sys.executable, "-c", TWO_OPTIMIZERS]
+    result = subprocess.run(command, env=environment, cwd=path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
+def test_auto_passes_over_a_cut_module_with_one_warning(tmp_path, part):
+    package = Path(importlib.util.find_spec("cts_fast").origin).parent
+    shutil.copytree(package, tmp_path / "cts_fast", ignore=shutil.ignore_patterns("*.so", "*.bin", "*.png"))
+    whole = Path(_cpu.__file__).read_bytes()
+    (tmp_path / "cts_fast" / Path(_cpu.__file__).name).write_bytes(whole[: int(part * len(whole))])
+    shutil.copy(_cpu.__file__ + ".json", tmp_path / "cts_fast")
+    out = told(tmp_path)
+    assert out.startswith("torch [0.0, 0.0, 0.0] 1 the 'cpu' backend is off, and 'torch' runs in its place: broken: ")
+    assert "CTS_FAST_BUILD=cpu" in out
+
+
+def test_auto_warns_of_an_unknown_instruction_set():
+    out = told(Path(importlib.util.find_spec("cts_fast").origin).parents[1], CTS_FAST_ISA="avx1024")
+    assert out.startswith(
+        "torch [0.0, 0.0, 0.0] 1 the 'cpu' backend is off, and 'torch' runs in its place: CTS_FAST_ISA='avx1024'"
+    )

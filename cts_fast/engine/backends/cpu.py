@@ -16,15 +16,11 @@ from cts_fast.engine.backends.base import CONTROL_FIELDS, DTYPES, Backend, packe
 from cts_fast.engine.backends.method_ops import PathPoint
 from cts_fast.engine.gradients import Gradients
 from cts_fast.engine.layout import Flat
+from cts_fast.engine.native import load
 from cts_fast.engine.plan import Control
 from cts_fast.engine.rules.sgd import Hyper
 
-try:
-    from cts_fast import _cpu
-except ImportError as error:
-    raise ImportError(
-        f"the native module is not there ({error}); reinstall with CTS_FAST_BUILD=cpu and a C++ compiler to see why"
-    ) from error
+_cpu = load("_cpu")
 
 _shares_openmp = _cpu.share_openmp(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 TEAM = "torch's own OpenMP threads" if _shares_openmp else "threads of its own for every step"

@@ -11,15 +11,11 @@ from cts_fast.engine.backends.base import CONTROL_FIELDS, DTYPES, Backend, packe
 from cts_fast.engine.backends.device_table import DeviceTable, host_addresses, rate_address
 from cts_fast.engine.gradients import Gradients
 from cts_fast.engine.layout import Flat
+from cts_fast.engine.native import load
 from cts_fast.engine.plan import Control, Counting
 from cts_fast.engine.rules.sgd import Hyper
 
-try:
-    from cts_fast import _cuda
-except ImportError as error:
-    raise ImportError(
-        f"the native module is not there ({error}); reinstall with CTS_FAST_BUILD=cuda and nvcc to see why"
-    ) from error
+_cuda = load("_cuda")
 
 NO_BUFFERS = (0, 0, 0, 0, 0, 1)
 
