@@ -303,7 +303,7 @@ import warnings, torch
 with warnings.catch_warnings(record=True) as heard:
     warnings.simplefilter("always")
     from cts_fast import ShiftingMetaOptimizer
-    opts = [ShiftingMetaOptimizer([[torch.nn.Parameter(torch.ones(3))]], lr=1.0) for _ in range(2)]
+    opts = [ShiftingMetaOptimizer([[torch.nn.Parameter(torch.ones(3))]], lr=1.0, meta_lr=0.0) for _ in range(2)]
     p = opts[0].param_groups[0]["params"][0]
     p.grad = torch.ones(3)
     opts[0].step()

@@ -1,0 +1,62 @@
+"""The README's snippets run as they stand."""
+
+import copy
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cts_fast import ShiftingMetaOptimizer
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+SECTION = README.partition("## Using it with")[2].partition("\n## ")[0]
+SNIPPETS = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+KEYS = ["GradScaler", "compile", "AveragedModel", "checkpoint", "lightning", "accelerate"]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(4, 6), nn.ReLU()), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def names(folder):
+    """What the snippets find: nets, their optimizer with gradients, batches of (x, y) for each task."""
+    torch.manual_seed(0)
+    nets = [copy.deepcopy(net) for net in [Net()] * 2]
+    opt = ShiftingMetaOptimizer(
+        [net.body.named_parameters() for net in nets], heads=[net.head.parameters() for net in nets], lr=0.1
+    )
+    loader = [[(torch.randn(5, 4), torch.randint(3, (5,))) for _ in nets] for _ in range(3)]
+    loss_fn = nn.functional.cross_entropy
+    for net, (x, y) in zip(nets, loader[0], strict=True):
+        loss_fn(net(x), y).backward()
+    found = dict(torch=torch, ShiftingMetaOptimizer=ShiftingMetaOptimizer, nets=nets, opt=opt, device="cpu")
+    return found | dict(loader=loader, loss_fn=loss_fn, folder=str(folder))
+
+
+def test_every_snippet_is_known():
+    assert len(SNIPPETS) == len(KEYS) and all(key in code for key, code in zip(KEYS, SNIPPETS, strict=True))
+
+
+@pytest.mark.parametrize(("key", "code"), zip(KEYS, SNIPPETS, strict=True), ids=KEYS)
+def test_a_snippet_of_the_readme(key, code, tmp_path, monkeypatch):
+    if key in ("lightning", "accelerate"):
+        pytest.importorskip(key)
+    found = names(tmp_path / "saved")
+    if key in ("lightning", "accelerate"):
+        found["loader"] = torch.utils.data.DataLoader(found["loader"], batch_size=None)
+    monkeypatch.chdir(tmp_path)  # trainers write where they stand
+    before = [p.detach().clone() for net in found["nets"] for p in net.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # another compiler's front end: the same graph breaks and guards in a tenth of the time
+        exec(code.replace("torch.compile(net)", 'torch.compile(net, backend="aot_eager")'), found)
+    after = [p for net in found["nets"] for p in net.parameters()]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) or key == "checkpoint"
