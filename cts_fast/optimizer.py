@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from cts_fast.engine.arguments import (
     as_groups,
@@ -28,7 +25,8 @@ from cts_fast.engine.gradients import Gradients
 from cts_fast.engine.plan import NEVER, OPTIONS, Control, Counters, Counting, check_options, next_step
 from cts_fast.engine.rules.sgd import Hyper, check_hyper
 from cts_fast.engine.state import State, check_state_dict
-from cts_fast.engine.step import BACKENDS, any_nonfinite
+from cts_fast.engine.step import BACKENDS, any_nonfinite, shifting_step_
+from cts_fast.engine.torch_hooks import with_torchs_hooks
 
 values_of = itemgetter(*Hyper._fields)
 
@@ -41,33 +39,6 @@ class Step(NamedTuple):
     control: Control
     losses: Sequence | None = None
     heldout: Sequence[Callable[[], Tensor]] | None = None
-
-
-def _with_torchs_hooks(step: Callable) -> Callable:
-    """What torch.optim puts around `step`: hooks and the profiler's label; and, under torch.compile, a graph break.
-
-    It is entered only where somebody listens: with cold caches it costs a tenth of a small network's step.
-    """
-    eager = torch._disable_dynamo(step)
-    wrapped = torch._disable_dynamo(torch.optim.Optimizer.profile_hook_step(step))
-
-    @wraps(step)
-    def hooked(self, *args, **kwargs):
-        compiles = torch.compiler.is_compiling()
-        if type(self).step is not hooked:  # torch wraps a subclass's own step by itself
-            return (eager if compiles else step)(self, *args, **kwargs)
-        listens = (
-            compiles
-            or profiler._is_profiler_enabled
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-        )
-        return (wrapped if listens else step)(self, *args, **kwargs)
-
-    hooked.hooked = True  # by this mark torch.optim.Optimizer knows that it need not wrap it
-    return hooked
 
 
 class ShiftingMetaOptimizer(torch.optim.Optimizer):
@@ -246,7 +217,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
     # The step ---------------------------------------------------------------------------------------------------------
 
-    @_with_torchs_hooks
+    @with_torchs_hooks
     def step(
         self,
         closure: Callable[[], float] | None = None,
@@ -368,8 +339,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         return value
 
     def apply_(self, step: Step) -> None:
-        """The step itself: `engine.step_`, the fused pass, and in a method what belongs to its own meta-update."""
-        self.engine.step_(step.gradients, step.hyper, step.control)
+        """The step itself, one fused pass; in a method also what belongs to its own meta-update."""
+        shifting_step_(self.engine, step.gradients, step.hyper, step.control)
 
     # What users read and set ------------------------------------------------------------------------------------------
 

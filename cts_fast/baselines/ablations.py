@@ -11,6 +11,7 @@ import torch
 from cts_fast.baselines.base import Method
 from cts_fast.engine.backends.method_ops import sign_words
 from cts_fast.engine.plan import Control, Counters
+from cts_fast.engine.step import shifting_step_
 from cts_fast.optimizer import Step
 
 
@@ -57,12 +58,11 @@ class RandomShifting(NoShifting):
         name = f"{self.param_groups[0]['seed']} {self.meta_updates}"
         key = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
         moved: list[float] = []
-        self.engine.step_(
-            step.gradients,
-            step.hyper,
-            step.control,
-            lambda backend, *arguments: moved.append(backend.measured_step_(*arguments)),
-        )
+
+        def measured_step_(backend, *arguments) -> None:
+            moved.append(backend.measured_step_(*arguments))
+
+        shifting_step_(self.engine, step.gradients, step.hyper, step.control, measured_step_)
         segments = [flat.segments for flat in self.shared_flats()]
         numbers = sum(segment.numel for own in segments for segment in own)
         words = [sum(sign_words(segment.numel) for segment in own) for own in segments]

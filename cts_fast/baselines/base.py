@@ -16,6 +16,7 @@ from cts_fast.engine.gradients import Collector, Gradients
 from cts_fast.engine.layout import Flat
 from cts_fast.engine.plan import Control, Counters
 from cts_fast.engine.rules.sgd import Hyper
+from cts_fast.engine.step import shifting_step_
 from cts_fast.optimizer import ShiftingMetaOptimizer, Step
 
 
@@ -100,7 +101,7 @@ class Method(ShiftingMetaOptimizer):
         the backend's.
         """
         inner = step.control._replace(meta_update=False, reset=False, after=None)
-        self.engine.step_(step.gradients, step.hyper, inner, shared_step)
+        shifting_step_(self.engine, step.gradients, step.hyper, inner, shared_step)
 
     def heldout_gradients(self, heldout: Sequence[Callable[[], Tensor]]) -> list[Gradients]:
         """∇ heldout_t(θ_t) of all tasks for each shared buffer: as many numbers as the training gradients are."""

@@ -7,7 +7,7 @@ outside. `sync_` and `collect` take over what was exchanged, or refuse it before
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from sys import getrefcount
 from typing import Any
@@ -19,16 +19,15 @@ from cts_fast.engine.arguments import check_memory, regroup
 from cts_fast.engine.backends.base import Backend
 from cts_fast.engine.gradients import Collector, Gradients, same_objects
 from cts_fast.engine.layout import MOMENTUM, Flat, Segment, make_flats, make_segments, refuse_shared
-from cts_fast.engine.plan import Control
 from cts_fast.engine.rules.sgd import Hyper
 from cts_fast.engine.state import COUNTERS, Scalars, State, check_value
-from cts_fast.engine.step import counts_on_device, make_backend, resolve, shifting_step_
+from cts_fast.engine.step import counts_on_device, make_backend, resolve
 
 HERE = "in opt.state"
 
 
 class Engine:
-    """Buffers, backends and counters of one optimizer; laid out by `build`, stepped by `step_`.
+    """Buffers, backends and counters of one optimizer; laid out by `build`, stepped by `shifting_step_`.
 
     backend: the name that was asked for. flags_nonfinite: whether a step flags gradients that are not finite. own:
     further buffers of a method, name → "task" ([T, P]), "shared" ([P]) or "number" (one float64 a task); they are part
@@ -305,16 +304,6 @@ class Engine:
         if self.differing is not None:
             message, self.differing = self.differing, None
             warnings.warn(message, stacklevel=5)
-
-    def step_(
-        self,
-        gradients: Sequence[Gradients],
-        hyper: Sequence[Hyper],
-        control: Control,
-        shared_step: Callable[..., object] | None = None,
-    ) -> None:
-        """The fused step on all buffers; see `shifting_step_`."""
-        shifting_step_(self.backends, gradients, hyper, control, self.flags, shared_step)
 
     def reset_(self, clear_momentum: bool) -> None:
         """θ_t ← φ for every t (and v_t ← 0)."""

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from cts_fast.engine.gradients import Gradients
 from cts_fast.engine.layout import Flat
 from cts_fast.engine.plan import Control
 from cts_fast.engine.rules.sgd import Hyper
+
+if TYPE_CHECKING:
+    from cts_fast.engine.engine import Engine
 
 BACKENDS = {  # name → module of cts_fast.engine.backends and its class
     "cuda": ("cuda", "Cuda"),
@@ -101,36 +105,37 @@ def any_nonfinite(gradients: Iterable[Sequence[Tensor | None]]) -> Tensor:
 
 
 def shifting_step_(
-    backends: Sequence[Backend],
+    engine: Engine,
     gradients: Sequence[Gradients],
     hyper: Sequence[Hyper],
     control: Control,
-    nonfinite: Sequence[Tensor] | None = None,
     shared_step: Callable[..., object] | None = None,
 ) -> None:
-    """Inner step, meta-update, shift and, if control.reset, reset of all tasks, in place (Algorithm 2 of Shin et al.,
-    2021).
+    """Inner step, meta-update, shift and, if control.reset, reset of all tasks, in place (Shin et al., 2021).
 
         θ_t ← θ_t − α u_t;   Δ = β (mean_t θ_t − φ);   φ ← φ + Δ;   θ_t ← θ_t + shift · Δ;   at K: θ_t ← φ
 
-    One launch for each device and dtype. backends, gradients, nonfinite: one entry for each of those. hyper: one a
-    param group. shared_step(backend, gradients, hyper, control): what a method runs in the place of `step_` where there
-    are shared parameters.
+    One launch for each device and dtype, which gradients has an entry for each; hyper: one a param group.
+    shared_step(backend, gradients, hyper, control): what a method runs in the place of `step_` where there are shared
+    parameters.
     """
-    for i, backend in enumerate(backends):
+    final = len(engine.backends) - 1
+    clears = control.reset and control.reset_momentum
+    for i, backend in enumerate(engine.backends):
+        own = control
         if control.counting is not None:
-            control = control._replace(counting=control.counting._replace(advances=i == len(backends) - 1))
-        if nonfinite is not None:
-            control = control._replace(nonfinite=nonfinite[i])
-        clears = control.reset and control.reset_momentum
+            own = control._replace(counting=control.counting._replace(advances=i == final))
+        elif i < final:
+            own = control._replace(after=None)  # the last launch ends the step
+        if engine.flags is not None:
+            own = own._replace(nonfinite=engine.flags[i])
         for flat in backend.flats:  # here, while collecting has their tensors in the cache
             flat.note_write()
             flat.all_started = flat.all_started and not (clears and flat.shared)
-        last = control if i == len(backends) - 1 or control.after is None else control._replace(after=None)
         if shared_step is not None and backend.flats[0].shared:
-            shared_step(backend, gradients[i], hyper, last)
+            shared_step(backend, gradients[i], hyper, own)
         else:
-            backend.step_(gradients[i], hyper, last)
+            backend.step_(gradients[i], hyper, own)
         if control.counting is None:
             _note_started_(backend.flats, gradients[i], hyper, clears)
 
