@@ -17,4 +17,8 @@ cd "$work/package" # away from the checkout's own module
 export LD_PRELOAD="$("${CXX:-g++}" -print-file-name=libasan.so) $("${CXX:-g++}" -print-file-name=libstdc++.so.6)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 CTS_FAST_EXAMPLES=${CTS_FAST_EXAMPLES:-10}
 python -c 'import cts_fast._cpu as module, os; assert module.__file__.startswith(os.getcwd()), module.__file__'
-python -m pytest -q -p no:cacheprovider -c "$checkout/pyproject.toml" "$@" "$checkout/tests/engine/test_cpu_backend.py" "$checkout/tests/engine/test_method_ops.py"
+python -m pytest -q -p no:cacheprovider -c "$checkout/pyproject.toml" "$@" \
+    "$checkout"/tests/engine/{test_cpu_backend,test_method_ops}.py
+# groups popped, parameters exchanged, state moved: no address of what is gone is read
+python -m pytest -q -p no:cacheprovider -c "$checkout/pyproject.toml" -k "cpu or not (torch or triton or reference)" \
+    "$checkout"/tests/engine/test_outside_{state,parameters,memory}.py
