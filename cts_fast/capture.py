@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cts_fast.models.batch_counts import BatchCounts
 
 STREAMS = 8
+Batches = Tensor | Sequence[tuple[Tensor, ...]]  # one tensor [T, …] for all tasks, or a batch of tensors for each
 EAGER_STEPS = 3  # before the capture: libraries choose algorithms and allocate, which a capture may not
 
 
@@ -57,24 +58,24 @@ class CapturedStep:
         self.prepare = prepare or [lambda *batch: batch] * len(self.nets)
         self.streams = [torch.cuda.Stream(self.device) for _ in range(min(streams, len(self.nets)))]
         self.counts = BatchCounts(self.nets)
-        self.inputs: Tensor | list[tuple[Tensor, ...]] | None = None
+        self.inputs: Batches | None = None  # where the graph reads
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.losses: Tensor | None = None  # where the graph writes them
         self.eager_steps = 0
-        self.losses: Tensor | None = None
 
-    def __call__(self, batches: Tensor | Sequence[tuple[Tensor, ...]]) -> Tensor:
+    def __call__(self, batches: Batches) -> Tensor:
         """One training step on a batch of tensors for each task, or on one tensor [T, …] for all of them.
 
         Returns the T losses, detached.
         """
         with torch.cuda.device(self.device), self._algorithms():
-            self._fill(batches)
+            inputs = self._filled(batches)
             if self.graph is None and self.eager_steps < EAGER_STEPS:
                 self.eager_steps += 1
                 self.optimizer.zero_grad()
-                return self._step()
-            if self.graph is None:
-                self._capture()
+                return self._step(inputs)
+            if self.graph is None or self.losses is None:
+                self.graph, self.losses = self._capture(inputs)
             self.graph.replay()
             return self.losses.clone()
 
@@ -88,22 +89,23 @@ class CapturedStep:
         finally:
             torch.backends.cudnn.benchmark = before
 
-    def _fill(self, batches: Tensor | Sequence[tuple[Tensor, ...]]) -> None:
-        """Copy the batches to where the graph reads them."""
+    def _filled(self, batches: Batches) -> Batches:
+        """Copy the batches to where the graph reads them; returns what is there."""
         if len(batches) != len(self.nets):
             raise ValueError(f"batches of {len(batches)} tasks given, but there are {len(self.nets)} networks")
         if self.inputs is None:
             self.inputs = self._empty_like(batches)
-        if isinstance(batches, Tensor) is not isinstance(self.inputs, Tensor):
-            raise ValueError("batches come as one tensor or as a list, as the first ones did")
-        if isinstance(batches, Tensor):
+        if isinstance(batches, Tensor) and isinstance(self.inputs, Tensor):
             self._copy("all tasks", self.inputs, batches)  # one copy for all
-            return
-        for task, (inputs, batch) in enumerate(zip(self.inputs, batches, strict=True)):
-            for here, tensor in zip(inputs, batch, strict=True):
-                self._copy(f"task {task}", here, tensor)
+        elif isinstance(batches, Tensor) or isinstance(self.inputs, Tensor):
+            raise ValueError("batches come as one tensor or as a list, as the first ones did")
+        else:
+            for task, (inputs, batch) in enumerate(zip(self.inputs, batches, strict=True)):
+                for here, tensor in zip(inputs, batch, strict=True):
+                    self._copy(f"task {task}", here, tensor)
+        return self.inputs
 
-    def _empty_like(self, batches: Tensor | Sequence[tuple[Tensor, ...]]) -> Tensor | list[tuple[Tensor, ...]]:
+    def _empty_like(self, batches: Batches) -> Batches:
         """Room for such batches on the device."""
         if isinstance(batches, Tensor):
             return torch.empty_like(batches, device=self.device)
@@ -118,16 +120,16 @@ class CapturedStep:
             )
         here.copy_(given, non_blocking=True)
 
-    def _step(self) -> Tensor:
+    def _step(self, inputs: Batches) -> Tensor:
         main = torch.cuda.current_stream()
         losses = []
         for stream in self.streams:
             stream.wait_stream(main)
         with self.counts.together():
             try:
-                for task, (net, prepare, inputs) in enumerate(zip(self.nets, self.prepare, self.inputs, strict=True)):
+                for task, (net, prepare, given) in enumerate(zip(self.nets, self.prepare, inputs, strict=True)):
                     with torch.cuda.stream(self.streams[task % len(self.streams)]):
-                        batch = prepare(inputs) if isinstance(self.inputs, Tensor) else prepare(*inputs)
+                        batch = prepare(given) if isinstance(given, Tensor) else prepare(*given)
                         loss = self.loss(net, *batch)
                         loss.backward()
                         losses.append(loss.detach())
@@ -137,12 +139,12 @@ class CapturedStep:
         self.optimizer.step()
         return torch.stack(losses)
 
-    def _capture(self) -> None:
+    def _capture(self, inputs: Batches) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         self.optimizer.zero_grad()  # so that the graph's gradients are new ones at addresses that stay
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # other threads of the program may go on meanwhile: one that pins a data loader's batches would end a capture
         # that minds all threads
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.losses = self._step()
-        self.graph = graph
+            losses = self._step(inputs)
+        return graph, losses

@@ -75,7 +75,8 @@ def sheet(tasks: dict[str, Task], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line (``argv``: arguments, None for those of the process); exits with status 2 on bad ones."""
-    parser = argparse.ArgumentParser(prog="python -m cts_fast.data.show", description=__doc__.splitlines()[0])
+    summary = (__doc__ or "").partition("\n")[0]  # python -OO drops it
+    parser = argparse.ArgumentParser(prog="python -m cts_fast.data.show", description=summary)
     parser.add_argument("--out", type=Path, default=Path("tasks.png"), help="PNG to write (default: %(default)s)")
     parser.add_argument("--suite", default="builtin", help="suite (default: %(default)s)")
     parser.add_argument("--root", type=Path, help="folder of the suite's data")

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from cts_fast.capture import STREAMS, CapturedStep
 from cts_fast.experiments.batches import TaskBatches, draw_together, task_seed
 from cts_fast.models.batch_counts import BatchCounts
+from cts_fast.models.task_net import TaskNet
 
 PRECISIONS = ("fp32", "bf16")
-MakeNet = Callable[[int], nn.Module]  # number of classes → a network with `body` (meta-learned) and `head` (the task's)
+MakeNet = Callable[[int], TaskNet]  # number of classes → a network with `body` (meta-learned) and `head` (the task's)
 _GLOBAL_GENERATOR = threading.Lock()  # modules draw from torch's one generator, and nets are made in many threads
 
 
@@ -45,7 +46,7 @@ class MetaTrainSettings:
         return self.horizon * self.rounds
 
 
-def new_net(make_net: MakeNet, num_classes: int, *, seed: int, head: object) -> nn.Module:
+def new_net(make_net: MakeNet, num_classes: int, *, seed: int, head: object) -> TaskNet:
     """A network whose body depends on `seed` alone, and whose head on `seed` and the name `head`."""
     with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(task_seed(seed, "head", head))

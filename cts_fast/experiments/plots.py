@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cts_fast.experiments.run_folder import save_figure
 from cts_fast.experiments.statistics import mean_and_interval
@@ -23,9 +23,10 @@ _COLOURS = (
     "#7A2048",
 )
 _SCRATCH = "#9A9A9A"
+Layout = Literal["constrained", "compressed", "tight"]  # how matplotlib places the plots of a figure
 
 
-def new_figure(rows: int, columns: int, width: float, height: float, layout: str = "constrained") -> tuple[Any, Any]:
+def new_figure(rows: int, columns: int, width: float, height: float, layout: Layout = "constrained") -> tuple[Any, Any]:
     """A figure that no window shows, and its axes, [rows, columns]; inches."""
     from matplotlib.figure import Figure
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -98,7 +98,8 @@ def written(path: Path, mode: str = "wb") -> Iterator[IO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+        encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
+        with open(temporary, mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -153,7 +154,7 @@ def save_state(path: Path, state: Any) -> None:
     with written(path) as file:
         checked = _Checked(file)
         try:
-            torch.save(state, checked)
+            torch.save(state, cast("IO[bytes]", checked))  # which writes and flushes, and nothing else
         except RuntimeError:
             if checked.error is not None:
                 raise checked.error from None

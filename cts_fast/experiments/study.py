@@ -67,7 +67,7 @@ class Study:
 
 
 def main(
-    module: str, description: str, run: Callable[[argparse.Namespace], str], argv: Sequence[str] | None = None
+    module: str, description: str | None, run: Callable[[argparse.Namespace], str], argv: Sequence[str] | None = None
 ) -> int:
     """The command line of a study; returns the exit status. run: does all of it and returns the table to print."""
     p = cli.new_parser(module, description)

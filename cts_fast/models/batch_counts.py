@@ -22,7 +22,8 @@ class BatchCounts:
     """
 
     def __init__(self, nets: Iterable[nn.Module]) -> None:
-        layers = [module for net in nets for module in net.modules() if type(module).forward is _BatchNorm.forward]
+        norms = [module for net in nets for module in net.modules() if isinstance(module, _BatchNorm)]
+        layers = [norm for norm in norms if type(norm).forward is _BatchNorm.forward]
         times = Counter(map(id, layers))
         self.layers = [
             layer
@@ -36,7 +37,8 @@ class BatchCounts:
 
         A state dict that is taken inside lacks the counters. Nothing is counted where an exception ends it.
         """
-        counted = [(layer, layer.num_batches_tracked) for layer in self.layers if layer.training]
+        counts = [(layer, layer.num_batches_tracked) for layer in self.layers if layer.training]
+        counted = [(layer, count) for layer, count in counts if count is not None]
         for layer, _ in counted:
             layer.num_batches_tracked = None
         try:

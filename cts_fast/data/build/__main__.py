@@ -56,7 +56,8 @@ def build(out: Path, work: Path) -> None:
         )
 
     for draft in type_tasks.letters(root):
-        add(pack(draft, *(round(total / len(draft.classes)) for total in LETTERS_PER_TASK)))
+        train, test = (round(total / len(draft.classes)) for total in LETTERS_PER_TASK)
+        add(pack(draft, train, test))
     add(pack(type_tasks.typefaces(root), 170, 40))
     concepts = type_tasks.icon_concepts(root)
     add(pack(without(type_tasks.icon_styles(root), concepts), 340, 80))
@@ -74,7 +75,8 @@ def build(out: Path, work: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m cts_fast.data.build", description=__doc__.splitlines()[0])
+    summary = (__doc__ or "").partition("\n")[0]  # python -OO drops it
+    parser = argparse.ArgumentParser(prog="python -m cts_fast.data.build", description=summary)
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--work", type=Path, help="folder for downloads (default: a temporary one, removed afterwards)")
     arguments = parser.parse_args()

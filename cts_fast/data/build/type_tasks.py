@@ -150,7 +150,7 @@ def render(path: Path, texts: list[str], pixels: int, baseline: bool = True) -> 
         image = Image.new("L", (pixels, pixels))
         x, y = (pixels - (left + right) * scale) / 2, (pixels - (top + bottom) * scale) / 2
         ImageDraw.Draw(image).text((x, y), text, fill=255, font=_font(path, round(reference * scale, 2)), anchor="ls")
-        if image.getextrema()[1] > 127:
+        if np.asarray(image).max() > 127:
             images[text] = quantised(image)
     return images
 
@@ -168,7 +168,7 @@ def font_files(root: Path) -> list[tuple[str, Path]]:
 def covered(path: Path) -> frozenset[int]:
     """Code points that a font has glyphs for."""
     with TTFont(path, lazy=True) as font:
-        return frozenset(font.getBestCmap())
+        return frozenset(font.getBestCmap() or ())
 
 
 def letters(root: Path) -> list[Draft]:
@@ -203,7 +203,7 @@ def typefaces(root: Path, count: int = 400) -> Draft:
 
 def hangul(root: Path, count: int = 400) -> Draft:
     """Which consonant begins this Korean syllable? Its vowel and final decide the split (588 pairs)."""
-    initials = "g kk n d tt r m b pp s ss (silent) j jj ch k t p h".split()
+    initials: list[str] = [*"g kk n d tt r m b pp s ss (silent) j jj ch k t p h".split()]
     patterns = ["rendercv-fonts/**/NotoSansKR-*.ttf", "weblate-fonts/**/KurintoSansKR-*.ttf"]
     files = [path for pattern in patterns for path in sorted(root.glob(pattern))]
     rng = random.Random("hangul")
