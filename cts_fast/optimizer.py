@@ -471,10 +471,11 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         engine = self.engine
         saved_groups, saved = check_state_dict(self.param_groups, engine.segments, engine.views, state_dict)
         self._prepare_to_write()
-        saved = [(param, {name: entry[name] for name in engine.views[param]}) for param, entry in saved]
         for param, entry in saved:
-            for name, view in engine.views[param].items():
+            views = engine.views[param]
+            for name, view in views.items():
                 view.copy_(entry[name])
+            engine.state.show(param, {name: value for name, value in entry.items() if name not in views})
         for flat in chain.from_iterable(engine.flats):
             flat.all_started = False
             if flat.master is not None:
@@ -482,6 +483,6 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             flat.note_write()
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
             kept = ("params", "param_names", "capturable", "shared", "sizes")
-            group.update({name: value for name, value in saved_group.items() if name not in kept})
+            group.update({name: plain_number(value) for name, value in saved_group.items() if name not in kept})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)

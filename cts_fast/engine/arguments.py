@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cts_fast.engine.backends.base import DTYPES
-from cts_fast.engine.layout import Segment, refuse_shared
+from cts_fast.engine.layout import Segment, is_without_memory, plain_name, refuse_shared
 from cts_fast.engine.plan import OPTIONS
 from cts_fast.engine.rules.sgd import Hyper
 
@@ -177,7 +177,7 @@ def _check_tensor(where: str, tensor: Any) -> None:
         raise ValueError(f"{where}: layout is {tensor.layout}; only strided tensors can be optimized")
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{where}: dtype is {tensor.dtype}; known: float32, float64, bfloat16, float16")
-    if tensor.numel() and tensor.device.type != "meta" and tensor.data_ptr() == 0:
+    if is_without_memory(tensor):
         raise ValueError(f"{where}: has no memory (a storage of size 0, or a tensor of zeros without one)")
     refuse_shared(tensor, where)
 
@@ -192,6 +192,7 @@ def _check_alike(tasks: list[list]) -> None:
                 raise ValueError("all optimizer params should be with/without names. Some param names are missing")
             name, tensor = item if isinstance(item, tuple) else (str(i), item)
             model_name, model_tensor = model if isinstance(model, tuple) else (str(i), model)
+            name, model_name = plain_name(name), plain_name(model_name)
             for what, mine, theirs in (
                 ("name", name, model_name),
                 ("shape", tuple(tensor.shape), tuple(model_tensor.shape)),

@@ -276,7 +276,7 @@ class Engine:
         places = [collector.places[i] for collector, found in moved for i in found]
         for flat, n, row in places:
             flat.check_param(flat.segments[n], row)
-        if any(flat.is_held(n, row) for flat, n, row in places):
+        if any(flat.is_held(n, row) or flat.is_laid_out_otherwise(n, row) for flat, n, row in places):
             self.build(groups, self.state)
             return True
         with torch.inference_mode(False), torch.no_grad():
@@ -345,26 +345,30 @@ class Engine:
         for param in (param for group in groups for param in group["params"]):
             entry = given.entry(param) if isinstance(given, State) else given.get(param)
             saved[param] = entry = dict(entry or {})
-            if param in self.places:
-                saved[param] = {**{n: v for n, v in self.views[param].items() if n != MOMENTUM}, **entry}
-                saved[param]["theta"] = self._saved_theta(param, entry.get("theta"))
-                saved[param].setdefault(MOMENTUM, torch.zeros_like(self.views[param][MOMENTUM]))
+            if param not in self.places:
+                continue
+            flat, n, row = self.places[param]
+            aliases, views, expected = flat.state(n, row), self.views[param], flat.addresses(n, row)
+            for name, view in views.items():
+                value = entry.setdefault(name, view)
+                if value is view and name in aliases and view.data_ptr() == expected.get(name, view.data_ptr()):
+                    entry[name] = aliases[name]
+            if not isinstance(entry[MOMENTUM], Tensor):  # somebody cleared it
+                entry[MOMENTUM] = torch.zeros_like(views[MOMENTUM])
+            entry["theta"] = self._saved_theta(param, entry["theta"])
         return saved
 
     def _saved_theta(self, param: Tensor, shown: Any) -> Tensor:
-        """θ of a parameter in working precision: what the parameter is now, and its master where that is its exact
-        value.
-        """
+        """θ of a parameter in working precision: the parameter, or its master where that is its exact value."""
         flat, n, row = self.places[param]
         value = param.detach()
         if flat.master is None:
-            same = shown is self.views[param]["theta"] and value.data_ptr() == shown.data_ptr()
-            return shown if same else value.to(flat.work_dtype)
-        exact = isinstance(shown, Tensor) and shown.shape == value.shape
-        if exact and torch.equal(shown.to(flat.dtype), value.to(flat.dtype)):
-            return shown
-        master = shown if exact else self.views[param]["theta"]
-        return torch.where(master.to(flat.dtype) == value.to(flat.dtype), master, value.to(master.dtype))
+            is_alias = isinstance(shown, Tensor) and shown.data_ptr() == value.data_ptr() and shown.dtype == value.dtype
+            return shown if is_alias else value.to(flat.work_dtype)
+        if not isinstance(shown, Tensor) or shown.shape != value.shape:
+            shown = self.views[param]["theta"]
+        is_rounding = shown.to(flat.dtype) == value.to(flat.dtype)
+        return shown if is_rounding.all() else torch.where(is_rounding, shown, value.to(shown.dtype))
 
 
 def _same_objects(views: dict[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:

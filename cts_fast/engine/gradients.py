@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cts_fast.engine.layout import Flat, Segment, address_in
+from cts_fast.engine.layout import Flat, Segment, address_in, is_without_memory
 from cts_fast.engine.native import load
 
 try:
@@ -161,5 +161,7 @@ def _dense(gradient: Tensor, flat: Flat, n: int, row: int) -> Tensor:
             f"{where}: gradient is {gradient.dtype} {tuple(gradient.shape)} on {gradient.device}, "
             f"the parameter {flat.dtype} {tuple(segment.shape)} on {flat.device}"
         )
+    if is_without_memory(gradient) and not gradient._is_zerotensor():
+        raise ValueError(f"{where}: gradient has no memory; its storage was freed")
     values = torch.empty_strided(segment.shape, segment.stride, dtype=flat.dtype, device=flat.device)
     return values.copy_(gradient.detach())

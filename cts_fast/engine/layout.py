@@ -243,6 +243,8 @@ class Flat:
                 f"was made and is {param.dtype} {tuple(param.shape)} on {param.device} now; move or cast modules "
                 "before making the optimizer"
             )
+        if is_without_memory(param):
+            raise ValueError(f"{segment.where(row)}: has no memory now; its storage was freed")
         refuse_shared(param, segment.where(row))
 
     def adopt_(self, n: int, row: int, values: Tensor) -> None:
@@ -260,6 +262,11 @@ class Flat:
         """Whether somebody holds the memory that the parameter was bound to: a backup made by `p.data`, say."""
         memory = self.memory[n * self.rows + row]
         return memory is not None and not memory.expired()
+
+    def is_laid_out_otherwise(self, n: int, row: int) -> bool:
+        """Whether the first task's parameter has other strides than its place, as after `to(memory_format=…)`."""
+        segment = self.segments[n]
+        return row == 0 and torch.empty_like(segment.params[0], device="meta").stride() != segment.stride
 
     def follow_parameters_(self, columns: slice = slice(None)) -> None:
         """Low precision: where somebody wrote a parameter since it was rounded from its master, the master follows."""
@@ -298,6 +305,11 @@ class Flat:
             self.master.copy_(self.phi)
         if clear_momentum:
             self.clear_momentum_()
+
+
+def is_without_memory(tensor: Tensor) -> bool:
+    """Whether a tensor that should hold numbers has no memory: a freed storage, or torch's zeros without one."""
+    return tensor.numel() > 0 and tensor.device.type != "meta" and tensor.data_ptr() == 0
 
 
 def address_in(row: Tensor, segment: Segment) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cts_fast.engine.layout import Segment
+from cts_fast.engine.layout import Segment, is_without_memory, plain_name
 from cts_fast.engine.plan import check_options
 from cts_fast.engine.rules.sgd import check_hyper
 
@@ -172,7 +172,7 @@ def _check_groups(groups: Sequence[dict], saved_groups: Sequence) -> None:
                 f"group {g}: loaded state dict has {sizes} parameters by task, but the optimizer has {group['sizes']}"
             )
         for mine, theirs in zip(group.get("param_names", ()), saved.get("param_names", ()), strict=False):
-            if mine != theirs:
+            if plain_name(mine) != plain_name(theirs):
                 raise ValueError(f"group {g}, parameter {mine!r}: is named {theirs!r} in the loaded state dict")
         merged = {**group, **saved}
         check_hyper(merged)
@@ -202,5 +202,7 @@ def check_value(place: str, name: str, view: Tensor, value: Any, where: str) -> 
         )
     if value.device.type == "meta" and view.device.type != "meta":
         raise ValueError(f"{place}: {name!r} is on the meta device {where}, so it holds no numbers")
+    if is_without_memory(value):
+        raise ValueError(f"{place}: {name!r} has no memory {where}; its storage was freed")
     if name == "counters" and value.lt(0).any():
         raise ValueError(f"{place}: 'counters' are {value.tolist()} {where}; they count {', '.join(COUNTERS)} from 0")

@@ -10,6 +10,8 @@ from support.nets import assert_same
 from support.outside import KINDS, Problem, everywhere, in_both
 from torch import nn
 
+from cts_fast import ShiftingMetaOptimizer
+
 # Parameters
 
 
@@ -180,3 +182,55 @@ def test_within_a_round_writes_move_theta_alone():
         warnings.simplefilter("error")
         problem.step()
     assert_same(phi, problem.opt.initialization)
+
+
+@everywhere
+def test_another_memory_format_stays(backend):
+    nets = [nn.Sequential(nn.Conv2d(3, 4, 3)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    opt = ShiftingMetaOptimizer([net.named_parameters() for net in nets], lr=0.5, backend=backend)
+    for net in nets:
+        net.to(memory_format=torch.channels_last)
+    before = nets[1][0].weight.detach().clone()
+    for net in nets:
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+    opt.step()
+    for net in nets:
+        assert net[0].weight.is_contiguous(memory_format=torch.channels_last)
+        assert torch.allclose(net[0].weight, before - 0.5 - 0.005)
+    assert (
+        torch.allclose(opt.initialization[0], before - 0.005) and opt.state[nets[0][0].weight]["momentum_started"] == 0
+    )
+
+
+@pytest.mark.parametrize("what", ["parameter", "gradient", "state"])
+def test_freed_memory_is_refused(what):
+    problem = Problem()
+    problem.step()
+    param = problem.param("shared")
+    problem.gradients()
+    if what == "parameter":
+        param.data = param.data.clone()
+        param.untyped_storage().resize_(0)
+        message = "task 1, parameter 'weight': has no memory"
+    elif what == "gradient":
+        param.grad.untyped_storage().resize_(0)
+        message = "task 1, parameter 'weight': gradient has no memory"
+    else:
+        problem.opt.state[param]["momentum_buffer"] = freed = torch.zeros(3, 4)
+        freed.untyped_storage().resize_(0)
+        message = "task 1, parameter 'weight': 'momentum_buffer' has no memory"
+    others = [p for p in problem.params() if p is not param]
+    before = [p.detach().clone() for p in others]
+    with pytest.raises(ValueError, match=message):
+        problem.opt.step()
+    assert_same(before, [p.detach() for p in others])
+
+
+def test_only_some_nets_compiled_are_alike():
+    nets = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    opt = ShiftingMetaOptimizer([nets[0].named_parameters(), torch.compile(nets[1]).named_parameters()])
+    other = ShiftingMetaOptimizer([torch.compile(net).named_parameters() for net in nets])
+    other.load_state_dict(opt.state_dict())
+    assert list(other.initialization_state_dict()) == ["weight", "bias"]

@@ -245,3 +245,28 @@ def test_a_negative_learning_rate_from_a_scheduler_raises():
     problem.step()
     schedule.step()
     problem.assert_refused("Invalid learning rate: -0.125")
+
+
+@everywhere
+@in_both
+def test_a_state_dict_that_was_shared_or_kept_binds_nobody(backend, dtype):
+    problem, twin = Problem(backend, dtype, meta_lr=0.25), Problem(backend, dtype, meta_lr=0.25)
+    problem.step(), twin.step()
+    kept = problem.opt.state_dict()
+    for entry in problem.opt.state_dict()["state"].values():
+        for name in ("theta", "momentum_buffer", "initialization"):
+            if name in entry:
+                entry[name].share_memory_()  # as a queue to another process does
+    problem.step(), twin.step()
+    assert_same(problem.values(), twin.values())
+    weight = problem.nets[0]["body"].weight
+    assert torch.equal(kept["state"][0]["theta"].to(dtype), weight), "a state dict holds references"
+
+
+def test_what_users_keep_in_an_entry_is_saved_and_loaded():
+    problem, other = Problem(), Problem()
+    problem.opt.state[problem.param("shared")]["mine"] = torch.ones(1)
+    problem.step()
+    other.opt.load_state_dict(problem.opt.state_dict())
+    assert other.opt.state[other.param("shared")]["mine"] == 1
+    other.step()
