@@ -37,8 +37,8 @@ class Step(NamedTuple):
     gradients: list[Gradients]  # of each device and dtype
     hyper: list[Hyper]  # of each param group
     control: Control
-    losses: Sequence | None = None
-    heldout: Sequence[Callable[[], Tensor]] | None = None
+    losses: Sequence = ()  # what a method named in `needs`, one for each task
+    heldout: Sequence[Callable[[], Tensor]] = ()
 
 
 class ShiftingMetaOptimizer(torch.optim.Optimizer):
@@ -128,7 +128,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         self.engine = Engine(backend, nonfinite == "raise", self.buffers)
         self._built = False
         super().__init__(as_groups(tasks), defaults)
-        self.state = State()
+        self.state: Any = State()
         if not any(group["params"] for group in self.param_groups):
             raise ValueError("optimizer got an empty parameter list: no task has a parameter")
         if heads is not None:
@@ -238,14 +238,15 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        given = (() if losses is None else losses, heldout or ())
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):  # what is made here is used by later steps
-                self._step(losses, heldout)
+                self._step(*given)
         else:
-            self._step(losses, heldout)
+            self._step(*given)
         return loss
 
-    def _step(self, losses: Sequence | None, heldout: Sequence[Callable] | None) -> None:
+    def _step(self, losses: Sequence, heldout: Sequence[Callable]) -> None:
         engine = self.engine
         engine.report_nonfinite()
         self._sync()
@@ -253,12 +254,13 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and not engine.counting and found_inf.item():
             return
-        if not any(collected.count for collected in gradients):
+        if not any(collected.present for collected in gradients):
             return
         hyper = self.read_hyper()
         if engine.counting:
             engine.warn_of_differing_replicas()
-            self._step_on_device(Step(gradients, hyper, self.plan_on_device(), losses, heldout))
+            control, counting = self.plan_on_device()
+            self._step_on_device(Step(gradients, hyper, control, losses, heldout), counting)
             return
         *counters, skipped = engine.counters.read()
         if self._nonfinite == "skip" and any_nonfinite(gradients):
@@ -280,15 +282,14 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             engine.report_nonfinite()
 
     @torch.no_grad()
-    def _step_on_device(self, step: Step) -> None:
+    def _step_on_device(self, step: Step, counting: Counting) -> None:
         """The step with every decision left to the device, so that a CUDA graph may hold it."""
-        counting = step.control.counting
         if self._nonfinite == "skip":
             bad = any_nonfinite(step.gradients)
             counting.counters[3] += bad.to(torch.int64)
             found_inf = bad if counting.found_inf is None else torch.maximum(counting.found_inf.view(()), bad)
-            step = step._replace(control=step.control._replace(counting=counting._replace(found_inf=found_inf)))
-        self.apply_(step)
+            counting = counting._replace(found_inf=found_inf)
+        self.apply_(step._replace(control=step.control._replace(counting=counting)))
 
     # Hooks for methods ------------------------------------------------------------------------------------------------
 
@@ -298,7 +299,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         """
         return next_step(self.param_groups[0], counters, self.engine.num_tasks)
 
-    def plan_on_device(self) -> Control:
+    def plan_on_device(self) -> tuple[Control, Counting]:
         """As `plan`, where the device decides by its own counters (capturable)."""
         options = self.param_groups[0]
         check_options(options)
@@ -310,7 +311,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             getattr(self, "found_inf", None),
             getattr(self, "grad_scale", None),
         )
-        return Control(False, False, options["reset_momentum"], self.engine.num_tasks, counting=counting)
+        return Control(False, False, options["reset_momentum"], self.engine.num_tasks), counting
 
     def read_hyper(self) -> list[Hyper]:
         """Hyper-parameters of each param group, as they are now. Raises ValueError for those that no step can use."""
@@ -394,10 +395,11 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         """
         initialization = self.engine.initialization
         if isinstance(values, Mapping):
-            missing = [name for name in initialization if name not in values]
+            named: dict[Any, Tensor] = dict(values)
+            missing = [name for name in initialization if name not in named]
             if missing:
                 raise ValueError(f"parameter {missing[0]!r}: not in the given initialization")
-            values = [values[name] for name in initialization]
+            values = [named[name] for name in initialization]
         values = list(values)
         if len(values) != len(initialization):
             raise ValueError(f"{len(values)} tensors given, but the initialization has {len(initialization)}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cts_fast.engine.gradients import Collector, Gradients
 from cts_fast.engine.layout import Flat
-from cts_fast.engine.plan import Control, Counters
+from cts_fast.engine.plan import Control, Counters, Counting
 from cts_fast.engine.rules.sgd import Hyper
 from cts_fast.engine.step import shifting_step_
 from cts_fast.optimizer import ShiftingMetaOptimizer, Step
@@ -86,7 +86,7 @@ class Method(ShiftingMetaOptimizer):
             after = after._replace(meta_updates=counters.meta_updates + control.reset)
         return control, after
 
-    def plan_on_device(self) -> Control:
+    def plan_on_device(self) -> tuple[Control, Counting]:
         self._follow_horizon()
         return super().plan_on_device()
 
@@ -132,7 +132,7 @@ class Method(ShiftingMetaOptimizer):
 
         total: [S] for each shared buffer, or None for 0; heldout: gradients for each, or None for none.
         """
-        rates = [h.meta_lr for h in hyper]
+        rates = [float(h.meta_lr) for h in hyper]
         for (backend, flat), own, found in zip(self.engine.shared, total, heldout or [None] * len(total), strict=True):
             backend.end_round_(own, found, weight, rates, control.reset_momentum)
             flat.note_write()

@@ -68,13 +68,13 @@ class Engine:
             segments = make_segments(groups)
             shared = [segment for segment in segments if segment.task is None]
             check_memory(segments)
-            kinds: dict[tuple, dict[bool, list[Segment]]] = {}
+            kinds: dict[tuple[torch.device, torch.dtype], dict[bool, list[Segment]]] = {}
             for segment in segments:
                 first = segment.params[0]
                 alike = kinds.setdefault((first.device, first.dtype), {})
                 alike.setdefault(segment.task is None, []).append(segment)
             capturable = groups[0]["capturable"]
-            names = [resolve(self.backend, *kind, capturable, len(groups)) for kind in kinds]
+            names = [resolve(self.backend, device, dtype, capturable, len(groups)) for device, dtype in kinds]
             counting = capturable and counts_on_device(names)
             if counting and len({device for device, _ in kinds}) > 1:
                 raise ValueError(
@@ -244,7 +244,7 @@ class Engine:
         for param in watched:
             state.show(param, self.views[param])
         self._watch(state)
-        state.seen.update(p for p in watched if _references(state.entry(p), self.views[p]) > UNSEEN)
+        state.seen.update(p for p in watched if _references(state.entry(p) or {}, self.views[p]) > UNSEEN)
         return state
 
     # The step ---------------------------------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def _unseen() -> int:
     tensor = torch.zeros(())
     state, views = {0: {"theta": tensor}}, {0: {"theta": tensor}}
     del tensor
-    return _references(dict.get(state, 0), views[0])
+    return _references(dict.get(state, 0) or {}, views[0])
 
 
 UNSEEN = _unseen()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,15 +30,15 @@ except ImportError:  # not built on this machine, or broken, which the choice of
 class Gradients(Sequence):
     """Every replica's gradient, flat by flat, segment by segment and row by row; None where there is none.
 
-    count: how many there are. address: of the table of their addresses in host memory, one pointer each, null for None.
+    present: how many there are. address: of the table of their addresses in host memory, one pointer each, null for None.
     changed: whether the table differs from the one before (False is certain). Valid until the next call of the same
     `Collector`.
     """
 
-    __slots__ = ("tensors", "count", "address", "changed", "table")
+    __slots__ = ("tensors", "present", "address", "changed", "table")
 
-    def __init__(self, tensors: list[Tensor | None], count: int, address: int, changed: bool) -> None:
-        self.tensors, self.count, self.address, self.changed = tensors, count, address, changed
+    def __init__(self, tensors: list[Tensor | None], present: int, address: int, changed: bool) -> None:
+        self.tensors, self.present, self.address, self.changed = tensors, present, address, changed
 
     @classmethod
     def of(cls, tensors: list[Tensor | None]) -> Gradients:
@@ -109,11 +110,14 @@ class PythonTable:
     ) -> tuple[list[Tensor | None], int, bool, list[int], list[int]]:
         """(gradients, how many, whether an address changed, those that are not plain, parameters that moved)."""
         tensors = [param.grad for param in params] if given is None else list(given)
-        present = [i for i, gradient in enumerate(tensors) if gradient is not None]
-        odd = [i for i in present if not _plain(tensors[i], *self._collector.places[i])]
+        present = [(i, gradient) for i, gradient in enumerate(tensors) if gradient is not None]
+        odd = []
         self._addresses.zero_()
-        for i in set(present) - set(odd):
-            self._addresses[i] = tensors[i].data_ptr()
+        for i, gradient in present:
+            if _plain(gradient, *self._collector.places[i]):
+                self._addresses[i] = gradient.data_ptr()
+            else:
+                odd.append(i)
         return tensors, len(present), True, odd, self._collector.find_moved()
 
     def set(self, i: int, address: int) -> None:
@@ -145,7 +149,7 @@ def _plain(gradient: Tensor, flat: Flat, n: int, row: int) -> bool:
     )
 
 
-def _dense(gradient: Tensor, flat: Flat, n: int, row: int) -> Tensor:
+def _dense(gradient: Any, flat: Flat, n: int, row: int) -> Tensor:
     """A gradient's values as the kernels read them; a floating dtype that torch.optim.SGD would take is rounded to the
     parameter's.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,7 +124,8 @@ class Flat:
         self.theta = self._zeros(stride, self.dtype)
         self.momentum = self._zeros(stride, self.dtype, LEAD_BYTES)
         self.master = self._zeros(stride, torch.float32) if self.work_dtype != self.dtype else None
-        self.phi = torch.zeros(columns, dtype=self.work_dtype, device=self.device) if shared else None
+        # a tensor for shared parameters, None for heads, which never ask for it
+        self.phi: Any = torch.zeros(columns, dtype=self.work_dtype, device=self.device) if shared else None
         self.started = started.view(-1, self.rows)
         self.all_started = False
         self.initialization = [self.view(self.phi, segment) for segment in self.segments] if shared else []

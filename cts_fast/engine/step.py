@@ -142,7 +142,7 @@ def shifting_step_(
 
 def _note_started_(flats: Sequence[Flat], gradients: Gradients, hyper: Sequence[Hyper], clears: bool) -> None:
     """Note which momentum has taken its first gradient now, and which a reset has cleared."""
-    every = gradients.count == len(gradients) and all(h.momentum for h in hyper)
+    every = gradients.present == len(gradients) and all(h.momentum for h in hyper)
     first = 0
     for flat in flats:
         last = first + flat.started.numel()

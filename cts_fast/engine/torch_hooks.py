@@ -33,5 +33,5 @@ def with_torchs_hooks(step: Callable) -> Callable:
         )
         return (wrapped if listens else step)(self, *args, **kwargs)
 
-    hooked.hooked = True  # by this mark torch.optim.Optimizer knows that it need not wrap it
+    setattr(hooked, "hooked", True)  # noqa: B010 - by this mark torch.optim.Optimizer knows that it need not wrap it
     return hooked

@@ -48,9 +48,9 @@ class DeviceTable:
             self.sent = (
                 host.pin_memory() if on_gpu else host.clone()
             )  # CUDA may wait for the stream before it copies from other memory
-            if self.table is None:
-                self.table = torch.empty_like(host, device=self.device)
-            self.table.copy_(self.sent, non_blocking=True)
+            table = torch.empty_like(host, device=self.device) if self.table is None else self.table
+            self.table = table.copy_(self.sent, non_blocking=True)
+        assert self.table is not None  # what was sent has a table
         return self.table
 
 

@@ -36,9 +36,9 @@ def shifting_step_(
 
     phi: [n], or None for a head. theta, v, g: T tensors of [n]; a missing gradient leaves that task's inner step out.
     """
-    for t in range(len(theta)):
-        if g[t] is not None:
-            inner_step_(theta[t], v[t], g[t], started[t], h)
+    for t, gradient in enumerate(g):
+        if gradient is not None:
+            inner_step_(theta[t], v[t], gradient, started[t], h)
     if phi is None:
         return
     if c.meta_update:

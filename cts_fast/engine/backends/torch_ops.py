@@ -94,7 +94,7 @@ class _Block:
             for row, at in fresh:
                 v[row, at] = d[row, at]
             u = d.add_(v, alpha=h.momentum) if h.nesterov else v
-        theta.add_(u, alpha=-h.lr)
+        theta.add_(u, alpha=-float(h.lr))
         for at, row, theta_before, v_before in kept:
             theta[row, at], v[row, at] = theta_before, v_before
 

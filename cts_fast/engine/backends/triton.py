@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from cts_fast.engine.plan import Control
 from cts_fast.engine.rules.sgd import Hyper
 from cts_fast.kernels import shifting_step as kernel
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
 NONE = (None,) * 5
 
 
@@ -108,7 +109,8 @@ class Triton(Backend):
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
             started = self._started(dampened, control)
             table = self._table(addresses, hyper, control)
-            kernel.shifting_step_kernel[(max(self.num_tiles, 1),)](
+            launch: Any = kernel.shifting_step_kernel[(max(self.num_tiles, 1),)]  # Triton gives it further arguments
+            launch(
                 self.tiles,
                 table[: self.count],
                 self.groups,

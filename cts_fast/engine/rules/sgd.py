@@ -69,4 +69,4 @@ def inner_step_(theta: Tensor, v: Tensor, g: Tensor, started: bool, h: Hyper) ->
     if h.momentum:
         v.mul_(h.momentum).add_(d, alpha=1 - h.dampening) if started else v.copy_(d)
         u = d.add(v, alpha=h.momentum) if h.nesterov else v
-    theta.add_(u, alpha=-h.lr)
+    theta.add_(u, alpha=-float(h.lr))
