@@ -5,8 +5,16 @@ r"""One step of continual trajectory shifting for all T tasks, in one launch (Sh
     Δ = (β / T) Σ_t (θ_t − φ);   φ ← φ + Δ               meta-update
     θ_t ← θ_t + shift · Δ                                shift;   at K:  θ_t ← φ  (and v_t ← 0)
 
-A program owns BLOCK columns of one tensor and holds θ′ of up to ROWS tasks in registers, so every number is read once and written once.
-Above ROWS tasks, θ′ is stored, summed up on the way, and read back (from cache) for the shift. Heads take the inner step alone.
+A program owns BLOCK columns of one tensor and holds θ′ of up to ROWS tasks in registers, so every number is read once
+and written once. Above ROWS tasks, θ′ is stored, summed up on the way, and read back (from cache) for the shift. Heads
+take the inner step alone.
+
+Three tuples travel through the functions:
+    buffers: theta, v, master and the stride from one task's row to the next.
+    inputs: of one tensor: its gradients' addresses, the flags `started` and `nonfinite` (each of these a number a task,
+        the flags None where not asked for), its group's hyper-parameters, and the gradients' factor.
+    columns: of a program: where they start in the buffers and in the gradient, their numbers from 0 on, and which of
+        them lie in the tensor.
 """
 
 from __future__ import annotations
@@ -14,11 +22,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# numbers a tile: its column in the buffers, columns left in its tensor, its place in the tensor, group, first gradient
+# numbers a tile: its column in the buffers, columns left in its tensor, its start there, group, first gradient
 TILE = tl.constexpr(5)
-HYPER = tl.constexpr(
-    12
-)  # numbers a group: Hyper's eight, the gradients' factor, addresses of a tensor α and β, T of the mean
+# numbers a group: Hyper's eight, the gradients' factor, addresses of a tensor α and β, T of the mean
+HYPER = tl.constexpr(12)
+LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE = (tl.constexpr(i) for i in range(6))
+META_LR, SHIFT, FACTOR, LR_TENSOR, META_LR_TENSOR, NUM_TASKS = (tl.constexpr(i) for i in range(6, 12))
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 META_UPDATE, RESET, RESET_MOMENTUM = (tl.constexpr(1 << i) for i in range(3))  # bits of `mode`
 
@@ -46,110 +55,116 @@ def _learning_rate(value, address):
 
 
 @triton.jit
-def _stored(theta, master, spot, mask, WORK: tl.constexpr):
-    """θ in working precision: float32 or float64 as stored; lower precision from its master, unless the user wrote the parameter since."""
-    x = tl.load(theta + spot, mask=mask, other=0)
+def _stored(theta, master, offsets, mask, WORK: tl.constexpr):
+    """θ in working precision: float32 or float64 as stored; lower precision from its master, unless the user wrote the
+    parameter since.
+    """
+    x = tl.load(theta + offsets, mask=mask, other=0)
     if master is None:
         return x
     else:
-        exact = tl.load(master + spot, mask=mask, other=0)
+        exact = tl.load(master + offsets, mask=mask, other=0)
         return tl.where(_rounded(exact, theta.dtype.element_ty) == x, exact, x.to(WORK))
 
 
 @triton.jit
-def _store(theta, master, spot, mask, x):
+def _store(theta, master, offsets, mask, x):
     """Write θ, and its master where it has one."""
-    tl.store(theta + spot, _rounded(x, theta.dtype.element_ty), mask=mask)
+    tl.store(theta + offsets, _rounded(x, theta.dtype.element_ty), mask=mask)
     if master is not None:
-        tl.store(master + spot, x, mask=mask)
+        tl.store(master + offsets, x, mask=mask)
 
 
 @triton.jit
 def _inner_step(
-    theta, v, master, stride, rows, here, gradients, started, nonfinite, h, scale, column, at, inside, clear,
-    BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WORK: tl.constexpr, PLAIN: tl.constexpr,
-):  # fmt: skip
+    buffers, inputs, columns, rows, row_mask, clear, ALIGNED: tl.constexpr, WORK: tl.constexpr, PLAIN: tl.constexpr
+):
     """θ′ [ROWS, BLOCK] of the tasks `rows`; writes their momentum. clear: momentum ends at zero."""
-    numbers = tl.arange(0, BLOCK)
-    spot = rows.to(tl.int64)[:, None] * stride + (column + numbers)[None, :]
-    mask = here[:, None] & inside[None, :]
-    address = tl.load(gradients + rows, mask=here, other=0)
+    theta, v, master, stride = buffers
+    gradients, started, nonfinite, h, factor = inputs
+    column, start, numbers, inside = columns
+    offsets = rows.to(tl.int64)[:, None] * stride + (column + numbers)[None, :]
+    mask = row_mask[:, None] & inside[None, :]
+    address = tl.load(gradients + rows, mask=row_mask, other=0)
     has = (address != 0)[:, None]
-    gradient = address.to(tl.pointer_type(theta.dtype.element_ty))[:, None] + (at + numbers)[None, :]
+    gradient = address.to(tl.pointer_type(theta.dtype.element_ty))[:, None] + (start + numbers)[None, :]
     if ALIGNED:
         gradient = tl.multiple_of(gradient, [1, 16])
     g = tl.load(gradient, mask=mask & has, other=0).to(WORK)
-    x = _stored(theta, master, spot, mask, WORK)
-    mu, lr, weight_decay = tl.load(h + 1).to(WORK), _learning_rate(h, h + 9), tl.load(h + 3).to(WORK)
-    decays = (
-        tl.full([1], weight_decay, WORK) != 0
-    )  # masks have a shape, since the interpreter cannot broadcast a scalar one
+    x = _stored(theta, master, offsets, mask, WORK)
+    mu, lr = tl.load(h + MOMENTUM).to(WORK), _learning_rate(h + LR, h + LR_TENSOR)
+    weight_decay = tl.load(h + WEIGHT_DECAY).to(WORK)
+    # conditions have a shape, since the interpreter cannot broadcast a scalar one
+    decays = tl.full([1], weight_decay, WORK) != 0
     if PLAIN:
         has_momentum = tl.full([1], 1, tl.int1)
-        old = tl.load(v + spot, mask=mask, other=0).to(WORK)
+        old = tl.load(v + offsets, mask=mask, other=0).to(WORK)
         new = tl.where(decays, tl.fma(weight_decay, x, g), g) + mu * old
         u = new
     else:
         has_momentum = tl.full([1], mu, WORK) != 0
-        old = tl.load(v + spot, mask=mask & has_momentum, other=0).to(WORK)
-        gain = (1 - tl.load(h + 2)).to(WORK)
-        nesterov, maximize = (
-            tl.full([1], tl.load(h + 4), tl.float64) != 0,
-            tl.full([1], tl.load(h + 5), tl.float64) != 0,
-        )
-        g = g * scale.to(WORK)
+        old = tl.load(v + offsets, mask=mask & has_momentum, other=0).to(WORK)
+        gain = (1 - tl.load(h + DAMPENING)).to(WORK)
+        nesterov = tl.full([1], tl.load(h + NESTEROV), tl.float64) != 0
+        maximize = tl.full([1], tl.load(h + MAXIMIZE), tl.float64) != 0
+        g = g * factor.to(WORK)
         if nonfinite is not None:
             bad = tl.max((tl.abs(g) < float("inf")).to(tl.int32) ^ 1, axis=1)
-            tl.store(nonfinite + rows, bad.to(tl.uint8), mask=here & (bad != 0))
+            tl.store(nonfinite + rows, bad.to(tl.uint8), mask=row_mask & (bad != 0))
         d = tl.where(maximize, -g, g)
         d = tl.where(decays, tl.fma(weight_decay, x, d), d)
         new = tl.fma(gain, d, mu * old)
         if started is not None:
-            new = tl.where((tl.load(started + rows, mask=here, other=1) != 0)[:, None], new, d)
+            new = tl.where((tl.load(started + rows, mask=row_mask, other=1) != 0)[:, None], new, d)
         u = tl.where(has_momentum, tl.where(nesterov, tl.fma(mu, new, d), new), d)
     new = tl.where(clear, 0.0, tl.where(has, new, old))
-    tl.store(v + spot, _rounded(new, v.dtype.element_ty), mask=mask & (clear | (has & has_momentum)))
-    return tl.where(has, tl.fma((-lr).to(WORK), u, x), x), spot, mask
+    tl.store(v + offsets, _rounded(new, v.dtype.element_ty), mask=mask & (clear | (has & has_momentum)))
+    return tl.where(has, tl.fma((-lr).to(WORK), u, x), x), offsets, mask
 
 
 @triton.jit
-def _step(
-    theta, v, master, phi, stride, gradients, started, nonfinite, h, scale, column, at, left, mode,
-    T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr, ALIGNED: tl.constexpr, WORK: tl.constexpr,
+def _columns_step(
+    buffers,
+    phi,
+    inputs,
+    column,
+    start,
+    count,
+    mode,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WORK: tl.constexpr,
     PLAIN: tl.constexpr,
-):  # fmt: skip
-    """One step of BLOCK columns of all T tasks. FULL: none of them lies behind the tensor's end."""
+):
+    """One step of `count` columns, at most BLOCK, of all T tasks; without phi: of a head."""
+    theta, v, master, stride = buffers
     numbers = tl.arange(0, BLOCK)
-    inside = numbers < (BLOCK if FULL else left)
+    inside = numbers < count
+    columns = (column, start, numbers, inside)
     rows = tl.arange(0, ROWS)
     if phi is None:
-        x, spot, mask = _inner_step(
-            theta, v, master, stride, rows, rows < T, gradients, started, nonfinite, h, scale, column, at, inside, rows < 0, BLOCK, ALIGNED, WORK,
-            PLAIN,
-        )  # fmt: skip
-        _store(theta, master, spot, mask, x)
+        x, offsets, mask = _inner_step(buffers, inputs, columns, rows, rows < T, rows < 0, ALIGNED, WORK, PLAIN)
+        _store(theta, master, offsets, mask, x)
     else:
+        gradients, started, nonfinite, h, factor = inputs
         bits = tl.full([1], mode, tl.int32)
         meta_update, reset = (bits & META_UPDATE) != 0, (bits & RESET) != 0
         clear = reset & ((bits & RESET_MOMENTUM) != 0)
         p = tl.load(phi + column + numbers, mask=inside, other=0)
-        meta_lr, shift, num_tasks = _learning_rate(h + 6, h + 10), tl.load(h + 7).to(WORK), tl.load(h + 11)
+        meta_lr, shift = _learning_rate(h + META_LR, h + META_LR_TENSOR), tl.load(h + SHIFT).to(WORK)
+        num_tasks = tl.load(h + NUM_TASKS)
         if T <= ROWS:
-            x, spot, mask = _inner_step(
-                theta, v, master, stride, rows, rows < T, gradients, started, nonfinite, h, scale, column, at, inside, clear, BLOCK, ALIGNED, WORK,
-                PLAIN,
-            )  # fmt: skip
+            x, offsets, mask = _inner_step(buffers, inputs, columns, rows, rows < T, clear, ALIGNED, WORK, PLAIN)
             total = tl.sum(tl.where((rows < T)[:, None], x - p[None, :], 0.0), axis=0)
         else:
-            total = tl.full([BLOCK], 0, WORK)
+            total = tl.zeros_like(p)
             for t in range(0, T, ROWS):  # not unrolled: 128 tasks would compile for a minute
-                here = t + rows < T
-                x, spot, mask = _inner_step(
-                    theta, v, master, stride, t + rows, here, gradients, started, nonfinite, h, scale, column, at, inside, clear, BLOCK, ALIGNED,
-                    WORK, PLAIN,
-                )  # fmt: skip
+                some, here = t + rows, t + rows < T
+                x, offsets, mask = _inner_step(buffers, inputs, columns, some, here, clear, ALIGNED, WORK, PLAIN)
                 total += tl.sum(tl.where(here[:, None], x - p[None, :], 0.0), axis=0)
-                _store(theta, master, spot, mask, x)
+                _store(theta, master, offsets, mask, x)
             tl.debug_barrier()  # what is read back below may have been stored by another thread
         moves = meta_update & (tl.full([1], meta_lr, tl.float64) != 0)
         delta = tl.where(moves, total * (meta_lr / num_tasks).to(WORK), 0.0)
@@ -157,36 +172,47 @@ def _step(
         tl.store(phi + column + numbers, p, mask=inside & moves)
         if T <= ROWS:
             x = tl.where(moves, tl.fma(shift, delta[None, :], x), x)
-            _store(theta, master, spot, mask, tl.where(reset, p[None, :], x))
+            _store(theta, master, offsets, mask, tl.where(reset, p[None, :], x))
         else:
             for t in range(0, T, ROWS):
-                spot = (t + rows).to(tl.int64)[:, None] * stride + (column + numbers)[None, :]
+                offsets = (t + rows).to(tl.int64)[:, None] * stride + (column + numbers)[None, :]
                 mask = (t + rows < T)[:, None] & inside[None, :]
-                x = _stored(theta, master, spot, mask, WORK)
+                x = _stored(theta, master, offsets, mask, WORK)
                 x = tl.where(moves, tl.fma(shift, delta[None, :], x), x)
-                _store(theta, master, spot, mask, tl.where(reset, p[None, :], x))
+                _store(theta, master, offsets, mask, tl.where(reset, p[None, :], x))
 
 
 @triton.jit
-def _advance(
-    counters,
-    started,
-    gradients,
-    groups,
-    hyper,
-    count,
-    shared_count,
-    meta_update,
-    reset,
-    clear,
-    counts,
+def _tile_step(
+    buffers,
+    phi,
+    inputs,
+    tile,
+    mode,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WORK: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
+    """One step of a tile, with code of its own for whole ones. tile: its column, start in the tensor, columns left."""
+    column, start, left = tile
+    if left >= BLOCK:
+        _columns_step(buffers, phi, inputs, column, start, BLOCK, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
+    else:
+        _columns_step(buffers, phi, inputs, column, start, left, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
+
+
+@triton.jit
+def _advance(counters, started, gradients, groups, hyper, count, shared_count, mode, counts, BLOCK: tl.constexpr):
     """What the last program to finish does: counters and first-gradient flags, and the ticket for the next step."""
+    meta_update, reset = (mode & META_UPDATE) != 0, (mode & RESET) != 0
+    clear = reset & ((mode & RESET_MOMENTUM) != 0)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
         mask = i < count
-        mu = tl.load(hyper + HYPER * tl.load(groups + i, mask=mask, other=0) + 1, mask=mask, other=0)
+        mu = tl.load(hyper + HYPER * tl.load(groups + i, mask=mask, other=0) + MOMENTUM, mask=mask, other=0)
         first = (tl.load(gradients + i, mask=mask, other=0) != 0) & (mu != 0)
         flag = tl.load(started + i, mask=mask, other=0)
         flag = tl.where(first, 1, flag).to(tl.uint8)
@@ -200,79 +226,73 @@ def _advance(
 
 @triton.jit(do_not_specialize=["mode", "horizon", "meta_interval", "shared_tiles", "shared_count", "count", "counts"])
 def shifting_step_kernel(
-    tiles, gradients, groups, hyper, started, nonfinite, theta, v, master, phi, stride, head_theta, head_v, head_master,
-    shared_tiles, shared_count, count, mode, counters, ticket, horizon, meta_interval, found_inf, grad_scale, counts,
-    T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WORK: tl.constexpr, DAMPENED: tl.constexpr,
-    PLAIN: tl.constexpr,
-):  # fmt: skip
-    """See the module. Grid: one program a tile, those of shared tensors first.
-
-    tiles: int64 [tiles, TILE]. gradients: int64 [count] addresses, 0 for none; those of shared tensors first. groups: int32 [count].
-    hyper: float64 [groups, HYPER]. started, nonfinite: uint8 [count]. theta, v: [T, stride]; master: the same in float32 or None;
-    phi: [stride]; head_*: [1, columns] or None. counters: int64 [4], and what follows it: only where the device counts, else None.
-    DAMPENED: flags are read. PLAIN: momentum everywhere, and no Nesterov, maximize, dampening, factor of the gradients or flags.
-    """
-    tile = tl.program_id(0)
-    mine = tiles + tile.to(tl.int64) * TILE
-    column = tl.multiple_of(tl.load(mine), 16)
-    left = tl.load(mine + 1)
-    at = tl.load(mine + 2)
-    h = hyper + tl.load(mine + 3) * HYPER
-    first = tl.load(mine + 4)
-    scale = tl.load(h + 8)
+    tiles,  # int64 [tiles, TILE], those of shared tensors first
+    gradients,  # int64 [count]: addresses, 0 for none; those of shared tensors first
+    groups,  # int32 [count]
+    hyper,  # float64 [groups, HYPER]
+    started,  # uint8 [count], as nonfinite; or None
+    nonfinite,
+    theta,  # [T, stride], as v; master: the same in float32, or None
+    v,
+    master,
+    phi,  # [stride]
+    stride,
+    head_theta,  # [1, columns], as head_v and head_master; or None
+    head_v,
+    head_master,
+    shared_tiles,
+    shared_count,
+    count,
+    mode,
+    counters,  # int64 [4]; it and what follows it only where the device counts, else None
+    ticket,
+    horizon,
+    meta_interval,
+    found_inf,
+    grad_scale,
+    counts,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every gradient starts at a multiple of 16 bytes
+    WORK: tl.constexpr,
+    DAMPENED: tl.constexpr,  # the flags `started` are read
+    PLAIN: tl.constexpr,  # momentum everywhere; no Nesterov, maximize, dampening, factor of the gradients, or flags
+):
+    """See the module. Grid: one program a tile."""
+    number = tl.program_id(0)
+    mine = tiles + number.to(tl.int64) * TILE
+    column, left, start = tl.multiple_of(tl.load(mine), 16), tl.load(mine + 1), tl.load(mine + 2)
+    h, first = hyper + tl.load(mine + 3) * HYPER, tl.load(mine + 4)
+    factor = tl.load(h + FACTOR)
     works = True
     if counters is not None:
         inner_step = tl.load(counters) + 1
         updates = inner_step % meta_interval == 0
         mode = (mode & RESET_MOMENTUM) | tl.where(updates, META_UPDATE, 0) | tl.where(inner_step >= horizon, RESET, 0)
         if grad_scale is not None:
-            scale = 1 / tl.load(grad_scale).to(tl.float64)
+            factor = 1 / tl.load(grad_scale).to(tl.float64)
         if found_inf is not None:
             works = tl.load(found_inf) == 0
             left = tl.where(works, left, 0)
-    flags = started + first if DAMPENED else None
-    bad = None if nonfinite is None else nonfinite + first
-    at = tl.multiple_of(at, BLOCK)
-    if tile < shared_tiles:
-        if left >= BLOCK:
-            _step(
-                theta, v, master, phi, stride, gradients + first, flags, bad, h, scale, column, at, left, mode, T, ROWS, BLOCK, True, ALIGNED, WORK,
-                PLAIN,
-            )  # fmt: skip
-        else:
-            _step(
-                theta, v, master, phi, stride, gradients + first, flags, bad, h, scale, column, at, left, mode, T, ROWS, BLOCK, False, ALIGNED, WORK,
-                PLAIN,
-            )  # fmt: skip
+    # None is written inside the tuple: a variable of that value could not become a part of one
+    inputs = (
+        gradients + first,
+        started + first if DAMPENED else None,
+        None if nonfinite is None else nonfinite + first,
+        h,
+        factor,
+    )
+    tile = (column, tl.multiple_of(start, BLOCK), left)
+    if number < shared_tiles:
+        buffers = (theta, v, master, stride)
+        _tile_step(buffers, phi, inputs, tile, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
     elif head_theta is not None:
-        if left >= BLOCK:
-            _step(
-                head_theta, head_v, head_master, None, 0, gradients + first, flags, bad, h, scale, column, at, left, mode,
-                1, 1, BLOCK, True, ALIGNED, WORK, PLAIN,
-            )  # fmt: skip
-        else:
-            _step(
-                head_theta, head_v, head_master, None, 0, gradients + first, flags, bad, h, scale, column, at, left, mode,
-                1, 1, BLOCK, False, ALIGNED, WORK, PLAIN,
-            )  # fmt: skip
+        heads = (head_theta, head_v, head_master, 0)
+        _tile_step(heads, None, inputs, tile, mode, 1, 1, BLOCK, ALIGNED, WORK, PLAIN)
     if counters is not None:
         tl.debug_barrier()  # every thread has read the counters before this program hands in its ticket
         if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
             tl.store(ticket, 0)
             if works:
-                reset = (mode & RESET) != 0
-                clear = reset & ((mode & RESET_MOMENTUM) != 0)
-                _advance(
-                    counters,
-                    started,
-                    gradients,
-                    groups,
-                    hyper,
-                    count,
-                    shared_count,
-                    (mode & META_UPDATE) != 0,
-                    reset,
-                    clear,
-                    counts,
-                    BLOCK,
-                )
+                _advance(counters, started, gradients, groups, hyper, count, shared_count, mode, counts, BLOCK)
