@@ -11,10 +11,10 @@ take the inner step alone.
 
 Three tuples travel through the functions:
     buffers: theta, v, master and the stride from one task's row to the next.
-    inputs: of one tensor: its gradients' addresses, the flags `started` and `nonfinite` (each of these a number a task,
-        the flags None where not asked for), its group's hyper-parameters, and the gradients' factor.
-    columns: of a program: where they start in the buffers and in the gradient, their numbers from 0 on, and which of
-        them lie in the tensor.
+    inputs: of one tensor: its gradients' addresses, the flags `started` and `nonfinite` (one entry a task each; a flag
+        that is not asked for is None), its group's hyper-parameters, and the gradients' factor.
+    columns: of a program: where they start in the buffers and in the gradient, 0 to BLOCK − 1, and which of them lie in
+        the tensor.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# numbers a tile: its column in the buffers, columns left in its tensor, its start there, group, first gradient
+# entries of a tile: its column in the buffers, columns left in its tensor, its start there, group, first gradient
 TILE = tl.constexpr(5)
-# numbers a group: Hyper's eight, the gradients' factor, addresses of a tensor α and β, T of the mean
+# entries of a group: Hyper's eight, the gradients' factor, addresses of a tensor α and β, T of the mean
 HYPER = tl.constexpr(12)
 LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE = (tl.constexpr(i) for i in range(6))
 META_LR, SHIFT, FACTOR, LR_TENSOR, META_LR_TENSOR, NUM_TASKS = (tl.constexpr(i) for i in range(6, 12))
@@ -81,7 +81,8 @@ def _inner_step(
 ):
     """θ′ [ROWS, BLOCK] of the tasks `rows`; writes their momentum. clear: momentum ends at zero."""
     theta, v, master, stride = buffers
-    gradients, started, nonfinite, h, factor = inputs
+    gradients, flags, h, factor = inputs
+    started, nonfinite = flags
     column, start, numbers, inside = columns
     offsets = rows.to(tl.int64)[:, None] * stride + (column + numbers)[None, :]
     mask = row_mask[:, None] & inside[None, :]
@@ -148,7 +149,7 @@ def _columns_step(
         x, offsets, mask = _inner_step(buffers, inputs, columns, rows, rows < T, rows < 0, ALIGNED, WORK, PLAIN)
         _store(theta, master, offsets, mask, x)
     else:
-        gradients, started, nonfinite, h, factor = inputs
+        gradients, flags, h, factor = inputs
         bits = tl.full([1], mode, tl.int32)
         meta_update, reset = (bits & META_UPDATE) != 0, (bits & RESET) != 0
         clear = reset & ((bits & RESET_MOMENTUM) != 0)
@@ -202,6 +203,14 @@ def _tile_step(
         _columns_step(buffers, phi, inputs, column, start, BLOCK, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
     else:
         _columns_step(buffers, phi, inputs, column, start, left, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
+
+
+@triton.jit
+def _counted_mode(counters, mode, horizon, meta_interval):
+    """`mode` of a step that the device counts."""
+    inner_step = tl.load(counters) + 1
+    updates = inner_step % meta_interval == 0
+    return (mode & RESET_MOMENTUM) | tl.where(updates, META_UPDATE, 0) | tl.where(inner_step >= horizon, RESET, 0)
 
 
 @triton.jit
@@ -267,29 +276,19 @@ def shifting_step_kernel(
     factor = tl.load(h + FACTOR)
     works = True
     if counters is not None:
-        inner_step = tl.load(counters) + 1
-        updates = inner_step % meta_interval == 0
-        mode = (mode & RESET_MOMENTUM) | tl.where(updates, META_UPDATE, 0) | tl.where(inner_step >= horizon, RESET, 0)
+        mode = _counted_mode(counters, mode, horizon, meta_interval)
         if grad_scale is not None:
             factor = 1 / tl.load(grad_scale).to(tl.float64)
         if found_inf is not None:
             works = tl.load(found_inf) == 0
             left = tl.where(works, left, 0)
     # None is written inside the tuple: a variable of that value could not become a part of one
-    inputs = (
-        gradients + first,
-        started + first if DAMPENED else None,
-        None if nonfinite is None else nonfinite + first,
-        h,
-        factor,
-    )
-    tile = (column, tl.multiple_of(start, BLOCK), left)
+    flags = (started + first if DAMPENED else None, None if nonfinite is None else nonfinite + first)
+    inputs, tile = (gradients + first, flags, h, factor), (column, tl.multiple_of(start, BLOCK), left)
     if number < shared_tiles:
-        buffers = (theta, v, master, stride)
-        _tile_step(buffers, phi, inputs, tile, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
+        _tile_step((theta, v, master, stride), phi, inputs, tile, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
     elif head_theta is not None:
-        heads = (head_theta, head_v, head_master, 0)
-        _tile_step(heads, None, inputs, tile, mode, 1, 1, BLOCK, ALIGNED, WORK, PLAIN)
+        _tile_step((head_theta, head_v, head_master, 0), None, inputs, tile, mode, 1, 1, BLOCK, ALIGNED, WORK, PLAIN)
     if counters is not None:
         tl.debug_barrier()  # every thread has read the counters before this program hands in its ticket
         if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:

@@ -14,6 +14,15 @@ from cts_fast.engine.step import unavailable
 
 OPTIONS = dict(lr=0.05, momentum=0.5, meta_lr=0.2, horizon=6)
 ROUND = ("reptile", "fomaml", "fomaml++", "imaml", "leap")  # one meta-update a round
+BAD_OPTIONS = [{"lr": -1}, {"meta_lr": float("nan")}, {"horizon": 0}, {"momentum": -0.1}, {"backend": "none"}]
+BAD_OPTIONS_OF_ONE = [
+    ("imaml", {"cg_steps": 0}),
+    ("imaml", {"lam": 0.0}),
+    ("leap", {"measure": "width"}),
+    ("random-shift", {"seed": -1}),
+    ("no-shift", {"shift": 0.5}),
+]
+NAMES = "cts reptile fomaml fomaml++ imaml leap mtl no-shift random-shift cts-accurate".split()
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -126,9 +135,8 @@ def test_heads_take_the_inner_step_alone(name):
             loss.backward()
         for t in range(3):
             tasks.loss(t).backward()
-        opt.step(
-            **given(opt, [tasks.loss(t).detach() for t in range(3)], [lambda t=t: tasks.heldout(t) for t in range(3)])
-        )
+        losses = [tasks.loss(t).detach() for t in range(3)]
+        opt.step(**given(opt, losses, [lambda t=t: tasks.heldout(t) for t in range(3)]))
         sgd.step()
         opt.zero_grad()
         sgd.zero_grad()
@@ -147,33 +155,27 @@ def test_every_method_runs_in_every_precision(name, dtype):
         tasks.step(opt)
         exact.step(oracle)
     assert opt.initialization[0].dtype == torch.float32
-    torch.testing.assert_close(
-        phi_of(opt).double(), phi_of(oracle), rtol=0.05, atol=0.05 if dtype != torch.float32 else 1e-4
-    )
+    atol = 0.05 if dtype != torch.float32 else 1e-4
+    torch.testing.assert_close(phi_of(opt).double(), phi_of(oracle), rtol=0.05, atol=atol)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in METHODS if name not in ("leap", "random-shift", "imaml")]
-)  # these couple coordinates
+COUPLE_COORDINATES = ("leap", "random-shift", "imaml")
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in COUPLE_COORDINATES])
 def test_two_groups_with_their_own_rates_equal_two_optimizers_in_one_dimension_each(name):
     results = []
     for split in (True, False):
         p = [[torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2)] for _ in range(2)]
-        groups = [
-            {"params": [[task[i]] for task in p], "lr": 0.1 * (i + 1), "meta_lr": 0.3 * (i + 1)} for i in range(2)
-        ]
+        rates = [{"lr": 0.1 * (i + 1), "meta_lr": 0.3 * (i + 1)} for i in range(2)]
+        groups = [{"params": [[task[i]] for task in p], **rates[i]} for i in range(2)]
         opts = [METHODS[name](groups, horizon=2)] if split else [METHODS[name]([group], horizon=2) for group in groups]
         for _ in range(5):
             for t, task in enumerate(p):
                 ((task[0] - t).square().sum() + 2 * (task[1] - t).square().sum()).backward()
+            heldout = [lambda a=a, b=b: (a + 1).square().sum() + (b + 2).square().sum() for a, b in p]
             for opt in opts:
-                opt.step(
-                    **given(
-                        opt,
-                        [0.0] * 2,
-                        [lambda a=a, b=b: (a + 1).square().sum() + (b + 2).square().sum() for a, b in p],
-                    )
-                )
+                opt.step(**given(opt, [0.0] * 2, heldout))
             for task in p:
                 task[0].grad = task[1].grad = None
         results.append(torch.cat([phi_of(opt) for opt in opts]))
@@ -195,9 +197,8 @@ def test_adding_a_group_keeps_what_the_method_has_gathered(name):
     opt, other = make(name, tasks), make(name, other_tasks)
     for i in range(6):
         if i == 3:
-            other.add_param_group(
-                {"params": [[torch.zeros(2, dtype=torch.float64)] for _ in range(3)], "shared": False}
-            )
+            heads = [[torch.zeros(2, dtype=torch.float64)] for _ in range(3)]
+            other.add_param_group({"params": heads, "shared": False})
         tasks.step(opt)
         other_tasks.step(other)
     assert torch.equal(phi_of(opt), phi_of(other))
@@ -229,9 +230,7 @@ def test_missing_or_wrong_needs_raise_before_anything_moves(name):
 
 
 @every_method
-@pytest.mark.parametrize(
-    "bad", [{"lr": -1}, {"meta_lr": float("nan")}, {"horizon": 0}, {"momentum": -0.1}, {"backend": "none"}]
-)
+@pytest.mark.parametrize("bad", BAD_OPTIONS)
 def test_bad_options_raise(name, bad):
     with pytest.raises(ValueError):
         make(name, Quadratics(), **bad)
@@ -251,28 +250,12 @@ def test_methods_of_whole_rounds_need_a_horizon(name):
         make(name, Quadratics(), meta_interval=2)
 
 
-@pytest.mark.parametrize("name, bad", [
-    ("imaml", {"cg_steps": 0}), ("imaml", {"lam": 0.0}), ("leap", {"measure": "width"}), ("random-shift", {"seed": -1}),
-    ("no-shift", {"shift": 0.5}),
-])  # fmt: skip
+@pytest.mark.parametrize(("name", "bad"), BAD_OPTIONS_OF_ONE)
 def test_bad_options_of_one_method_raise(name, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         make(name, Quadratics(), **bad)
 
 
 def test_the_registry_has_the_names_of_the_command_line():
-    assert list(METHODS) == [
-        "cts",
-        "reptile",
-        "fomaml",
-        "fomaml++",
-        "imaml",
-        "leap",
-        "mtl",
-        "no-shift",
-        "random-shift",
-        "cts-accurate",
-    ]
-    assert METHODS["cts"] is ShiftingMetaOptimizer and all(
-        issubclass(method, ShiftingMetaOptimizer) for method in METHODS.values()
-    )
+    assert list(METHODS) == NAMES and METHODS["cts"] is ShiftingMetaOptimizer
+    assert all(issubclass(method, ShiftingMetaOptimizer) for method in METHODS.values())

@@ -100,10 +100,8 @@ def test_no_shifting_leaves_every_trajectory_as_plain_sgd():
 
 def test_a_random_shift_has_the_norm_of_delta_and_one_direction_for_all_tasks():
     tasks, unshifted = Quadratics(), Quadratics()
-    opt, no_shift = (
-        RandomShifting(tasks.params, **INNER, meta_lr=0.1),
-        NoShifting(unshifted.params, **INNER, meta_lr=0.1),
-    )
+    opt = RandomShifting(tasks.params, **INNER, meta_lr=0.1)
+    no_shift = NoShifting(unshifted.params, **INNER, meta_lr=0.1)
     before = phi_of(opt)
     tasks.step(opt)
     unshifted.step(no_shift)
@@ -125,17 +123,15 @@ def test_a_random_direction_is_a_balanced_choice_of_two_values():
     r = torch.cat([p.detach() for p in task[0]]) - 1
     delta = phi_of(opt)
     torch.testing.assert_close(r.abs(), torch.full_like(r, (delta.norm() / len(r) ** 0.5).item()), rtol=1e-9, atol=0)
-    assert (
-        abs(r.sign().mean()) < 0.05 and abs((r.sign()[1:] * r.sign()[:-1]).mean()) < 0.05
-    )  # three standard deviations
+    # three standard deviations
+    assert abs(r.sign().mean()) < 0.05 and abs((r.sign()[1:] * r.sign()[:-1]).mean()) < 0.05
 
 
 def test_random_words_are_those_of_splitmix64_and_may_begin_anywhere():
     known = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # the first three of seed 0
-    assert [word % 2**64 for word in random_words(0, 0, 3, torch.device("cpu")).tolist()] == known
-    assert torch.equal(
-        random_words(2**64 - 9, 0, 9, torch.device("cpu"))[4:], random_words(2**64 - 9, 4, 5, torch.device("cpu"))
-    )
+    cpu = torch.device("cpu")
+    assert [word % 2**64 for word in random_words(0, 0, 3, cpu).tolist()] == known
+    assert torch.equal(random_words(2**64 - 9, 0, 9, cpu)[4:], random_words(2**64 - 9, 4, 5, cpu))
 
 
 def test_random_directions_follow_from_the_seed_and_differ_from_step_to_step():
@@ -191,11 +187,10 @@ def test_fomaml_plus_plus_averages_the_held_out_gradient_along_the_trajectory():
 def test_maximize_climbs_the_held_out_value_too():
     tasks, negated = Quadratics(), Quadratics()
     negated.a = -negated.a
-    results = [
-        round_of(one, FOMAML(one.params, lr=0.05, meta_lr=0.3, horizon=5, maximize=up), 5)
-        for one, up in ((tasks, False), (negated, True))
-    ]
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-12, atol=0)
+    options = dict(lr=0.05, meta_lr=0.3, horizon=5)
+    _, descended = round_of(tasks, FOMAML(tasks.params, **options), 5)
+    _, climbed = round_of(negated, FOMAML(negated.params, **options, maximize=True), 5)
+    torch.testing.assert_close(descended, climbed, rtol=1e-12, atol=0)
 
 
 # iMAML ----------------------------------------------------------------------------------------------------------------
@@ -245,7 +240,7 @@ def test_conjugate_gradient_stops_at_negative_curvature():
 # Leap -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("measure, power", [("length", 1), ("energy", 2)])
+@pytest.mark.parametrize(("measure", "power"), [("length", 1), ("energy", 2)])
 def test_leap_is_the_derivative_of_the_path_length_by_finite_differences(measure, power):
     tasks = Quadratics()
     opt = Leap(tasks.params, **INNER, meta_lr=0.3, horizon=6, measure=measure)
@@ -280,10 +275,8 @@ class Regressions:
 
     def __init__(self, seed=0):
         torch.manual_seed(seed)
-        self.nets = [
-            torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Softplus(), torch.nn.Linear(4, 1)).double()
-            for _ in range(2)
-        ]
+        layers = [(torch.nn.Linear(2, 4), torch.nn.Softplus(), torch.nn.Linear(4, 1)) for _ in range(2)]
+        self.nets = [torch.nn.Sequential(*of_one).double() for of_one in layers]
         self.nets[1].load_state_dict(self.nets[0].state_dict())
         self.params = [net.parameters() for net in self.nets]
         self.data = [[(torch.randn(12, 2).double(), torch.randn(12, 1).double()) for _ in range(2)] for _ in range(2)]
@@ -291,7 +284,8 @@ class Regressions:
     def loss(self, t, part=0, params=None):
         x, y = self.data[t][part]
         net = self.nets[t]
-        return (functional_call(net, dict(net.named_parameters()) if params is None else params, x) - y).square().mean()
+        params = dict(net.named_parameters()) if params is None else params
+        return (functional_call(net, params, x) - y).square().mean()
 
     def step(self, opt, curvature_of_training=False):
         opt.zero_grad()
@@ -311,9 +305,8 @@ class Regressions:
             theta = dict(phi)
             for _ in range(steps):
                 gradients = torch.autograd.grad(self.loss(t, 0, theta), theta.values(), create_graph=True)
-                theta = {
-                    n: p - lr * (g + lam * (p - phi[n])) for (n, p), g in zip(theta.items(), gradients, strict=True)
-                }
+                moved = zip(theta.items(), gradients, strict=True)
+                theta = {name: p - lr * (g + lam * (p - phi[name])) for (name, p), g in moved}
             total = total + self.loss(t, 1, theta) / 2
         return torch.cat([g.flatten() for g in torch.autograd.grad(total, phi.values())])
 

@@ -1,4 +1,7 @@
-"""What holds for every method where training is not plain: scaled and broken gradients, mixed precision, and users who interfere."""
+"""What holds for every method where training is not plain.
+
+Scaled and broken gradients, mixed precision, and users who interfere.
+"""
 
 import pytest
 import torch
@@ -55,7 +58,7 @@ def test_parameters_of_two_precisions_train_together(name, backend):
 
 @every_method
 @every_backend
-def test_a_new_initialization_heals_a_run_that_met_a_nan(name, backend):
+def test_loading_an_initialization_repairs_a_run_that_met_a_nan(name, backend):
     tasks, fresh = Quadratics(), Quadratics()
     opt, other = make(name, tasks, backend), make(name, fresh, backend)
     loss = tasks.loss
@@ -71,9 +74,13 @@ def test_a_new_initialization_heals_a_run_that_met_a_nan(name, backend):
 def test_a_theta_that_a_heldout_function_exchanges_is_phi_after_the_round(name, backend):
     tasks = Quadratics()
     opt = make(name, tasks, backend, horizon=1)
-    tasks.heldout = lambda t, ask=tasks.heldout: (
-        [setattr(p, "data", p.detach().clone()) for p in tasks.params[t]] and ask(t)
-    )
+
+    def heldout(t, ask=tasks.heldout):
+        for p in tasks.params[t]:
+            p.data = p.detach().clone()
+        return ask(t)
+
+    tasks.heldout = heldout
     tasks.step(opt)
     assert all(torch.equal(tasks.theta(t), phi_of(opt)) for t in range(3))
 

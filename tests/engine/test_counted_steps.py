@@ -1,4 +1,7 @@
-"""Steps whose decisions the device takes (`capturable=True`), on every backend that can: what a CUDA graph replays, here run eagerly."""
+"""Steps whose decisions the device takes (`capturable=True`), on every backend that can.
+
+They are what a CUDA graph replays, here run eagerly.
+"""
 
 import os
 from dataclasses import replace
@@ -15,9 +18,12 @@ PLACES = [place for place in places() if counts_on_device(place[:1])]
 everywhere = pytest.mark.parametrize(("backend", "device"), PLACES, ids=["-".join(place) for place in PLACES])
 # an interpreter is slow: few cases, and no search for smaller ones
 few = settings(
-    max_examples=int(os.environ.get("CTS_FAST_EXAMPLES", 12)), deadline=None, print_blob=True,
-    suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate],
-)  # fmt: skip
+    max_examples=int(os.environ.get("CTS_FAST_EXAMPLES", 12)),
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],
+)
 OPTIONS = dict(lr=0.1, momentum=0.9, weight_decay=0.01, meta_lr=0.3, horizon=3)
 
 
@@ -46,8 +52,8 @@ def test_a_step_that_the_device_counts_is_the_step_that_the_host_decides(backend
     assert (host.inner_step, host.round, host.meta_updates) == (counts.inner_step, counts.round, counts.meta_updates)
     for a, b in zip(host.engine.flats, counts.engine.flats, strict=True):
         for x, y in zip(a, b, strict=True):
-            with_numbers = [segment.numel > 0 for segment in x.segments]
-            assert torch.equal(x.started[with_numbers], y.started.cpu()[with_numbers])
+            not_empty = [segment.numel > 0 for segment in x.segments]
+            assert torch.equal(x.started[not_empty], y.started.cpu()[not_empty])
 
 
 @everywhere
@@ -67,9 +73,9 @@ def test_a_tensor_learning_rate_is_read_by_the_device(backend, device):
             group["lr"].fill_(rates[step])
             group["meta_lr"].fill_(rates[step])
 
-    assert_equal(
-        counted(case, backend, device, False, as_number)[1], counted(case, backend, device, True, as_tensor)[1]
-    )
+    _, expected = counted(case, backend, device, False, as_number)
+    _, got = counted(case, backend, device, True, as_tensor)
+    assert_equal(expected, got)
 
 
 @everywhere
@@ -86,17 +92,14 @@ def test_the_device_reads_the_gradient_scale_and_found_inf(backend, device):
     case = Case(3, ((9,),), steps=4, options=OPTIONS)
 
     def scaled(opt, step):
-        opt.grad_scale, opt.found_inf = (
-            torch.tensor([4.0], device=device),
-            torch.tensor([float(step == 1)], device=device),
-        )
+        opt.grad_scale = torch.tensor([4.0], device=device)
+        opt.found_inf = torch.tensor([float(step == 1)], device=device)
 
     host, expected = counted(case, backend, device, False, scaled)
     counts, got = counted(case, backend, device, True, scaled)
     assert_equal(expected, got)
-    assert (
-        host.inner_step == counts.inner_step == 0 and host.round == counts.round == 1
-    )  # one of four steps left out, K = 3
+    # one of four steps left out, K = 3
+    assert host.inner_step == counts.inner_step == 0 and host.round == counts.round == 1
 
 
 @everywhere

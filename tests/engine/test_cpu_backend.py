@@ -1,6 +1,7 @@
-"""Facts about the native CPU step: every instruction set, any number of threads, and not a byte beside its own."""
+"""The native CPU step: every instruction set, any number of threads, and not a byte beside its own."""
 
 import ctypes
+import itertools
 import mmap
 import os
 from dataclasses import replace
@@ -30,9 +31,9 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OPTIONS = dict(lr=0.1, momentum=0.9, weight_decay=0.01, meta_lr=0.3, horizon=3)
 SHAPES = ((129,), (3, 5, 3, 3), (), (0, 4), (1,), (1030,))
 every_isa = pytest.mark.parametrize("isa", ISAS)
-relaxed = settings(
-    max_examples=int(os.environ.get("CTS_FAST_EXAMPLES", 100)), deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture], print_blob=True,
-)  # fmt: skip
+CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+EXAMPLES = int(os.environ.get("CTS_FAST_EXAMPLES", 100))
+relaxed = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=CHECKS, print_blob=True)
 
 
 @pytest.fixture
@@ -53,9 +54,7 @@ def run_with_threads(case: Case, threads: int) -> list[torch.Tensor]:
 
 def assert_same_bits(ones: list[torch.Tensor], others: list[torch.Tensor]) -> None:
     for one, other in zip(ones, others, strict=True):
-        assert torch.equal(
-            one.view(torch.int64) if one.dim() else one, other.view(torch.int64) if other.dim() else other
-        )
+        assert torch.equal(*(x.view(torch.int64) if x.dim() else x for x in (one, other)))
 
 
 @every_isa
@@ -72,9 +71,8 @@ def test_every_instruction_set_is_as_exact_as_the_reference(isa, use_isa, case):
 def test_every_instruction_set_takes_any_number_of_tasks(isa, use_isa, tasks, dtype):
     use_isa(isa)
     heads = tuple(((t % 5 + 1, 3),) for t in range(tasks))
-    missing = frozenset(
-        (step, t, i) for step in range(4) for t in range(tasks) for i in range(7) if (step + t + i) % 5 == 0
-    )
+    everything = itertools.product(range(4), range(tasks), range(7))
+    missing = frozenset(one for one in everything if sum(one) % 5 == 0)
     assert_as_exact_as_reference(Case(tasks, SHAPES, heads, dtype, 4, missing=missing, options=OPTIONS), "cpu")
 
 
@@ -98,9 +96,7 @@ def test_any_number_of_threads_gives_the_same_bits(tasks, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.skipif(
-    ISAS[0] == "plain", reason="torch rounds a * b + c once where the machine can, the plain kernel never"
-)
+@pytest.mark.skipif(ISAS[0] == "plain", reason="torch rounds a * b + c once where the machine can, this kernel never")
 @relaxed
 @given(case=cases())
 def test_without_meta_learning_tasks_are_torch_sgd_bit_for_bit(dtype, case):
@@ -119,12 +115,8 @@ def test_sixteen_bit_values_round_as_torch_rounds_them(isa, use_isa):
         opt.step()  # momentum = every, theta = −every: read, widened, narrowed and stored without loss
         assert torch.equal(opt.state[param]["momentum_buffer"], every)
         assert torch.equal(param, -every)
-        for scale in (
-            1 / 3,
-            1e-4,
-            1.7,
-            900.0,
-        ):  # theta = −scale · every in float32, and its rounding, ties and overflow included
+        # theta = −scale · every in float32, and its rounding, ties and overflow included
+        for scale in (1 / 3, 1e-4, 1.7, 900.0):
             param = torch.nn.Parameter(torch.zeros_like(every))
             opt = ShiftingMetaOptimizer([[param]], lr=scale, meta_lr=0.0, backend="cpu")
             param.grad = every.clone()
@@ -174,7 +166,7 @@ def test_padding_between_segments_stays_zero(isa, use_isa, case):
 @pytest.mark.parametrize("tasks", [8, 17])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("at", [0, 36, -1])
-def test_one_bad_number_anywhere_is_reported(tasks, bad, at):
+def test_one_nonfinite_gradient_anywhere_is_reported(tasks, bad, at):
     params = [[torch.nn.Parameter(torch.ones(7)), torch.nn.Parameter(torch.ones(37))] for _ in range(tasks)]
     opt = ShiftingMetaOptimizer(params, lr=0.1, momentum=0.9, nonfinite="raise", backend="cpu")
     for task in params:
@@ -194,10 +186,8 @@ def test_an_instruction_set_that_is_not_there_is_refused_with_the_reason(monkeyp
 
 def odd_gradients() -> tuple[ShiftingMetaOptimizer, list[list[torch.nn.Parameter]]]:
     """An optimizer whose gradients are of every kind that is not refused."""
-    params = [
-        [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 6), (1, 5), (0, 3), (), (3,), (2, 2))]
-        for _ in range(2)
-    ]
+    shapes = ((4, 6), (1, 5), (0, 3), (), (3,), (2, 2))
+    params = [[torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2)]
     opt = ShiftingMetaOptimizer(params, lr=1.0, meta_lr=0.1, backend="cpu")
     for task in params:
         for i, param in enumerate(task):
@@ -222,9 +212,8 @@ def test_gradients_are_collected_alike_in_c_and_in_python(monkeypatch):
             assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
         native.step(), plain.step()
     assert_same_bits(result(native), result(plain))
-    assert (
-        native_params[0][0].data_ptr() == native.engine.collectors[0].addresses[0] and plain_params[1][5].grad is None
-    )
+    assert native_params[0][0].data_ptr() == native.engine.collectors[0].addresses[0]
+    assert plain_params[1][5].grad is None
 
 
 def test_a_table_of_gradients_says_whether_it_changed():
@@ -255,7 +244,7 @@ def test_refused_gradients_name_task_and_parameter_and_nothing_moves(kind):
     assert all(bool((param == 1).all()) for task in params for param in task) and opt.inner_step == 0
 
 
-def test_gradients_are_let_go_after_the_step():
+def test_gradients_are_released_after_the_step():
     import weakref
 
     param = torch.nn.Parameter(torch.ones(3))

@@ -1,4 +1,4 @@
-"""What only the cuda backend has: a limit on param groups, and a table of gradients that goes through device memory where it is large."""
+"""What only the cuda backend has: a limit on param groups, and a path through device memory for large tables."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def many_groups(device, groups):
 
 
 @everywhere
-def test_as_many_groups_as_a_launch_holds_step(backend, device):
+def test_one_step_takes_as_many_groups_as_a_launch_holds(backend, device):
     opt = ShiftingMetaOptimizer(many_groups(device, 64), lr=0.5, meta_lr=0.0, backend=backend)
     for i, group in enumerate(opt.param_groups):
         group["lr"] = float(i)
@@ -55,9 +55,8 @@ def test_more_groups_than_a_launch_holds_go_to_the_next_backend_unless_cuda_was_
 @everywhere
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_table_that_no_launch_holds_goes_through_device_memory(backend, device, capturable):
-    case = Case(
-        30, ((3,), (130,)) * 60, (((2,),),) * 30, steps=2, missing=frozenset({(0, 1, 3), (1, 29, 120)}), options=OPTIONS
-    )
+    shapes, heads, missing = ((3,), (130,)) * 60, (((2,),),) * 30, frozenset({(0, 1, 3), (1, 29, 120)})
+    case = Case(30, shapes, heads, steps=2, missing=missing, options=OPTIONS)
     if not capturable:
         assert_as_exact_as_reference(case, backend, device)
         return
@@ -78,7 +77,5 @@ def test_a_large_table_is_sent_again_only_when_it_changed(backend, device):
 @everywhere
 def test_gradients_off_their_alignment_change_no_bit(backend, device):
     case = Case(5, ((1030,), (33,)), options=OPTIONS)
-    for a, b in zip(
-        run(case, backend, device), run(replace(case, grad_layout="unaligned"), backend, device), strict=True
-    ):
-        assert torch.equal(a, b)
+    aligned, off = run(case, backend, device), run(replace(case, grad_layout="unaligned"), backend, device)
+    assert all(torch.equal(a, b) for a, b in zip(aligned, off, strict=True))

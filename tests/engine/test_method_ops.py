@@ -15,33 +15,56 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OPTIONS = dict(lr=0.1, momentum=0.9, meta_lr=0.3)
 KEY = 0xFEDCBA9876543210
 HYPER = Hyper(0.1, 0.9, 0.0, 0.0, False, False, 0.3, 1.0)
+
+
+def end_round(total: bool, gradients: bool, weight: float, reset: bool):
+    """`end_round_` with a sum, with gradients, or with both."""
+
+    def act(ops, x):
+        given = x["total"] if total else None, x["gradients"] if gradients else None
+        return ops.end_round_(*given, weight, [0.7, 9.0], reset)
+
+    return act
+
+
+def measured_step(ops, x):
+    return ops.measured_step_(x["gradients"], [HYPER, HYPER], Control(True, False, False, x["tasks"]))
+
+
+def path_step(weight_of, change_of, scale: float, keeps: bool):
+    """`path_step_` at a point where a segment of task t ends with weight_of(t) and change_of(t); None: at the first."""
+
+    def act(ops, x):
+        segment = [[] if of is None else [of(t) for t in range(x["tasks"])] for of in (weight_of, change_of)]
+        point = PathPoint(x["total"], x["theta"], x["gradient"], *segment, scale, keeps)
+        ops.path_step_(point, x["gradients"], [HYPER, HYPER], Control(False, False, True, x["tasks"]))
+
+    return act
+
+
 OPS = {
     "add_gradients_": lambda ops, x: ops.add_gradients_(x["total"], x["gradients"], 0.3),
-    "end_round_": lambda ops, x: ops.end_round_(x["total"], x["gradients"], 0.3, [0.7, 9.0], True),
-    "end_round_ with gradients alone": lambda ops, x: ops.end_round_(None, x["gradients"], 0.3, [0.7, 9.0], False),
-    "end_round_ with a sum alone": lambda ops, x: ops.end_round_(x["total"], None, 0.0, [0.7, 9.0], True),
+    "end_round_": end_round(True, True, 0.3, True),
+    "end_round_ with gradients alone": end_round(False, True, 0.3, False),
+    "end_round_ with a sum alone": end_round(True, False, 0.0, True),
     "reset_": lambda ops, x: ops.reset_(True),
     "reset_, momentum kept": lambda ops, x: ops.reset_(False),
     "squared_distances": lambda ops, x: ops.squared_distances(x["theta"]),
-    "measured_step_": lambda ops, x: ops.measured_step_(x["gradients"], [HYPER, HYPER], Control(True, False, False, x["tasks"])),
-    "measured_step_, all gradients there": lambda ops, x: ops.measured_step_(x["gradients"], [HYPER, HYPER], Control(True, False, False, x["tasks"])),
+    "measured_step_": measured_step,
+    "measured_step_, all gradients there": measured_step,
     "add_signs_": lambda ops, x: ops.add_signs_(KEY, 5, 0.01),
-    "path_step_, the first point": lambda ops, x: leap(ops, x, [], [], 0.5, True),
-    "path_step_": lambda ops, x: leap(ops, x, [0.5 + t for t in range(x["tasks"])], [0.1 * t - 0.2 for t in range(x["tasks"])], 0.5, True),
-    "path_step_, the last point": lambda ops, x: leap(ops, x, [1.0] * x["tasks"], [0.3] * x["tasks"], 1.0, False),
-}  # fmt: skip
-
-
-def leap(ops, x, *segment):
-    point = PathPoint(x["total"], x["theta"], x["gradient"], *segment)
-    ops.path_step_(point, x["gradients"], [HYPER, HYPER], Control(False, False, True, x["tasks"]))
-
-
+    "path_step_, the first point": path_step(None, None, 0.5, True),
+    "path_step_": path_step(lambda t: 0.5 + t, lambda t: 0.1 * t - 0.2, 0.5, True),
+    "path_step_, the last point": path_step(lambda t: 1.0, lambda t: 0.3, 1.0, False),
+}
 every_op = pytest.mark.parametrize("name", OPS)
 
 
 def taken(name, dtype=torch.float64, tasks=3, native=True, threads=2):
-    """All buffers after an operation, in float64, and what it returned; some gradients are missing but for one pass, one lies in another order."""
+    """All buffers after an operation, in float64, and what it returned.
+
+    Some gradients are missing but for one operation; one lies in another memory order.
+    """
     missing = frozenset() if "all gradients" in name else frozenset({(1, 0, 0), (1, tasks - 1, 5)})
     case = Case(tasks, SHAPES, heads=(((3,),),) * tasks, dtype=dtype, missing=missing, options=OPTIONS)
     opt, params = build(case, "cpu")

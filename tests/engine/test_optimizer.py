@@ -52,7 +52,7 @@ def test_hooks_of_a_subclass_with_its_own_step_run_once():
     assert seen == [((opt,), 1)]
 
 
-def test_hooks_of_all_optimizers_and_the_profiler_hear_the_step():
+def test_hooks_of_all_optimizers_and_the_profiler_see_the_step():
     nets, seen = make_nets(), []
     opt = make_optimizer(nets)
     backward(nets)
@@ -162,7 +162,7 @@ def test_a_graph_that_saved_a_parameter_notices_the_step(backend):
         loss.backward()
 
 
-def test_parameters_exchanged_by_the_user_are_taken_back():
+def test_parameters_exchanged_by_the_user_are_taken_over():
     nets = make_nets()
     opt = make_optimizer(nets, lr=0.0, meta_lr=0.0)
     fresh = torch.full_like(nets[1][0].weight, 2.0)
@@ -215,10 +215,8 @@ def test_step_inside_torch_compile_is_a_graph_break_with_the_same_result():
         return scale * 2
 
     for step in range(4):
-        for these, own, act in (
-            (nets, opt, compiled if step % 2 else lambda: training_step(torch.ones(1))),
-            (twins, other, other.step),
-        ):
+        compiled_step = compiled if step % 2 else lambda: training_step(torch.ones(1))
+        for these, own, act in ((nets, opt, compiled_step), (twins, other, other.step)):
             own.zero_grad()
             backward(these, step)
             act()
@@ -226,13 +224,8 @@ def test_step_inside_torch_compile_is_a_graph_break_with_the_same_result():
 
 
 def test_gradients_are_found_in_python_where_torch_has_no_c_functions_for_them(monkeypatch):
-    case = Case(
-        3,
-        ((5, 3), (7,)),
-        (((2,),),) * 3,
-        missing=frozenset({(1, 0, 0)}),
-        options=dict(lr=0.1, momentum=0.9, meta_lr=0.3, horizon=3),
-    )
+    options = dict(lr=0.1, momentum=0.9, meta_lr=0.3, horizon=3)
+    case = Case(3, ((5, 3), (7,)), (((2,),),) * 3, missing=frozenset({(1, 0, 0)}), options=options)
     for backend in {place[0] for place in places() if place[1] == "cpu"} | {"reference"}:
         expected = run(case, backend)
         with monkeypatch.context() as patch:

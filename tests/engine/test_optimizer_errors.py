@@ -9,17 +9,15 @@ from cts_fast import ShiftingMetaOptimizer
 
 
 def parameters(*shapes, dtype=torch.float32, device="cpu"):
-    return [
-        nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=dtype.is_floating_point)
-        for shape in shapes
-    ]
+    zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+    return [nn.Parameter(values, requires_grad=dtype.is_floating_point) for values in zeros]
 
 
-TORCHS = get_error_inputs_for_all_optims("cpu", torch.float32)
+TORCH_CASES = get_error_inputs_for_all_optims("cpu", torch.float32)
 
 
-@pytest.mark.parametrize("case", TORCHS, ids=[case.optimizer_error_input.desc for case in TORCHS])
-def test_torchs_generic_error_inputs_give_the_same_class_and_message(case):
+@pytest.mark.parametrize("case", TORCH_CASES, ids=[case.optimizer_error_input.desc for case in TORCH_CASES])
+def test_generic_error_inputs_of_torch_give_the_same_class_and_message(case):
     inputs, kind = case.optimizer_error_input, case.error_type
     params = parameters((2,)) if inputs.params is None else inputs.params
     context = pytest.warns if issubclass(kind, Warning) else pytest.raises
@@ -27,70 +25,73 @@ def test_torchs_generic_error_inputs_give_the_same_class_and_message(case):
         ShiftingMetaOptimizer(params, **inputs.kwargs)
 
 
+def two_tasks(shape=(2,), **other):
+    """Two tasks of one parameter, the second one's with another shape, dtype or device."""
+    return [parameters((2,)), parameters(shape, **other)]
+
+
+def named(*names):
+    """A task of one parameter a name."""
+    return [(name, parameters((2,))[0]) for name in names]
+
+
 SHARED = parameters((2,))[0]
 LEAF = torch.zeros(2, requires_grad=True)
-BAD_TASKS = {
-    "empty task list": ([], ValueError, "empty parameter list"),
-    "tasks without parameters": ([[], []], ValueError, "no task has a parameter"),
-    "a parameter of two tasks": ([[SHARED], [SHARED]], ValueError, "task 1, parameter 0: is a parameter of task 0 too"),
-    "other counts": ([parameters((2,), (3,)), parameters((2,))], ValueError, "task 1: 1 parameters, but task 0 has 2"),
-    "other shapes": (
-        [parameters((2,)), parameters((3,))],
-        ValueError,
-        r"task 1, parameter '0': shape is \(3,\), but \(2,\) in task 0",
-    ),
-    "other dtypes": (
-        [parameters((2,)), parameters((2,), dtype=torch.float64)],
-        ValueError,
-        "task 1, parameter '0': dtype is torch.float64",
-    ),
-    "other devices": (
-        [parameters((2,)), parameters((2,), device="meta")],
-        ValueError,
-        "task 1, parameter '0': device is meta",
-    ),
-    "other names": (
-        [[("a", parameters((2,))[0])], [("b", parameters((2,))[0])]],
-        ValueError,
-        "task 1, parameter 'b': name is b, but a in task 0",
-    ),
-    "integers": ([parameters((2,), dtype=torch.int64)], ValueError, "task 0, parameter '0': dtype is torch.int64"),
-    "complex": (
-        [parameters((2,), dtype=torch.complex64)],
-        ValueError,
-        "task 0, parameter '0': dtype is torch.complex64",
-    ),
-    "non-leaf": ([[LEAF * 2]], ValueError, "can't optimize a non-leaf Tensor"),
-    "a set as a task": ([set(parameters((2,), (3,)))], TypeError, "task 0.*ordered collections"),
-    "no tensors": ([[1.0]], TypeError, "task 0, parameter '0': optimizer can only optimize Tensors"),
-    "a number as a task": ([3], TypeError, "task 0: optimizer can only optimize Tensors"),
-    "names twice": (
-        [[("a", parameters((2,))[0]), ("a", parameters((2,))[0])]],
-        ValueError,
-        "'a': two shared parameters have that name",
-    ),
+BAD_VALUES = {
+    "empty task list": ([], "empty parameter list"),
+    "tasks without parameters": ([[], []], "no task has a parameter"),
+    "a parameter of two tasks": ([[SHARED], [SHARED]], "task 1, parameter 0: is a parameter of task 0 too"),
+    "other counts": ([parameters((2,), (3,)), parameters((2,))], "task 1: 1 parameters, but task 0 has 2"),
+    "other shapes": (two_tasks((3,)), r"task 1, parameter '0': shape is \(3,\), but \(2,\) in task 0"),
+    "other dtypes": (two_tasks(dtype=torch.float64), "task 1, parameter '0': dtype is torch.float64"),
+    "other devices": (two_tasks(device="meta"), "task 1, parameter '0': device is meta"),
+    "other names": ([named("a"), named("b")], "task 1, parameter 'b': name is b, but a in task 0"),
+    "integers": ([parameters((2,), dtype=torch.int64)], "task 0, parameter '0': dtype is torch.int64"),
+    "complex": ([parameters((2,), dtype=torch.complex64)], "task 0, parameter '0': dtype is torch.complex64"),
+    "non-leaf": ([[LEAF * 2]], "can't optimize a non-leaf Tensor"),
+    "names twice": ([named("a", "a")], "'a': two shared parameters have that name"),
 }
+BAD_TYPES = {
+    "a set as a task": ([set(parameters((2,), (3,)))], "task 0.*ordered collections"),
+    "no tensors": ([[1.0]], "task 0, parameter '0': optimizer can only optimize Tensors"),
+    "a number as a task": ([3], "task 0: optimizer can only optimize Tensors"),
+}
+BAD_TASKS = {kind: (*case, ValueError) for kind, case in BAD_VALUES.items()}
+BAD_TASKS |= {kind: (*case, TypeError) for kind, case in BAD_TYPES.items()}
 
 
 @pytest.mark.parametrize("kind", BAD_TASKS)
-def test_bad_tasks(kind):
-    tasks, error, message = BAD_TASKS[kind]
+def test_bad_tasks_raise(kind):
+    tasks, message, error = BAD_TASKS[kind]
     with pytest.raises(error, match=message):
         ShiftingMetaOptimizer(tasks)
+
+
+NAN = float("nan")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1.0}, "Invalid learning rate: -1.0"), ({"lr": float("nan")}, "Invalid learning rate: nan"), ({"momentum": -0.1}, "Invalid momentum value"),
-        ({"weight_decay": -1}, "Invalid weight_decay value"), ({"meta_lr": -1.0}, "Invalid meta learning rate"),
-        ({"meta_lr": float("nan")}, "Invalid meta learning rate"), ({"dampening": float("nan")}, "Invalid dampening"), ({"shift": float("nan")}, "Invalid shift"),
-        ({"meta_lr": torch.ones(2)}, "Tensor meta_lr must be 1-element"), ({"nesterov": True}, "Nesterov momentum requires a momentum and zero dampening"),
-        ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "Nesterov"), ({"horizon": 0}, "Invalid horizon"), ({"horizon": 1.5}, "Invalid horizon"),
-        ({"meta_interval": 0}, "Invalid meta_interval"), ({"nonfinite": "ask"}, "Invalid nonfinite"), ({"backend": "warp"}, "unknown backend 'warp'"),
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"lr": NAN}, "Invalid learning rate: nan"),
+        ({"momentum": -0.1}, "Invalid momentum value"),
+        ({"weight_decay": -1}, "Invalid weight_decay value"),
+        ({"meta_lr": -1.0}, "Invalid meta learning rate"),
+        ({"meta_lr": NAN}, "Invalid meta learning rate"),
+        ({"dampening": NAN}, "Invalid dampening"),
+        ({"shift": NAN}, "Invalid shift"),
+        ({"meta_lr": torch.ones(2)}, "Tensor meta_lr must be 1-element"),
+        ({"nesterov": True}, "Nesterov momentum requires a momentum and zero dampening"),
+        ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "Nesterov"),
+        ({"horizon": 0}, "Invalid horizon"),
+        ({"horizon": 1.5}, "Invalid horizon"),
+        ({"meta_interval": 0}, "Invalid meta_interval"),
+        ({"nonfinite": "ask"}, "Invalid nonfinite"),
+        ({"backend": "warp"}, "unknown backend 'warp'"),
     ],
-)  # fmt: skip
-def test_bad_options(options, message):
+)
+def test_bad_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         ShiftingMetaOptimizer([parameters((2,))], **options)
 
@@ -102,15 +103,16 @@ def test_a_backend_that_cannot_run_says_why():
         ShiftingMetaOptimizer([parameters((2,))], backend="cuda")
 
 
-@pytest.mark.parametrize(
-    "option", ["horizon", "meta_interval", "reset_momentum", "capturable", "nonfinite", "backend", "process_group"]
-)
+OF_THE_OPTIMIZER = "horizon meta_interval reset_momentum capturable nonfinite backend process_group".split()
+
+
+@pytest.mark.parametrize("option", OF_THE_OPTIMIZER)
 def test_a_group_may_not_set_an_option_of_the_whole_optimizer(option):
     with pytest.raises(ValueError, match=f"{option} belongs to the whole optimizer"):
         ShiftingMetaOptimizer([{"params": [parameters((2,))], option: 1}])
 
 
-def test_heads_for_another_number_of_tasks():
+def test_heads_for_another_number_of_tasks_raise():
     with pytest.raises(ValueError, match="heads of 1 tasks given, but there are 2 tasks"):
         ShiftingMetaOptimizer([parameters((2,)), parameters((2,))], heads=[parameters((3,))])
 
@@ -125,10 +127,11 @@ def test_heads_alone_are_no_initialization():
 @pytest.mark.parametrize(
     ("group", "error"),
     [
-        ({"params": [parameters((2,))]}, "1 tasks given, but the optimizer has 2"), ({"params": [parameters((2,)), parameters((3,))]}, "shape"),
-        ({"params": [parameters((2,)), parameters((2,))], "lr": -1.0}, "Invalid learning rate"),
+        ({"params": [parameters((2,))]}, "1 tasks given, but the optimizer has 2"),
+        ({"params": two_tasks((3,))}, "shape"),
+        ({"params": two_tasks(), "lr": -1.0}, "Invalid learning rate"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_group_leaves_the_optimizer_as_it_was(group, error):
     tasks = [parameters((2,)), parameters((2,))]
     opt = ShiftingMetaOptimizer(tasks)
@@ -169,7 +172,7 @@ def test_a_bad_live_option_raises_before_anything_moved(broken):
     assert not tasks[0][0].any()
 
 
-def test_head_tensors_do_not_change_tasks_in_loading():
+def test_loading_moves_no_head_tensor_to_another_task():
     def build(*sizes):
         heads = [parameters(*[(3,)] * size) for size in sizes]
         return ShiftingMetaOptimizer([parameters((2,)), parameters((2,))], heads=heads)
@@ -178,12 +181,12 @@ def test_head_tensors_do_not_change_tasks_in_loading():
         build(1, 2).load_state_dict(build(2, 1).state_dict())
 
 
-def test_a_state_dict_that_is_none():
+def test_a_dict_that_is_no_state_dict_raises():
     with pytest.raises(ValueError, match="'state' is missing"):
         ShiftingMetaOptimizer([parameters((2,))]).load_state_dict({})
 
 
-def test_parameters_already_in_a_group():
+def test_parameters_already_in_a_group_raise():
     tasks = [parameters((2,)), parameters((2,))]
     opt = ShiftingMetaOptimizer(tasks)
     with pytest.raises(ValueError, match="more than one parameter group"):

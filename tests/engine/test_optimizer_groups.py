@@ -15,11 +15,8 @@ from cts_fast import ShiftingMetaOptimizer
 def test_one_line_changes_in_a_script_that_used_sgd():
     net = make_nets(1)[0]
     opt = ShiftingMetaOptimizer(net.parameters(), lr=0.1, momentum=0.9)
-    assert (
-        opt.num_tasks == 1
-        and len(opt.initialization) == 6
-        and list(opt.initialization_state_dict()) == [str(i) for i in range(6)]
-    )
+    assert opt.num_tasks == 1 and len(opt.initialization) == 6
+    assert list(opt.initialization_state_dict()) == [str(i) for i in range(6)]
     backward([net])
     opt.step()
     assert opt.inner_step == 1
@@ -30,20 +27,16 @@ def test_every_form_of_tasks_gives_the_same_run(named):
     def source(net):
         return net.named_parameters() if named else net.parameters()
 
+    def groups(*slices):
+        return lambda nets: [{"params": [source(net[part]) for net in nets]} for part in slices]
+
+    forms = [lambda nets: [source(net) for net in nets], groups(slice(None))]
+    if not named:  # the slices' names would not be the net's
+        forms.append(groups(slice(2), slice(2, None)))
     results = []
-    for form in range(3):
+    for form in forms:
         nets = make_nets(2)
-        tasks = {
-            0: lambda nets=nets: [source(net) for net in nets],
-            1: lambda nets=nets: [{"params": [source(net) for net in nets]}],
-            2: lambda nets=nets: [
-                {"params": [source(net[:2]) for net in nets]},
-                {"params": [source(net[2:]) for net in nets]},
-            ],
-        }[form]
-        if named and form == 2:
-            continue  # the slices' names would not be the net's
-        opt = ShiftingMetaOptimizer(tasks(), lr=0.05, meta_lr=0.1)
+        opt = ShiftingMetaOptimizer(form(nets), lr=0.05, meta_lr=0.1)
         train(nets, opt, 3)
         results.append(values(nets, opt))
     for result in results[1:]:
@@ -52,13 +45,8 @@ def test_every_form_of_tasks_gives_the_same_run(named):
 
 def test_groups_carry_hyper_parameters_of_their_own():
     nets = make_nets(2)
-    opt = ShiftingMetaOptimizer(
-        [
-            {"params": [net[0].parameters() for net in nets], "lr": 0.0, "meta_lr": 0.0},
-            {"params": [net[1:].parameters() for net in nets]},
-        ],
-        lr=0.1,
-    )
+    still = {"params": [net[0].parameters() for net in nets], "lr": 0.0, "meta_lr": 0.0}
+    opt = ShiftingMetaOptimizer([still, {"params": [net[1:].parameters() for net in nets]}], lr=0.1)
     before = [p.detach().clone() for p in nets[0].parameters()]
     train(nets, opt, 1)
     after = list(nets[0].parameters())
@@ -88,9 +76,8 @@ def test_heads_may_differ_between_tasks_and_stay_out_of_the_initialization():
     bodies = [nn.Linear(3, 3) for _ in range(2)]
     bodies[1].load_state_dict(bodies[0].state_dict())
     heads = [nn.Linear(3, 2), nn.Linear(3, 5)]
-    opt = ShiftingMetaOptimizer(
-        [b.named_parameters() for b in bodies], heads=[h.parameters() for h in heads], lr=0.1, horizon=1
-    )
+    shared, own = [body.named_parameters() for body in bodies], [head.parameters() for head in heads]
+    opt = ShiftingMetaOptimizer(shared, heads=own, lr=0.1, horizon=1)
     before = [h.weight.detach().clone() for h in heads]
     for body, head in zip(bodies, heads, strict=True):
         head(body(torch.ones(1, 3))).sum().backward()

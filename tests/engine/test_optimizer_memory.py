@@ -12,6 +12,13 @@ from support.nets import assert_same, backward, make_nets, make_optimizer, train
 
 from cts_fast.engine.step import unavailable
 
+
+def python(script: str, *arguments: str) -> str:
+    """What a script prints in an interpreter of its own."""
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 # φ
 
 
@@ -76,8 +83,6 @@ for task in tasks:
         p.grad = torch.ones_like(p)
 def resident(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 before = resident()
-for line in open("/proc/self/status"):
-    if line.startswith("VmHWM"): pass
 open("/proc/self/clear_refs", "w").write("5")
 opt.step()
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -87,11 +92,7 @@ print((peak - before) / ((3 * T + 1) * P * 4))
         pytest.skip("needs Linux's /proc/self/clear_refs")
     for backend in ("torch", "cpu"):
         if unavailable(backend, torch.device("cpu"), torch.float32) is None:
-            extra = float(
-                subprocess.run(
-                    [sys.executable, "-c", script, backend], check=True, capture_output=True, text=True
-                ).stdout
-            )
+            extra = float(python(script, backend))
             assert extra <= 0.05, backend
 
 
@@ -106,8 +107,8 @@ def test_the_environment_sets_the_default_backend(monkeypatch):
 
 def test_import_needs_torch_alone():
     extras = {"torchvision", "matplotlib", "tqdm", "safetensors", "tensorboard", "triton"}
-    code = f"import sys, torch; torchs = set(sys.modules); import cts_fast; print({extras} & set(sys.modules) - torchs or set())"
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    before = "import sys, torch; of_torch = set(sys.modules)"
+    out = python(f"{before}; import cts_fast; print({extras} & set(sys.modules) - of_torch or set())")
     assert out.strip() == "set()"
 
 

@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from cts_fast import ShiftingMetaOptimizer
 
+OPTIONS = [{}, {"momentum": 0.0}, {"dampening": 0.5}, {"reset_momentum": False}, {"meta_interval": 3}]
+
 
 def counters(opt):
     return opt.inner_step, opt.round, opt.meta_updates, opt.skipped_steps
@@ -27,9 +29,7 @@ def reload(state_dict):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "options", [{}, {"momentum": 0.0}, {"dampening": 0.5}, {"reset_momentum": False}, {"meta_interval": 3}], ids=str
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("modules_first", [True, False])
 def test_resume_is_bit_for_bit(dtype, options, modules_first):
     nets = make_nets(dtype=dtype)
@@ -82,11 +82,8 @@ def test_state_is_never_empty_and_dtypes_are_kept():
     train(nets, opt, 1)
     opt.load_state_dict(reload(opt.state_dict()))
     entry = opt.state[nets[0][0].weight]
-    assert (entry["theta"].dtype, entry["momentum_buffer"].dtype, entry["initialization"].dtype) == (
-        torch.float32,
-        torch.float16,
-        torch.float32,
-    )
+    dtypes = [entry[name].dtype for name in ("theta", "momentum_buffer", "initialization")]
+    assert dtypes == [torch.float32, torch.float16, torch.float32]
 
 
 def test_dicts_without_newer_options_load():
@@ -118,10 +115,14 @@ def broken(kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("tasks", "has 2 tasks, but the optimizer has 3"), ("name", "'other'"), ("dtype", "float64"), ("groups", "parameter groups"),
-        ("shape", r"task 0, parameter '1.bias'.*\(2,\)"), ("missing", "task 1, parameter '0.bias'.*missing"),
+        ("tasks", "has 2 tasks, but the optimizer has 3"),
+        ("name", "'other'"),
+        ("dtype", "float64"),
+        ("groups", "parameter groups"),
+        ("shape", r"task 0, parameter '1.bias'.*\(2,\)"),
+        ("missing", "task 1, parameter '0.bias'.*missing"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_state_dict_raises_before_anything_changed(kind, message):
     nets = make_nets()
     opt = make_optimizer(nets)
@@ -162,10 +163,10 @@ def test_files_and_copies_stay_linear_in_size():
     opt = ShiftingMetaOptimizer([n.named_parameters() for n in nets], momentum=0.9)
     torch.save(nets[1].state_dict(), alone)
     assert alone.getbuffer().nbytes <= 1.05 * plain.getbuffer().nbytes
-    numbers = sum(p.numel() for p in net.parameters()) * 4
-    buffers = (3 * 4 + 1) * numbers  # parameters, theta, momentum of four tasks and phi
+    size = sum(p.numel() for p in net.parameters()) * 4
+    buffers = (3 * 4 + 1) * size  # parameters, theta, momentum of four tasks and phi
     assert len(pickle.dumps(opt)) <= 1.5 * buffers + 400_000
-    assert len(pickle.dumps(nets[0])) <= 1.5 * numbers + 100_000
+    assert len(pickle.dumps(nets[0])) <= 1.5 * size + 100_000
 
 
 def test_torch_distributed_checkpoint_loads_in_place_without_stepping(tmp_path):
@@ -196,7 +197,7 @@ def test_load_state_dict_hooks_run():
     assert seen == ["before", "after"]
 
 
-def test_loading_takes_back_parameters_exchanged_by_the_user():
+def test_loading_takes_over_parameters_exchanged_by_the_user():
     nets = make_nets()
     opt = make_optimizer(nets)
     state = copy.deepcopy(opt.state_dict())

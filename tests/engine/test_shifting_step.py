@@ -1,4 +1,4 @@
-"""Facts about the step itself, on every backend that runs here. Oracle: the reference equations in float64."""
+"""The step itself, on every backend that runs here. Oracle: the reference equations in float64."""
 
 import copy
 import os
@@ -23,24 +23,24 @@ from support.step_cases import (
 from cts_fast import ShiftingMetaOptimizer
 
 PLACES = places()
-# Triton's interpreter is slow: tests/test_triton_backend.py gives it fewer random cases
+# Triton's interpreter is slow: tests/engine/test_triton_backend.py gives it fewer random cases
 QUICK = [place for place in PLACES if place != ("triton", "cpu")]
-everywhere = pytest.mark.parametrize(("backend", "device"), PLACES, ids=["-".join(place) for place in PLACES])
-everywhere_and_reference = pytest.mark.parametrize(
-    ("backend", "device"),
-    [*PLACES, ("reference", "cpu")],
-    ids=["-".join(place) for place in [*PLACES, ("reference", "cpu")]],
-)
-quickly = pytest.mark.parametrize(("backend", "device"), QUICK, ids=["-".join(place) for place in QUICK])
-quickly_and_reference = pytest.mark.parametrize(
-    ("backend", "device"),
-    [*QUICK, ("reference", "cpu")],
-    ids=["-".join(place) for place in [*QUICK, ("reference", "cpu")]],
-)
+REFERENCE = [("reference", "cpu")]
+
+
+def at(chosen):
+    """Runs a test at each of these (backend, device) pairs."""
+    return pytest.mark.parametrize(("backend", "device"), chosen, ids=["-".join(place) for place in chosen])
+
+
+everywhere, everywhere_and_reference = at(PLACES), at(PLACES + REFERENCE)
+quickly, quickly_and_reference = at(QUICK), at(QUICK + REFERENCE)
 relaxed = settings(
-    max_examples=int(os.environ.get("CTS_FAST_EXAMPLES", 100)), deadline=None, print_blob=True,
+    max_examples=int(os.environ.get("CTS_FAST_EXAMPLES", 100)),
+    deadline=None,
+    print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
+)
 
 
 @quickly
@@ -90,15 +90,14 @@ def test_one_step_by_hand(backend, device):
 @given(case=cases())
 def test_the_shift_changes_no_offset_from_phi(backend, device, case):
     options = {**case.options, "horizon": None, "meta_interval": 1, "shift": 1.0}
-    with_meta, without = (
-        replace(case, dtype=torch.float64, steps=1, options={**options, "meta_lr": b}) for b in (0.4, 0.0)
-    )
-    moved, still = run(with_meta, backend, device), run(without, backend, device)
+    case = replace(case, dtype=torch.float64, steps=1)
+    moved = run(replace(case, options={**options, "meta_lr": 0.4}), backend, device)
+    still = run(replace(case, options={**options, "meta_lr": 0.0}), backend, device)
     n = len(case.shapes)
     for i in range(n):
         for t in range(case.tasks):
-            at = n + t * n + i
-            torch.testing.assert_close(moved[at] - moved[i], still[at] - still[i])
+            theta = n + t * n + i  # its place in the results
+            torch.testing.assert_close(moved[theta] - moved[i], still[theta] - still[i])
 
 
 @quickly_and_reference
@@ -192,9 +191,8 @@ def test_meta_updates_come_at_multiples_of_the_interval_and_leftover_steps_are_d
 
 @everywhere_and_reference
 def test_reptile_is_a_meta_interval_of_the_horizon(backend, device):
-    case = Case(
-        3, ((6,),), dtype=torch.float64, options=dict(lr=0.1, momentum=0.9, meta_lr=0.7, horizon=4, meta_interval=4)
-    )
+    options = dict(lr=0.1, momentum=0.9, meta_lr=0.7, horizon=4, meta_interval=4)
+    case = Case(3, ((6,),), dtype=torch.float64, options=options)
     opt, params = build(case, backend, device)
     start = params[0][0].detach().clone()
     twins = [torch.nn.Parameter(start.clone()) for _ in range(3)]
@@ -233,11 +231,8 @@ def test_a_parameter_without_gradient_still_takes_part_in_mean_and_shift(backend
     opt = ShiftingMetaOptimizer(params, lr=1.0, momentum=0.5, meta_lr=1.0, backend=backend)
     params[0][0].grad = torch.ones(2, device=device)
     opt.step()  # θ = 0 and 1, mean 0.5, Δ = −0.5
-    assert (
-        params[0][0].tolist() == [-0.5, -0.5]
-        and params[1][0].tolist() == [0.5, 0.5]
-        and opt.initialization[0].tolist() == [0.5, 0.5]
-    )
+    assert params[0][0].tolist() == [-0.5, -0.5]
+    assert params[1][0].tolist() == opt.initialization[0].tolist() == [0.5, 0.5]
 
 
 @everywhere_and_reference
@@ -270,7 +265,7 @@ def test_low_precision_parameters_are_the_rounded_master(backend, device, dtype)
 
 
 @everywhere_and_reference
-def test_a_low_precision_parameter_written_by_the_user_is_heard(backend, device):
+def test_what_a_user_writes_to_a_low_precision_parameter_counts(backend, device):
     case = Case(2, ((9,),), dtype=torch.bfloat16, options=dict(lr=0.0, meta_lr=0.0))
     opt, params = build(case, backend, device)
     params[0][0].data.fill_(3.0)
@@ -281,12 +276,8 @@ def test_a_low_precision_parameter_written_by_the_user_is_heard(backend, device)
 
 @everywhere_and_reference
 def test_gradients_are_only_read(backend, device):
-    case = Case(
-        3,
-        ((33,), (4, 5)),
-        grad_layout="unaligned",
-        options=dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, maximize=True),
-    )
+    options = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, maximize=True)
+    case = Case(3, ((33,), (4, 5)), grad_layout="unaligned", options=options)
     opt, params = build(case, backend, device)
     set_gradients(case, params, 0)
     before = copy.deepcopy([p.grad for task in params for p in task])
@@ -295,21 +286,13 @@ def test_gradients_are_only_read(backend, device):
 
 
 @everywhere_and_reference
-def test_mixed_dtypes_groups_and_heads_step_together(backend, device):
-    def net():
-        return [
-            torch.nn.Parameter(torch.randn(5, generator=draw).to(device, dtype))
-            for dtype in (torch.float32, torch.bfloat16, torch.float64)
-        ]
-
-    draw = torch.Generator().manual_seed(0)
-    first = net()
+def test_mixed_dtypes_and_groups_step_together(backend, device):
+    draw, dtypes = torch.Generator().manual_seed(0), (torch.float32, torch.bfloat16, torch.float64)
+    first = [torch.nn.Parameter(torch.randn(5, generator=draw).to(device, dtype)) for dtype in dtypes]
     nets = [[torch.nn.Parameter(p.detach().clone()) for p in first] for _ in range(3)]
-    opt = ShiftingMetaOptimizer(
-        [{"params": [n[:2] for n in nets], "lr": 0.1}, {"params": [n[2:] for n in nets], "lr": 0.2, "meta_lr": 0.0}],
-        meta_lr=0.5,
-        backend=backend,
-    )
+    learning = {"params": [n[:2] for n in nets], "lr": 0.1}
+    without_meta = {"params": [n[2:] for n in nets], "lr": 0.2, "meta_lr": 0.0}
+    opt = ShiftingMetaOptimizer([learning, without_meta], meta_lr=0.5, backend=backend)
     for n in nets:
         for p in n:
             p.grad = torch.ones_like(p)

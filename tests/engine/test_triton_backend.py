@@ -82,13 +82,8 @@ def compiled():
     """What each variant compiles to; another process, since the interpreter of this one cannot compile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parents[1] / "support" / "triton_compile.py"
-    out = subprocess.run(
-        [sys.executable, str(script), json.dumps(list(VARIANTS.values()))],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, str(script), json.dumps(list(VARIANTS.values()))]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     return dict(zip(VARIANTS, json.loads(out.stdout), strict=True))
 

@@ -6,9 +6,8 @@ import torch
 class Quadratics:
     """L_t(θ) = ½ (θ − c_t)ᵀ A_t (θ − c_t) and the held-out L_t^held with a centre of its own.
 
-    θ is a vector [3] and a matrix [2, 2].
-
-    Training losses of all tasks are convex; everything is float64 and the same for the same seed.
+    θ is a vector [3] and a matrix [2, 2]. Training losses of all tasks are convex; everything is float64 and the same
+    for the same seed.
     """
 
     def __init__(self, seed=0, tasks=3, start=3.0):
@@ -42,7 +41,8 @@ class Quadratics:
         losses = [self.loss(t) for t in order]
         for loss in losses:
             (loss * gradient_scale).backward()
-        opt.step(**given(opt, [loss.detach() for loss in losses], [lambda t=t: self.heldout(t) for t in order]))
+        heldout = [lambda t=t: self.heldout(t) for t in order]
+        opt.step(**given(opt, [loss.detach() for loss in losses], heldout))
         return [loss.item() for loss in losses]
 
     def mean_loss_at(self, phi):
@@ -60,7 +60,10 @@ def phi_of(opt):
 
 
 def assert_a_new_start(opt, tasks, other, fresh):
-    """After the same initialization was loaded into both, `opt` goes on exactly as the optimizer `other`, which has not stepped yet."""
+    """After the same initialization was loaded into both, `opt` goes on exactly as `other`.
+
+    `other` is an optimizer of the tasks `fresh` that has not stepped yet.
+    """
     start = [torch.ones_like(p) for p in opt.initialization]
     for one in (opt, other):
         one.load_initialization(start)

@@ -1,4 +1,7 @@
-"""Random step problems, and how to run one on any backend: gradients are drawn, not computed, so only the step's arithmetic counts."""
+"""Random step problems, and how to run one on any backend.
+
+Gradients are drawn, not computed, so only the step's arithmetic counts.
+"""
 
 from __future__ import annotations
 
@@ -46,23 +49,19 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     if layout == "channels_last" and values.dim() == 4:
         return values.clone(memory_format=torch.channels_last)
     if layout == "sliced" and values.dim() >= 1:
-        wide = torch.full(
-            (*values.shape[:-1], 2 * values.shape[-1] + 1), float("nan"), dtype=values.dtype, device=values.device
-        )
+        wide = values.new_full((*values.shape[:-1], 2 * values.shape[-1] + 1), float("nan"))
         wide[..., 1::2] = values
         return wide[..., 1::2]
     if layout == "unaligned":
-        room = torch.full((values.numel() + 2,), float("nan"), dtype=values.dtype, device=values.device)
+        room = values.new_full((values.numel() + 2,), float("nan"))
         inner = room[1:-1].view(values.shape)
         inner.copy_(values)
         return inner
     return values.clone()
 
 
-def build(
-    case: Case, backend: str, device: str = "cpu", dtype: torch.dtype | None = None, cls=ShiftingMetaOptimizer, **more
-):
-    """(optimizer, parameters of each task, shared ones first) of a case; every task starts at the first one's values."""
+def build(case: Case, backend: str, device="cpu", dtype: torch.dtype | None = None, cls=ShiftingMetaOptimizer, **more):
+    """(optimizer, parameters of each task, shared ones first); every task starts at the first one's values."""
     dtype = dtype or case.dtype
     draw = torch.Generator().manual_seed(case.seed)
     start = [torch.randn(shape, generator=draw).to(case.dtype) for shape in case.shapes]
@@ -103,16 +102,18 @@ def run(case: Case, backend: str, device: str = "cpu", dtype: torch.dtype | None
 
 
 def assert_as_exact_as_reference(case: Case, backend: str, device: str = "cpu") -> None:
-    """|out − ref64| ≤ 2 |ref − ref64| + a few units in the last place, coordinate by coordinate; ref is the reference in the case's dtype."""
+    """|out − ref64| ≤ 2 |ref − ref64| + a few units in the last place, coordinate by coordinate.
+
+    ref is the reference in the case's dtype, ref64 in float64.
+    """
     exact = run(case, "reference", dtype=torch.float64)
     reference = run(case, "reference")
     out = run(case, backend, device)
     eps = torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps
     low = torch.finfo(case.dtype).eps
     names = [f"phi[{i}]" for i in range(len(case.shapes))]
-    kinds = ["theta", "momentum"]
     count = (len(out) - len(names)) // 2
-    names += [f"{kind}[{i}]" for kind in kinds for i in range(count)]
+    names += [f"{kind}[{i}]" for kind in ("theta", "momentum") for i in range(count)]
     for name, o, r, e in zip(names, out, reference, exact, strict=True):
         unit = low if name.startswith("momentum") else eps
         scale = e.abs().max() if e.numel() else torch.tensor(0.0)
@@ -120,9 +121,8 @@ def assert_as_exact_as_reference(case: Case, backend: str, device: str = "cpu") 
         wrong = ((o - e).abs() > bound) | o.isnan()
         if wrong.any():
             at = tuple(wrong.nonzero()[0].tolist())
-            raise AssertionError(
-                f"{backend} on {device}: {name}{list(at)} is {o[at]:.9g}, exact {e[at]:.9g}, reference {r[at]:.9g}; {case}"
-            )
+            found = f"{o[at]:.9g}, exact {e[at]:.9g}, reference {r[at]:.9g}"
+            raise AssertionError(f"{backend} on {device}: {name}{list(at)} is {found}; {case}")
 
 
 def assert_is_torch_sgd(case: Case, backend: str) -> None:
@@ -143,28 +143,19 @@ def assert_is_torch_sgd(case: Case, backend: str) -> None:
             assert torch.equal(p, q)
 
 
+SHAPES = st.lists(st.integers(0, 9), min_size=0, max_size=4).map(tuple)
+SHARED_SHAPES = st.one_of(SHAPES, st.sampled_from([(129,), (1,), (16, 8), (), (300,)]))
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+LAYOUTS = st.sampled_from(["contiguous", "transposed", "channels_last"])
+GRAD_LAYOUTS = st.sampled_from(["same", "same", "transposed", "sliced", "unaligned"])
+
+
 @st.composite
-def cases(draw) -> Case:
-    """Cases over everything the step offers."""
-    tasks = draw(st.sampled_from([1, 2, 3, 4, 8, 9, 17]))
-    shape = st.lists(st.integers(0, 9), min_size=0, max_size=4).map(tuple)
-    shapes = tuple(
-        draw(st.lists(st.one_of(shape, st.sampled_from([(129,), (1,), (16, 8), (), (300,)])), min_size=1, max_size=4))
-    )
-    heads = tuple(tuple(draw(st.lists(shape, max_size=2))) for _ in range(tasks)) if draw(st.booleans()) else ()
-    if not any(heads):
-        heads = ()
-    steps = draw(st.integers(1, 6))
-    sizes = [len(shapes) + (len(heads[t]) if heads else 0) for t in range(tasks)]
-    everything = [(s, t, i) for s in range(steps) for t in range(tasks) for i in range(sizes[t])]
-    missing = (
-        frozenset(draw(st.sets(st.sampled_from(everything), max_size=len(everything))))
-        if draw(st.booleans())
-        else frozenset()
-    )
+def hyper_parameters(draw) -> dict:
+    """The optimizer's options, over everything the step offers."""
     momentum = draw(st.sampled_from([0.0, 0.9, 0.5]))
     nesterov = momentum > 0 and draw(st.booleans())
-    options = dict(
+    return dict(
         lr=draw(st.sampled_from([0.1, 0.01, 0.0])),
         momentum=momentum,
         nesterov=nesterov,
@@ -177,20 +168,37 @@ def cases(draw) -> Case:
         meta_interval=draw(st.sampled_from([1, 1, 2, 3])),
         reset_momentum=draw(st.booleans()),
     )
-    return Case(
-        tasks, shapes, heads, draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])), steps,
-        draw(st.integers(0, 1000)), missing, draw(st.sampled_from(["contiguous", "transposed", "channels_last"])),
-        draw(st.sampled_from(["same", "same", "transposed", "sliced", "unaligned"])), options,
-    )  # fmt: skip
+
+
+@st.composite
+def cases(draw) -> Case:
+    """Cases over everything the step offers."""
+    tasks = draw(st.sampled_from([1, 2, 3, 4, 8, 9, 17]))
+    shapes = tuple(draw(st.lists(SHARED_SHAPES, min_size=1, max_size=4)))
+    heads = tuple(tuple(draw(st.lists(SHAPES, max_size=2))) for _ in range(tasks)) if draw(st.booleans()) else ()
+    if not any(heads):
+        heads = ()
+    steps = draw(st.integers(1, 6))
+    sizes = [len(shapes) + (len(heads[t]) if heads else 0) for t in range(tasks)]
+    everything = [(s, t, i) for s in range(steps) for t in range(tasks) for i in range(sizes[t])]
+    some = st.sets(st.sampled_from(everything), max_size=len(everything))
+    missing = frozenset(draw(some)) if draw(st.booleans()) else frozenset()
+    options = draw(hyper_parameters())
+    dtype, seed = draw(DTYPES), draw(st.integers(0, 1000))
+    layouts = {"layout": draw(LAYOUTS), "grad_layout": draw(GRAD_LAYOUTS)}
+    return Case(tasks, shapes, heads, dtype, steps, seed, missing, **layouts, options=options)
 
 
 def assert_table_is_sent_again_only_when_it_changed(opt, params):
-    """Steps an optimizer whose kernel reads the gradients' addresses from a device table; params: [T][N], with gradients."""
+    """Steps an optimizer whose kernel reads the gradients' addresses from a device table.
+
+    params: [T][N], with gradients.
+    """
     opt.step()
-    (launcher,) = opt.engine.backends
-    version = launcher.table.table._version
+    (backend,) = opt.engine.backends
+    version = backend.table.table._version
     opt.step()
-    assert launcher.table.table._version == version
+    assert backend.table.table._version == version
     params[-1][0].grad = params[-1][0].grad.clone()
     opt.step()
-    assert launcher.table.table._version == version + 1
+    assert backend.table.table._version == version + 1
