@@ -43,7 +43,7 @@ class Case:
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout."""
+    """A copy of the values in another memory layout."""
     if layout == "transposed" and values.dim() >= 2:
         return values.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
     if layout == "channels_last" and values.dim() == 4:
