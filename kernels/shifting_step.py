@@ -11,8 +11,9 @@ take the inner step alone.
 
 Three tuples travel through the functions:
     buffers: theta, v, master and the stride from one task's row to the next.
-    inputs: of one tensor: its gradients' addresses, the flags `started` and `nonfinite` (one entry a task each; a flag
-        that is not asked for is None), its group's hyper-parameters, and the gradients' factor.
+    inputs: of one tensor: its gradients' addresses (until `_columns_step`: all tensors' and the index of its first),
+        the flags `started` and `nonfinite` (one entry a task each; a flag that is not asked for is None), its group's
+        hyper-parameters, and the gradients' factor.
     columns: of a program: where they start in the buffers and in the gradient, 0 to BLOCK − 1, and which of them lie in
         the tensor.
 """
@@ -141,6 +142,8 @@ def _columns_step(
 ):
     """One step of `count` columns, at most BLOCK, of all T tasks; without phi: of a head."""
     theta, v, master, stride = buffers
+    gradients, first, flags, h, factor = inputs
+    inputs = (gradients + first, flags, h, factor)  # those of this tensor
     numbers = tl.arange(0, BLOCK)
     inside = numbers < count
     columns = (column, start, numbers, inside)
@@ -149,7 +152,6 @@ def _columns_step(
         x, offsets, mask = _inner_step(buffers, inputs, columns, rows, rows < T, rows < 0, ALIGNED, WORK, PLAIN)
         _store(theta, master, offsets, mask, x)
     else:
-        gradients, flags, h, factor = inputs
         bits = tl.full([1], mode, tl.int32)
         meta_update, reset = (bits & META_UPDATE) != 0, (bits & RESET) != 0
         clear = reset & ((bits & RESET_MOMENTUM) != 0)
@@ -160,10 +162,10 @@ def _columns_step(
             x, offsets, mask = _inner_step(buffers, inputs, columns, rows, rows < T, clear, ALIGNED, WORK, PLAIN)
             total = tl.sum(tl.where((rows < T)[:, None], x - p[None, :], 0.0), axis=0)
         else:
-            total = tl.zeros_like(p)
+            total = tl.full([BLOCK], 0, WORK)
             for t in range(0, T, ROWS):  # not unrolled: 128 tasks would compile for a minute
-                some, here = t + rows, t + rows < T
-                x, offsets, mask = _inner_step(buffers, inputs, columns, some, here, clear, ALIGNED, WORK, PLAIN)
+                here = t + rows < T
+                x, offsets, mask = _inner_step(buffers, inputs, columns, t + rows, here, clear, ALIGNED, WORK, PLAIN)
                 total += tl.sum(tl.where(here[:, None], x - p[None, :], 0.0), axis=0)
                 _store(theta, master, offsets, mask, x)
             tl.debug_barrier()  # what is read back below may have been stored by another thread
@@ -284,7 +286,7 @@ def shifting_step_kernel(
             left = tl.where(works, left, 0)
     # None is written inside the tuple: a variable of that value could not become a part of one
     flags = (started + first if DAMPENED else None, None if nonfinite is None else nonfinite + first)
-    inputs, tile = (gradients + first, flags, h, factor), (column, tl.multiple_of(start, BLOCK), left)
+    inputs, tile = (gradients, first, flags, h, factor), (column, tl.multiple_of(start, BLOCK), left)
     if number < shared_tiles:
         _tile_step((theta, v, master, stride), phi, inputs, tile, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
     elif head_theta is not None:
