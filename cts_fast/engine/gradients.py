@@ -30,9 +30,9 @@ except ImportError:  # not built on this machine, or broken, which the choice of
 class Gradients(Sequence):
     """Every replica's gradient, flat by flat, segment by segment and row by row; None where there is none.
 
-    present: how many there are. address: of the table of their addresses in host memory, one pointer each, null for None.
-    changed: whether the table differs from the one before (False is certain). Valid until the next call of the same
-    `Collector`.
+    present: how many there are. address: of the table of their addresses in host memory, one pointer each, null for
+    None. changed: whether the table differs from the one before (False is certain). Valid until the next call of the
+    same `Collector`.
     """
 
     __slots__ = ("tensors", "present", "address", "changed", "table")
