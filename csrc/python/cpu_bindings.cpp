@@ -70,8 +70,8 @@ void add_gradients(const Plan& plan, uintptr_t gradients, uintptr_t target, doub
   plan.add_gradients(pointer<const void* const>(gradients), pointer<void>(target), weight, threads);
 }
 
-void end_round(const Plan& plan, uintptr_t gradients, uintptr_t total, double weight,
-               const std::vector<double>& rates, bool momentum, int threads) {
+void end_round(const Plan& plan, uintptr_t gradients, uintptr_t total, double weight, const std::vector<double>& rates,
+               bool momentum, int threads) {
   py::gil_scoped_release release;
   plan.end_round({pointer<const void* const>(gradients), pointer<void>(total), weight, rates.data(), momentum},
                  threads);
