@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
@@ -24,6 +25,7 @@ from cts_fast.engine.engine import Engine
 from cts_fast.engine.gradients import Gradients
 from cts_fast.engine.plan import NEVER, OPTIONS, Control, Counters, Counting, check_options, next_step
 from cts_fast.engine.rules.sgd import Hyper, check_hyper
+from cts_fast.engine.saved import saved_state
 from cts_fast.engine.state import State, check_state_dict
 from cts_fast.engine.step import BACKENDS, any_nonfinite, shifting_step_
 from cts_fast.engine.torch_hooks import with_torchs_hooks
@@ -193,11 +195,9 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict:
         refuse_spawning()
         names = self.engine.backend, self._nonfinite, self.engine.num_tasks
-        return {
-            **super().__getstate__(),
-            "state": self.engine.saved_state(self.param_groups, self.state),
-            "made": names,
-        }
+        groups = self.engine.readable(self.param_groups)
+        saved = saved_state(self.engine, self.param_groups, self.state)
+        return {**super().__getstate__(), "state": saved, "param_groups": groups, "made": names}
 
     def __setstate__(self, state: dict) -> None:
         state = dict(state)
@@ -258,6 +258,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             return
         hyper = self.read_hyper()
         if engine.counting:
+            engine.check_loaded_weights_()
             engine.warn_of_differing_replicas()
             control, counting = self.plan_on_device()
             self._step_on_device(Step(gradients, hyper, control, losses, heldout), counting)
@@ -411,6 +412,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"parameter {name!r}: {given} given, but a dense real tensor of {tuple(phi.shape)} is needed"
                 )
+        values = [value.detach().clone() for value in values]  # it may be φ itself in another order
         self._prepare_to_write()
         for phi, value in zip(self.engine.initialization.values(), values, strict=True):
             phi.copy_(value)
@@ -447,11 +449,15 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         It shows what parameters, `param_groups` and `state` hold now, and writes to none of them.
         """
         self.engine.report_nonfinite()
-        shown, self.state = self.state, self.engine.saved_state(self.param_groups, self.state)
+        hooks, self._optimizer_state_dict_pre_hooks = self._optimizer_state_dict_pre_hooks, OrderedDict()
+        shown = self.state
         try:
+            for hook in hooks.values():  # they see the live state
+                hook(self)
+            shown, self.state = self.state, saved_state(self.engine, self.param_groups, self.state)
             state_dict = super().state_dict()
         finally:
-            self.state = shown
+            self.state, self._optimizer_state_dict_pre_hooks = shown, hooks
         for group in state_dict["param_groups"]:
             group.update({name: plain_number(value) for name, value in group.items()})
         return state_dict
@@ -469,15 +475,18 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        self._sync()
         engine = self.engine
+        self.state = engine.restored_state(self.param_groups, self.state)  # whatever it was, it is replaced
         saved_groups, saved = check_state_dict(self.param_groups, engine.segments, engine.views, state_dict)
+        # references to what is about to be written, perhaps in another order
+        values = [{name: entry[name].detach().clone() for name in engine.views[param]} for param, entry in saved]
         self._prepare_to_write()
-        for param, entry in saved:
+        for (param, entry), own in zip(saved, values, strict=True):
             views = engine.views[param]
             for name, view in views.items():
-                view.copy_(entry[name])
+                view.copy_(own[name])
             engine.state.show(param, {name: value for name, value in entry.items() if name not in views})
+        engine.unchecked = True
         for flat in chain.from_iterable(engine.flats):
             flat.all_started = False
             if flat.master is not None:

@@ -273,24 +273,34 @@ def refuse_spawning() -> None:
 
 
 class Regrouped(NamedTuple):
-    """What param_groups hold after an edit: sizes by task and kind of each, and new Parameter → the one whose place it
-    took.
-    """
+    """What param_groups hold after an edit, read as groups of every task's parameters."""
 
-    sizes: list[list[int]]
-    shared: list[bool]
-    predecessors: dict[Tensor, Tensor]
+    edits: list[dict]  # of each group: "sizes" by task, "shared", "param_names" where it has names
+    options: dict  # the whole optimizer's
+    predecessors: dict[Tensor, Tensor]  # new Parameter → the one whose place it took
+    params: set[Tensor]  # all that the groups hold
+
+    def as_groups(self, groups: Sequence[dict]) -> list[dict]:
+        """The groups as they are to be laid out; the user's own stay as they are."""
+        return [{**group, **edit, **self.options} for group, edit in zip(groups, self.edits, strict=True)]
+
+    def write_(self, groups: Sequence[dict]) -> None:
+        """Complete the user's groups."""
+        for group, edit in zip(groups, self.edits, strict=True):
+            group.update({**edit, **self.options})
 
 
-def regroup(groups: Sequence[dict], known: Sequence[tuple[list, list, bool]], num_tasks: int) -> Regrouped:
-    """Read param_groups that were edited from outside; known: (parameters, sizes, shared) of each group as it was laid
-    out.
+Known = tuple[dict, list, list, bool, "list | None"]  # a group as laid out: itself, its params, sizes, shared, names
+
+
+def regroup(groups: Sequence[dict], known: Sequence[Known], num_tasks: int) -> Regrouped:
+    """Read param_groups that were edited from outside; known: the groups as they were laid out.
 
     Raises ValueError, naming the group, for what cannot be read as a task-major list of every task's parameters.
     """
-    owner = {id(param): g for g, (params, *_) in enumerate(known) for param in params}
-    result = Regrouped([], [], {})
-    seen: set[int] = set()
+    owner = {id(param): before for before in known for param in before[1]}
+    name_of = {id(param): name for before in known for param, name in zip(before[1], before[4] or (), strict=False)}
+    result = Regrouped([], {}, {}, set())
     for g, group in enumerate(groups):
         if not isinstance(group, dict) or not isinstance(group.get("params"), list):
             raise ValueError(f"group {g}: is no dict with a list of 'params'; add groups with add_param_group()")
@@ -298,25 +308,31 @@ def regroup(groups: Sequence[dict], known: Sequence[tuple[list, list, bool]], nu
             if name not in group:
                 raise ValueError(f"group {g}: {name!r} is missing; add groups with add_param_group()")
         params = group["params"]
-        before = next((known[owner[id(param)]] for param in params if id(param) in owner), ([], None, True))
-        sizes, shared = group.get("sizes", before[1]), group.get("shared", before[2])
-        if sizes is None or len(sizes) != num_tasks or sum(sizes) != len(params):
+        unknown: Known = ({}, [], [], True, None)
+        before = next((owner[id(param)] for param in params if id(param) in owner), unknown)
+        sizes, shared = group.get("sizes", before[2]), bool(group.get("shared", before[3]))
+        if len(sizes) != num_tasks or sum(sizes) != len(params):
             raise ValueError(
                 f"group {g}: holds {len(params)} parameters, but {sizes} by task were laid out; a task-major list "
                 "cannot be cut or grown in place: remove the whole group, or add one with add_param_group()"
             )
-        for param in params:
-            if id(param) in seen:
-                raise ValueError(f"group {g}: a parameter stands twice in param_groups")
-            seen.add(id(param))
+        if len({*map(id, params), *map(id, result.params)}) < len(params) + len(result.params):
+            raise ValueError(f"group {g}: a parameter stands twice in param_groups")
         tensors = iter(params)
         check_parameters([[next(tensors) for _ in range(size)] for size in sizes], shared)
-        if len(before[0]) == len(params):
+        result.params.update(params)
+        edit = {"sizes": list(sizes), "shared": shared}
+        names = group.get("param_names")
+        if names is not None:  # a name goes where its parameter goes
+            edit["param_names"] = [name_of.get(id(p), name) for p, name in zip(params, names, strict=True)]
+        if len(before[1]) == len(params):
             here = set(map(id, params))
-            pairs = zip(params, before[0], strict=True)
+            pairs = zip(params, before[1], strict=True)
             result.predecessors.update((new, old) for new, old in pairs if id(new) not in owner and id(old) not in here)
-        result.sizes.append(list(sizes))
-        result.shared.append(shared)
-    if not any(shared and group["params"] for shared, group in zip(result.shared, groups, strict=True)):
+        result.edits.append(edit)
+    if not any(edit["shared"] and group["params"] for edit, group in zip(result.edits, groups, strict=True)):
         raise ValueError("no group with shared parameters is left in param_groups: there is nothing to meta-learn")
+    first = known[0][0]  # the optimizer's options are read there; they outlast that group
+    source = groups[0] if any(group is first for group in groups) or "horizon" not in first else first
+    result.options.update({name: source[name] for name in OPTIONS})
     return result

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cts_fast.engine.arguments import check_memory, regroup
+from cts_fast.engine.arguments import Regrouped, check_memory, regroup
 from cts_fast.engine.backends.base import Backend
 from cts_fast.engine.gradients import Collector, Gradients, same_objects
 from cts_fast.engine.layout import MOMENTUM, Flat, Segment, make_flats, make_segments, refuse_shared
@@ -52,28 +52,33 @@ class Engine:
         self.flags: list[Tensor] | None = None  # nonfinite="raise": one byte a gradient
         self.counting = False  # whether the device takes a step's decisions
         self.segments: list[Segment] = []
-        self.groups: list[tuple[list, list, bool]] = []  # (parameters, sizes, shared) of each group, as laid out
+        self.groups: list[tuple[dict, list, list, bool, list | None]] = []  # (group, params, sizes, shared, names)
+        self.home: Any = None  # the parameter that the counters are kept with
+        self.numbered: Sequence[Tensor] = ()  # those that a method's numbers are kept with
         self.state = State()
         self.differing: str | None = None  # where replicas differed from task 0 when they were laid out
+        self.unchecked = False  # whether no step has looked for weights that were loaded since
 
     # Layout -----------------------------------------------------------------------------------------------------------
 
-    def build(self, groups: Sequence[dict], state: State) -> None:
-        """Lay out flat buffers for all groups, fill them from `state` and the parameters, and bind the parameters to
-        them.
+    def build(
+        self,
+        groups: Sequence[dict],
+        state: State,
+        inherited: Mapping[Tensor, Tensor] | None = None,
+        aligns: bool = True,
+    ) -> None:
+        """Lay out flat buffers for all groups, fill them from `state` and the parameters, bind the parameters to them.
 
-        All that can fail comes before the first write. What others hold of older buffers stays as it is.
+        inherited: a new parameter's φ. aligns: tasks of tensors that are new start at the first task's values. All that
+        can fail comes before the first write; what others hold of older buffers stays as it is. Should an interrupt
+        come in between, the old buffers go on, and the next step takes over what lies elsewhere.
         """
         with torch.inference_mode(False), torch.no_grad():
             segments = make_segments(groups)
             shared = [segment for segment in segments if segment.task is None]
             check_memory(segments)
-            kinds: dict[tuple[torch.device, torch.dtype], dict[bool, list[Segment]]] = {}
-            for segment in segments:
-                first = segment.params[0]
-                alike = kinds.setdefault((first.device, first.dtype), {})
-                alike.setdefault(segment.task is None, []).append(segment)
-            capturable = groups[0]["capturable"]
+            capturable, kinds = groups[0]["capturable"], _by_kind(segments)
             names = [resolve(self.backend, device, dtype, capturable, len(groups)) for device, dtype in kinds]
             counting = capturable and counts_on_device(names)
             if counting and len({device for device, _ in kinds}) > 1:
@@ -83,73 +88,99 @@ class Engine:
             flats = [make_flats(kind, counting, self.own) for kind in kinds.values()]
             collectors = [Collector(kind) for kind in flats]
             backends = [make_backend(name, kind) for name, kind in zip(names, flats, strict=True)]
-            home = segments[0].params[0]
-            counters = self._counters(segments, state).to(home.device if capturable else "cpu")
+            places = {
+                param: (flat, n, row)
+                for flat in chain.from_iterable(flats)
+                for n, segment in enumerate(flat.segments)
+                for row, param in enumerate(segment.params)
+            }
+            entries = {param: self._entry(state.entry(param), *place) for param, place in places.items()}
+            home, numbered = segments[0].params[0], shared[0].params
+            counters = self._counters(entries, state).to(home.device if capturable else "cpu")
+            numbers = self._numbers(numbered, state)
 
-            old, self.views, self.places, self.differing = self.views, {}, {}, None
-            state.everything = True  # should an interrupt come in between, the next step looks at all of it
+            state.everything = True
+            phi = {**(inherited or {}), **{p: e["initialization"] for p, e in entries.items() if "initialization" in e}}
+            differing = None
             for flat in chain.from_iterable(flats):
-                self._fill_(flat, state, old)
-            self.views[home]["counters"] = counters
-            self.counters = Scalars(counters)
-            self._add_numbers(shared[0], state)
-        for param, views in self.views.items():
-            state.show(param, views)
-        self._watch(state)
-        self.flats, self.names, self.backends, self.collectors = flats, names, backends, collectors
-        self.counting, self.segments = counting, segments
-        self.initialization = {s.name: self.views[s.params[0]]["initialization"] for s in shared}
-        self.groups = [(list(group["params"]), list(group["sizes"]), group["shared"]) for group in groups]
+                differing = self._fill_(flat, entries, phi, aligns) or differing
+            self.flats, self.names, self.backends, self.collectors = flats, names, backends, collectors
+            self.counting, self.segments, self.places, self.home = counting, segments, places, home
+            self.numbered, self.numbers, self.counters, self.differing = numbered, numbers, Scalars(counters), differing
+            old, self.views = self.views, {}
+            for param in places:
+                self.views[param] = _same_objects(self.fresh_views(param), old.get(param, {}))
+                state.show(param, self.views[param], ours=("initialization", "counters"))
+            self.initialization = {s.name: self.views[s.params[0]]["initialization"] for s in shared}
+            for _, flat in self.shared:
+                flat.initialization = [self.views[segment.params[0]]["initialization"] for segment in flat.segments]
+            for flat in chain.from_iterable(flats):
+                flat.note_written()
+            self.groups = [(g, list(g["params"]), list(g["sizes"]), g["shared"], _names(g)) for g in groups]
+            self.unchecked = True
+            self._watch(state)
         if self.flags_nonfinite:
             self.flags = [
                 torch.zeros(len(collector.params), dtype=torch.uint8, device=kind[0].device)
                 for collector, kind in zip(collectors, flats, strict=True)
             ]
 
-    def _counters(self, segments: Sequence[Segment], state: State) -> Tensor:
-        """The tensor of counters: the one in `state`, which may be a checkpoint's, else this engine's own."""
-        for param in chain.from_iterable(segment.params for segment in segments):
-            entry = state.entry(param)
-            if isinstance(entry, dict) and isinstance(entry.get("counters"), Tensor):
-                return entry["counters"]
+    def _entry(self, given: Any, flat: Flat, n: int, row: int) -> dict[str, Tensor]:
+        """What an entry of `state` says of a parameter, checked; θ and φ of another shape are a predecessor's."""
+        segment = flat.segments[n]
+        if not isinstance(given, dict | None):
+            raise ValueError(
+                f"{segment.where(row)}: the entry {HERE} is {type(given).__name__}; it is a dict of tensors"
+            )
+        entry = {}
+        for name in ("theta", MOMENTUM, "momentum_started", "initialization", *flat.own):
+            value = (given or {}).get(name)
+            is_predecessors = isinstance(value, Tensor) and name in ("theta", "initialization")
+            if value is None or (is_predecessors and value.shape != segment.shape):
+                continue
+            check_value(segment.where(row), name, flat.like(n, name, flat.started[n, row]), value, HERE)
+            entry[name] = value
+        if MOMENTUM not in entry:  # it starts anew, so its next gradient is a first one
+            entry.pop("momentum_started", None)
+        return entry
+
+    def _counters(self, entries: Mapping[Tensor, Mapping], state: State) -> Tensor:
+        """The counters so far: this engine's, or before it has any those of `state`, which may be a checkpoint's."""
+        if not self.flats:
+            for param in entries:
+                counters = (state.entry(param) or {}).get("counters")
+                if isinstance(counters, Tensor):
+                    return counters.clone()
         return self.counters.tensor
 
-    def _fill_(self, flat: Flat, state: State, old: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
-        """Values and views of one flat buffer: from `state` where a parameter has an entry, else from the first task's
-        parameter.
-        """
-        for n, segment in enumerate(flat.segments):
-            entries = [state.entry(param) or {} for param in segment.params]
-            start = segment.params[0].detach().clone()
-            known = not flat.shared or any("initialization" in entry or "theta" in entry for entry in entries)
-            for row, (param, entry) in enumerate(zip(segment.params, entries, strict=True)):
-                views = flat.state(n, row)
-                if not known:
-                    self._compare(segment, row, param, start)
-                if row == 0 and flat.shared:
-                    views["initialization"].copy_(start)
-                for name, view in views.items():  # a master of theta stays if the parameter is its rounding still
-                    if name in entry:
-                        view.copy_(entry[name])
-                flat.adopt_(n, row, param if known else start)
-                self.places[param] = (flat, n, row)
-                self.views[param] = _same_objects(views, old.get(param, {}))
-            if flat.shared:
-                flat.initialization[n] = self.views[segment.params[0]]["initialization"]
-        flat.note_written()
-
-    def _compare(self, segment: Segment, row: int, param: Tensor, start: Tensor) -> None:
-        if self.differing is None and not torch.equal(param.nan_to_num(), start.nan_to_num()):
-            self.differing = f"{segment.where(row)}: differs from task 0; every task starts at task 0's parameters"
-
-    def _add_numbers(self, segment: Segment, state: State) -> None:
+    def _numbers(self, params: Sequence[Tensor], state: State) -> dict[str, Scalars]:
         """A method's numbers, one a task, kept with each task's first shared parameter."""
+        numbers = {}
         for name in (name for name, kind in self.own.items() if kind == "number"):
-            numbers = torch.zeros(len(segment.params), dtype=torch.float64, device="cpu")
-            for i, param in enumerate(segment.params):
-                numbers[i] = (state.entry(param) or {}).get(name, 0.0)
-                self.views[param][name] = numbers[i]
-            self.numbers[name] = Scalars(numbers)
+            values = [float((state.entry(param) or {}).get(name, 0.0)) for param in params]
+            numbers[name] = Scalars(torch.tensor(values, dtype=torch.float64, device="cpu"))
+        return numbers
+
+    @staticmethod
+    def _fill_(flat: Flat, entries: Mapping[Tensor, dict], phi: Mapping[Tensor, Tensor], aligns: bool) -> str | None:
+        """Fill one flat buffer and bind its parameters; says where replicas that start together differed."""
+        differing = None
+        for n, segment in enumerate(flat.segments):
+            start = segment.params[0].detach().clone()
+            known = [param for param in segment.params if param in phi or "theta" in entries[param]]
+            together = aligns and flat.shared and not known
+            if flat.shared:
+                found = next((phi[param] for param in segment.params if param in phi), start)
+                flat.initialization[n].copy_(found)
+            for row, param in enumerate(segment.params):
+                if together and differing is None and not torch.equal(param.nan_to_num(), start.nan_to_num()):
+                    differing = f"{segment.where(row)}: differs from task 0; every task starts at task 0's parameters"
+                views = flat.state(n, row)
+                for name, value in entries[param].items():  # a master of θ stays if the parameter is its rounding still
+                    if name in views and name != "initialization":
+                        views[name].copy_(value)
+                flat.adopt_(n, row, start if together else param)
+        return differing
 
     def _watch(self, state: State) -> None:
         self.state, state.everything = state, False
@@ -163,16 +194,18 @@ class Engine:
 
         Raises ValueError, before anything moved, for what cannot be taken over.
         """
-        if state is not self.state or state.everything or state.seen or self._is_phi_moved():
-            state = self._take_over_state_(state)
-        if not self._as_laid_out(groups):
-            self._regroup_(groups, state)
+        as_laid_out = self.is_as_laid_out(groups)
+        if state is not self.state or state.everything or state.seen or self._is_phi_moved() or not as_laid_out:
+            found = None if as_laid_out else regroup(groups, self.groups, self.num_tasks)
+            state = self._take_over_state_(state, found)
+            if found is not None:
+                self._regroup_(groups, found, state)
         return state
 
-    def _as_laid_out(self, groups: list[dict]) -> bool:
+    def is_as_laid_out(self, groups: list[dict]) -> bool:
         if len(groups) != len(self.groups):
             return False
-        for group, (params, sizes, shared) in zip(groups, self.groups, strict=True):
+        for group, (_, params, sizes, shared, _) in zip(groups, self.groups, strict=True):
             now = group.get("params") if isinstance(group, dict) else None
             if not isinstance(now, list) or not same_objects(now, params):
                 return False
@@ -180,63 +213,58 @@ class Engine:
                 return False
         return True
 
-    def _regroup_(self, groups: list[dict], state: State) -> None:
+    def _regroup_(self, groups: list[dict], found: Regrouped, state: State) -> None:
         """Lay out anew what the groups hold now: parameters that went rest, and a new one takes its predecessor's
-        place.
+        place: φ goes on, momentum starts anew.
         """
-        found = regroup(groups, self.groups, self.num_tasks)
-        for new, before in found.predecessors.items():
-            if state.entry(new) is None and new.shape == before.shape:
-                views = self.views[before]  # φ and the counters go on; momentum starts anew
-                state.put(new, {name: views[name] for name in ("initialization", "counters") if name in views})
-        for group, sizes, shared in zip(groups, found.sizes, found.shared, strict=True):
-            group["sizes"], group["shared"] = sizes, shared
-        here = {param for group in groups for param in group["params"]}
-        resting = {param: views for param, views in self.views.items() if param not in here}
-        self.build(groups, state)
+        heirs = {new: self.views[old].get("initialization") for new, old in found.predecessors.items()}
+        inherited = {new: phi for new, phi in heirs.items() if phi is not None and phi.shape == new.shape}
+        resting = {param: self.views[param] for param in self.views if param not in found.params}
+        self.build(found.as_groups(groups), state, inherited, aligns=False)
+        found.write_(groups)
+        self.groups = [(g, list(g["params"]), list(g["sizes"]), g["shared"], _names(g)) for g in groups]
         for param, views in resting.items():  # let them hold no more memory than their own
             param.data = param.data.clone()
             for view in views.values():
                 view.data = view.data.clone()
 
     def _is_phi_moved(self) -> bool:
-        flats = [flats[0] for flats in self.flats if flats[0].shared]
-        return any(flat.initialization and flat.is_phi_moved() for flat in flats)
+        return any(flat.is_phi_moved() for flats in self.flats for flat in flats[:1])
 
-    def _take_over_state_(self, given: Any) -> State:
+    def fresh_views(self, param: Tensor) -> dict[str, Tensor]:
+        """New views of all that belongs to a parameter."""
+        flat, n, row = self.places[param]
+        views = flat.state(n, row)
+        if any(param is one for one in self.numbered):
+            views |= {name: scalars.tensor[row] for name, scalars in self.numbers.items()}
+        if param is self.home:
+            views["counters"] = self.counters.tensor.detach()
+        return views
+
+    def addresses_of(self, param: Tensor) -> dict[str, int]:
+        """Where the views lie as long as nobody exchanged their memory."""
+        flat, n, row = self.places[param]
+        addresses = flat.addresses(n, row)
+        for name, scalars in self.numbers.items():
+            addresses[name] = scalars.tensor.data_ptr() + 8 * row
+        return {**addresses, "counters": self.counters.tensor.data_ptr()}
+
+    def _take_over_state_(self, given: Any, found: Regrouped | None = None) -> State:
         """The values of exchanged entries go into the buffers, and the entries show the buffers again."""
         if not isinstance(given, Mapping):
             raise ValueError(f"opt.state is {type(given).__name__}; it is a mapping of parameters to their state")
         state = given if isinstance(given, State) else State(given)
         every = state is not self.state or state.everything
-        heads = (flat.segments for flats in self.flats for flat in flats if flat.shared)
         watched = [*self.views] if every else [p for p in state.seen if p in self.views]
-        watched += [segment.params[0] for segments in heads for segment in segments]
+        watched += [segment.params[0] for _, flat in self.shared for segment in flat.segments]
+        watched = [p for p in dict.fromkeys(watched) if found is None or p in found.params]
         changes: list[tuple[Tensor, Tensor]] = []  # (view, its new value)
         moved: list[tuple[Tensor, str]] = []  # views whose memory was exchanged
-        for param in dict.fromkeys(watched):
-            flat, n, row = self.places[param]
-            place, entry = flat.segments[n].where(row), state.entry(param)
-            if not isinstance(entry, dict | None):
-                raise ValueError(f"{place}: the entry {HERE} is {type(entry).__name__}; it is a dict of tensors")
-            expected = flat.addresses(n, row)
-            for name, view in self.views[param].items():
-                value = (entry or {}).get(name)
-                if view.data_ptr() != expected.get(name, view.data_ptr()):
-                    refuse_shared(view, f"{place}: {name!r} {HERE}")
-                    moved.append((param, name))
-                if value is None:
-                    if name == MOMENTUM:  # as in torch.optim.SGD, it starts anew
-                        changes.append((view, torch.zeros_like(view)))
-                        changes.append((self.views[param]["momentum_started"], torch.zeros((), dtype=torch.uint8)))
-                elif value is not view or view.data_ptr() != expected.get(name, view.data_ptr()):
-                    check_value(place, name, flat.like(n, name, view), value, HERE)
-                    if name != "theta" or flat.master is not None:  # theta is what the parameter says
-                        changes.append((view, value.detach().clone()))
+        for param in watched:
+            self._compare(param, state.entry(param), changes, moved)
         with torch.inference_mode(False), torch.no_grad():
             for param, name in moved:
-                flat, n, row = self.places[param]
-                self.views[param][name].data = flat.state(n, row)[name]
+                self.views[param][name].data = self.fresh_views(param)[name]
             for view, value in changes:
                 view.copy_(value)
         for flat in chain.from_iterable(self.flats):
@@ -246,6 +274,26 @@ class Engine:
         self._watch(state)
         state.seen.update(p for p in watched if _references(state.entry(p) or {}, self.views[p]) > UNSEEN)
         return state
+
+    def _compare(self, param: Tensor, entry: Any, changes: list, moved: list) -> None:
+        """Add what an entry holds in the place of its views to `changes`, views of other memory to `moved`."""
+        flat, n, row = self.places[param]
+        place, views, expected = flat.segments[n].where(row), self.views[param], self.addresses_of(param)
+        if not isinstance(entry, dict | None):
+            raise ValueError(f"{place}: the entry {HERE} is {type(entry).__name__}; it is a dict of tensors")
+        for name, view in views.items():
+            value, is_moved = (entry or {}).get(name), view.data_ptr() != expected.get(name, view.data_ptr())
+            if is_moved:
+                refuse_shared(view, f"{place}: {name!r} {HERE}")
+                moved.append((param, name))
+            if value is None and name == MOMENTUM:  # as in torch.optim.SGD, it starts anew
+                changes.append((view, torch.zeros_like(view)))
+                changes.append((views["momentum_started"], torch.zeros((), dtype=torch.uint8)))
+            elif value is not None and (value is not view or is_moved):
+                like = self.counters.tensor if name == "counters" else flat.like(n, name, view)
+                check_value(place, name, like, value, HERE)
+                if name != "theta" or flat.master is not None:  # θ is what the parameter says
+                    changes.append((view, value.detach().clone()))
 
     # The step ---------------------------------------------------------------------------------------------------------
 
@@ -276,6 +324,8 @@ class Engine:
         places = [collector.places[i] for collector, found in moved for i in found]
         for flat, n, row in places:
             flat.check_param(flat.segments[n], row)
+        if places:
+            check_memory(self.segments)  # an exchange may tie what was apart
         if any(flat.is_held(n, row) or flat.is_laid_out_otherwise(n, row) for flat, n, row in places):
             self.build(groups, self.state)
             return True
@@ -283,6 +333,13 @@ class Engine:
             for flat, n, row in places:
                 flat.adopt_(n, row, flat.segments[n].params[row])
         return False
+
+    def check_loaded_weights_(self) -> None:
+        """As `begin_round_` where the device counts: once after a layout or a load, and not in a capture."""
+        if self.unchecked and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            self.unchecked = False
+            if self.counters.read()[0] == 0:
+                self.begin_round_()
 
     def begin_round_(self) -> None:
         """At the first step of a round θ is φ by definition: equal new values in all replicas are the new φ.
@@ -335,40 +392,32 @@ class Engine:
                     "that step was applied"
                 )
 
-    # What is saved ----------------------------------------------------------------------------------------------------
+    def readable(self, groups: Sequence[dict]) -> list[dict]:
+        """The groups with all that a layout needs, also where somebody edited them."""
+        as_laid_out = self.is_as_laid_out(list(groups))
+        return list(groups) if as_laid_out else regroup(groups, self.groups, self.num_tasks).as_groups(groups)
 
-    def saved_state(self, groups: Sequence[dict], given: Any) -> dict[Tensor, dict[str, Any]]:
-        """Parameter → its entry, as references where that is the truth; what was exchanged is shown as it is, and
-        nothing is written.
-        """
-        saved = {}
-        for param in (param for group in groups for param in group["params"]):
-            entry = given.entry(param) if isinstance(given, State) else given.get(param)
-            saved[param] = entry = dict(entry or {})
-            if param not in self.places:
-                continue
-            flat, n, row = self.places[param]
-            aliases, views, expected = flat.state(n, row), self.views[param], flat.addresses(n, row)
-            for name, view in views.items():
-                value = entry.setdefault(name, view)
-                if value is view and name in aliases and view.data_ptr() == expected.get(name, view.data_ptr()):
-                    entry[name] = aliases[name]
-            if not isinstance(entry[MOMENTUM], Tensor):  # somebody cleared it
-                entry[MOMENTUM] = torch.zeros_like(views[MOMENTUM])
-            entry["theta"] = self._saved_theta(param, entry["theta"])
-        return saved
+    def restored_state(self, groups: list[dict], given: Any) -> State:
+        """A state that shows the buffers again, whatever was exchanged in it: for a load, which replaces all of it."""
+        kept = given.items() if isinstance(given, Mapping) else ()
+        state = State({param: entry for param, entry in kept if isinstance(entry, dict)})
+        for param in self.places:
+            with torch.inference_mode(False):
+                fresh = self.fresh_views(param)
+                for name, view in self.views[param].items():
+                    view.data = fresh[name]
+            state.show(param, self.views[param])
+        self._watch(state)
+        return self.sync_(groups, state)
 
-    def _saved_theta(self, param: Tensor, shown: Any) -> Tensor:
-        """θ of a parameter in working precision: the parameter, or its master where that is its exact value."""
-        flat, n, row = self.places[param]
-        value = param.detach()
-        if flat.master is None:
-            is_alias = isinstance(shown, Tensor) and shown.data_ptr() == value.data_ptr() and shown.dtype == value.dtype
-            return shown if is_alias else value.to(flat.work_dtype)
-        if not isinstance(shown, Tensor) or shown.shape != value.shape:
-            shown = self.views[param]["theta"]
-        is_rounding = shown.to(flat.dtype) == value.to(flat.dtype)
-        return shown if is_rounding.all() else torch.where(is_rounding, shown, value.to(shown.dtype))
+
+def _by_kind(segments: Sequence[Segment]) -> dict[tuple[torch.device, torch.dtype], dict[bool, list[Segment]]]:
+    """Device and dtype → "shared" → their segments."""
+    kinds: dict[tuple[torch.device, torch.dtype], dict[bool, list[Segment]]] = {}
+    for segment in segments:
+        first = segment.params[0]
+        kinds.setdefault((first.device, first.dtype), {}).setdefault(segment.task is None, []).append(segment)
+    return kinds
 
 
 def _same_objects(views: dict[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -398,3 +447,8 @@ def _unseen() -> int:
 
 
 UNSEEN = _unseen()
+
+
+def _names(group: Mapping) -> list[str] | None:
+    names = group.get("param_names")
+    return None if names is None else list(names)

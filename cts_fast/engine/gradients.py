@@ -92,8 +92,10 @@ class Collector:
     def _moved(self, i: int, flat: Flat, n: int, row: int) -> bool:
         segment = flat.segments[n]
         param, address = segment.params[row], self.addresses[i]
-        return param.dtype != flat.dtype or (
-            address != 0 and (param.data_ptr() != address or param.stride() != segment.stride)
+        return (
+            param.dtype != flat.dtype
+            or param.shape != segment.shape
+            or (address != 0 and (param.data_ptr() != address or param.stride() != segment.stride))
         )
 
 

@@ -67,6 +67,8 @@ def check_options(options: Mapping) -> None:
         raise ValueError(f"Invalid horizon: {horizon}; it is a number of steps ≥ 1, or None for no resets")
     if not isinstance(meta_interval, Integral) or meta_interval < 1:
         raise ValueError(f"Invalid meta_interval: {meta_interval}; it is a number of steps ≥ 1")
+    if not isinstance(options["reset_momentum"], Integral):
+        raise ValueError(f"Invalid reset_momentum: {options['reset_momentum']!r}; it is True or False")
 
 
 def next_step(options: Mapping, now: Counters, num_tasks: int) -> tuple[Control, Counters]:

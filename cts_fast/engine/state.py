@@ -59,8 +59,11 @@ class State(defaultdict):
     `entry` is the engine's own access, which notes nothing.
     """
 
-    def __init__(self, entries: Mapping | Iterable = ()) -> None:
-        super().__init__(dict, entries)
+    def __init__(self, *entries: Any) -> None:
+        """As a defaultdict(dict), whose first argument may be given or left out."""
+        if entries and not isinstance(entries[0], Mapping):
+            entries = entries[1:]
+        super().__init__(dict, *entries)
         self.seen: set = set()
         self.everything = True
 
@@ -68,11 +71,15 @@ class State(defaultdict):
         """The entry of a parameter, or None."""
         return dict.get(self, param)
 
-    def show(self, param: Tensor, views: Mapping[str, Tensor]) -> None:
-        """Let the entry of a parameter hold these tensors; what else users keep in it stays."""
+    def show(self, param: Tensor, views: Mapping[str, Any], ours: Iterable[str] = ()) -> None:
+        """Let the entry of a parameter hold these tensors, and none else of the names `ours`; what users keep in it
+        stays.
+        """
         entry = self.entry(param)
         if not isinstance(entry, dict):
             self.put(param, entry := {})
+        for name in ours:
+            entry.pop(name, None)
         entry.update(views)
 
     def put(self, param: Tensor, entry: dict) -> None:
@@ -102,6 +109,18 @@ class State(defaultdict):
     def __reduce__(self):
         return defaultdict, (dict, dict(self))
 
+    def copy(self) -> Any:
+        """A plain defaultdict(dict) of the same entries."""
+        return defaultdict(dict, dict(self))
+
+    __copy__ = copy
+
+    def __or__(self, other):
+        return defaultdict(dict, {**self, **other})
+
+    def __ror__(self, other):
+        return {**other, **self}
+
 
 def _noting(name: str):
     method = getattr(defaultdict, name)
@@ -114,7 +133,7 @@ def _noting(name: str):
     return noting
 
 
-for _name in ("clear", "copy", "items", "pop", "popitem", "setdefault", "update", "values", "__or__", "__ior__"):
+for _name in ("clear", "items", "pop", "popitem", "setdefault", "update", "values", "__ior__"):
     setattr(State, _name, _noting(_name))
 
 
@@ -162,7 +181,7 @@ def _check_groups(groups: Sequence[dict], saved_groups: Sequence) -> None:
             raise ValueError(
                 f"group {g}: loaded state dict has {len(sizes)} tasks, but the optimizer has {len(group['sizes'])}"
             )
-        if saved.get("shared", group["shared"]) != group["shared"]:
+        if saved.get("shared", group["shared"]) is not group["shared"]:
             raise ValueError(
                 f"group {g}: loaded state dict has shared={saved['shared']}, "
                 f"but the optimizer has shared={group['shared']}"
@@ -171,7 +190,10 @@ def _check_groups(groups: Sequence[dict], saved_groups: Sequence) -> None:
             raise ValueError(
                 f"group {g}: loaded state dict has {sizes} parameters by task, but the optimizer has {group['sizes']}"
             )
-        for mine, theirs in zip(group.get("param_names", ()), saved.get("param_names", ()), strict=False):
+        names = saved.get("param_names", ())
+        if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"group {g}: 'param_names' are no list of names in the loaded state dict")
+        for mine, theirs in zip(group.get("param_names", ()), names, strict=False):
             if plain_name(mine) != plain_name(theirs):
                 raise ValueError(f"group {g}, parameter {mine!r}: is named {theirs!r} in the loaded state dict")
         merged = {**group, **saved}

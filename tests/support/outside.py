@@ -40,7 +40,7 @@ class Problem:
         for net, twin, sgd in zip(self.nets, nets, sgds, strict=True):
             for p, q in zip(net.parameters(), twin.parameters(), strict=True):
                 entry = self.opt.state.get(p, {})
-                if entry.get("momentum_started"):
+                if entry.get("momentum_started") and isinstance(entry.get("momentum_buffer"), torch.Tensor):
                     sgd.state[q]["momentum_buffer"] = entry["momentum_buffer"].clone()
         return nets, sgds
 

@@ -44,10 +44,14 @@ def check_hyper(values: Mapping) -> None:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"Tensor {name} must be 1-element")
+            if value.is_meta:
+                raise ValueError(f"Invalid {WORDING.get(name, name)}: a tensor on the meta device holds no number")
             if not value.is_cpu:
                 continue  # reading it would wait for the device
             value = value.item()
         if isinstance(default, bool):
+            if not isinstance(value, Real):
+                raise ValueError(f"Invalid {name}: {value!r}; it is True or False")
             continue
         if not isinstance(value, Real) or not math.isfinite(value) or (name in WORDING and value < 0):
             raise ValueError(f"Invalid {WORDING.get(name, name)}: {value}")
