@@ -43,7 +43,7 @@ if [ "${1:-}" = --missing ]; then
     exit 1
 fi
 
-sources=$(find csrc cts_fast kernels setup.py pyproject.toml -type f ! -name '*.so' ! -path '*/__pycache__/*' |
+sources=$(find csrc cts_fast kernels setup.py pyproject.toml -type f ! -name '*.so*' ! -path '*/__pycache__/*' |
     LC_ALL=C sort | xargs sha256sum | sha256sum)
 if [ "$(cat "$work/built" 2>/dev/null)" = "$sources" ] &&
     (cd "$work" && "$python" -c 'import cts_fast._cuda') 2>/dev/null; then
@@ -58,7 +58,7 @@ else
     rm -rf "$package" "$work/source" "$work/built"
     mkdir -p "$work/source"
     cp -rP csrc cts_fast kernels setup.py pyproject.toml LICENSE README.md MANIFEST.in "$work/source/"
-    rm -rf "$work/source"/cts_fast/*.so
+    rm -f "$work/source"/cts_fast/*.so*
     mode=${CTS_FAST_BUILD:-cuda}
     install=("$python" -m pip install --no-build-isolation --no-deps --target "$package" . -v)
     if ! (cd "$work/source" && CTS_FAST_BUILD=$mode "${install[@]}") >"$work/build.log" 2>&1; then
