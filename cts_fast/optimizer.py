@@ -65,7 +65,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         shift: factor of the shift; 1 is the paper's, 0 leaves the trajectories where they are.
         reset_momentum: clear the shared momentum at a reset, so that a round depends on φ alone.
         heads: one iterable of parameters for each task; they take the inner step only and may differ between tasks.
-        nonfinite: "ignore" NaN and infinite gradients as torch does, "raise" after the step that met one, or "skip" it.
+        nonfinite: "ignore" NaN and infinite gradients as torch does, "raise" after the step that met one (with
+            capturable: in `state_dict`), or "skip" it.
         process_group: not available in this version; give None.
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference"; the environment's CTS_FAST_BACKEND sets what
             "auto" is.
@@ -248,7 +249,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
     def _step(self, losses: Sequence, heldout: Sequence[Callable]) -> None:
         engine = self.engine
-        engine.report_nonfinite()
+        if not engine.counting:  # else it would wait for the device
+            engine.report_nonfinite()
         self._sync()
         gradients = engine.collect(self.param_groups)
         found_inf = getattr(self, "found_inf", None)
@@ -327,15 +329,15 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
     def _checked(self, group: dict) -> Hyper:
         group.update({name: plain_number(group[name]) for name in Hyper._fields})
-        values = {name: self._read(group[name]) for name in Hyper._fields}
+        values = {name: self._read(name, group[name]) for name in Hyper._fields}
         check_hyper(values)
         return Hyper(**values)
 
-    def _read(self, value: Any) -> Any:
-        """The number that a tensor hyper-parameter holds; the device reads its own in a captured step, where the host
-        takes no part.
+    def _read(self, name: str, value: Any) -> Any:
+        """The number that a tensor hyper-parameter holds; the device reads its own rates in a captured step, where the
+        host takes no part.
         """
-        on_device = self.engine.counting and isinstance(value, Tensor)
+        on_device = self.engine.counting and name in ("lr", "meta_lr")
         if isinstance(value, Tensor) and not (on_device and value.device == self.engine.counters.tensor.device):
             return value.item()
         return value

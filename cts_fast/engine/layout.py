@@ -214,10 +214,12 @@ class Flat:
         )
 
     def is_at_phi(self) -> bool:
-        """Whether θ is φ in every row, bit for bit; waits for the device."""
+        """Whether θ is φ in every row, bit for bit; waits for the device, once."""
         bits = torch.int64 if self.work_dtype == torch.float64 else torch.int32
         phi = self.phi.view(bits)
-        return all(torch.equal(row.view(bits), phi) for row in self.work_theta)
+        if self.device.type == "cpu":  # ends at the first difference, without memory of its own
+            return all(torch.equal(row.view(bits), phi) for row in self.work_theta)
+        return bool(torch.stack([row.view(bits).eq(phi).all() for row in self.work_theta]).all())
 
     def follow_replicas_(self) -> str | None:
         """φ ← θ for each tensor that is the same in every row; the first place where rows differ from φ and each other,

@@ -101,7 +101,9 @@ def any_nonfinite(gradients: Iterable[Sequence[Tensor | None]]) -> Tensor:
     """1.0 if a gradient holds a NaN or infinity, else 0.0: float32 on the first one's device, not waited for."""
     present = [[g for g in group if g is not None and g.numel()] for group in gradients]
     flags = [~torch.stack(torch._foreach_norm(group, float("inf"))).isfinite().all() for group in present if group]
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).any().float() if flags else torch.zeros(())
+    if not flags:  # empty ones alone
+        return torch.zeros((), device=next(g.device for group in gradients for g in group if g is not None))
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any().float()
 
 
 def shifting_step_(

@@ -131,6 +131,38 @@ def test_a_gradient_that_is_not_finite_is_reported_by_task_and_parameter(backend
 
 
 @everywhere
+def test_a_step_that_the_device_counts_leaves_the_report_to_what_reads_the_device_anyway(backend, device):
+    opt, params = build(Case(2, ((5,),), options=OPTIONS), backend, device, capturable=True, nonfinite="raise")
+    for task in params:
+        task[0].grad = torch.full_like(task[0], float("nan"))
+    opt.step()
+    opt.step()
+    with pytest.raises(RuntimeError, match="task 0, parameter '0'"):
+        opt.state_dict()
+
+
+@everywhere
+def test_a_momentum_given_as_a_tensor_counts_by_its_value(backend, device):
+    def as_tensor(opt, step):
+        for group in opt.param_groups:
+            group["momentum"] = torch.tensor(0.5, device=device)
+
+    case = Case(2, ((9,),), steps=3, options={**OPTIONS, "momentum": 0.5})
+    _, expected = counted(case, backend, device, True)
+    _, got = counted(case, backend, device, True, as_tensor)
+    assert_equal(expected, got)
+
+
+@everywhere
+def test_empty_gradients_alone_are_finite(backend, device):
+    opt, params = build(Case(2, ((0,),), options=OPTIONS), backend, device, capturable=True, nonfinite="skip")
+    for task in params:
+        task[0].grad = torch.zeros_like(task[0])
+    opt.step()
+    assert (opt.inner_step, opt.skipped_steps) == (1, 0)
+
+
+@everywhere
 def test_several_dtypes_advance_the_counters_once(backend, device):
     def params(dtype):
         return [torch.nn.Parameter(torch.ones(3, dtype=dtype, device=device)) for _ in range(2)]
