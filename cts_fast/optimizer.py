@@ -65,8 +65,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         shift: factor of the shift; 1 is the paper's, 0 leaves the trajectories where they are.
         reset_momentum: clear the shared momentum at a reset, so that a round depends on φ alone.
         heads: one iterable of parameters for each task; they take the inner step only and may differ between tasks.
-        nonfinite: "ignore" NaN and infinite gradients as torch does, "raise" after the step that met one (with
-            capturable: in `state_dict`), or "skip" it.
+        nonfinite: "ignore" NaN and infinite gradients as torch does, "raise" after the step that met one, or "skip" it.
         process_group: not available in this version; give None.
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference"; the environment's CTS_FAST_BACKEND sets what
             "auto" is.
@@ -249,8 +248,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
     def _step(self, losses: Sequence, heldout: Sequence[Callable]) -> None:
         engine = self.engine
-        if not engine.counting:  # else it would wait for the device
-            engine.report_nonfinite()
+        engine.report_nonfinite()
         self._sync()
         gradients = engine.collect(self.param_groups)
         found_inf = getattr(self, "found_inf", None)
