@@ -7,7 +7,7 @@ outside. `sync_` and `collect` take over what was exchanged, or refuse it before
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from sys import getrefcount
 from typing import Any
@@ -58,6 +58,7 @@ class Engine:
         self.state = State()
         self.differing: str | None = None  # where replicas differed from task 0 when they were laid out
         self.unchecked = False  # whether no step has looked for weights that were loaded since
+        self.unfinished = False  # whether buffers are laid out that `state` does not show yet
 
     # Layout -----------------------------------------------------------------------------------------------------------
 
@@ -107,23 +108,28 @@ class Engine:
             self.flats, self.names, self.backends, self.collectors = flats, names, backends, collectors
             self.counting, self.segments, self.places, self.home = counting, segments, places, home
             self.numbered, self.numbers, self.counters, self.differing = numbered, numbers, Scalars(counters), differing
-            old, self.views = self.views, {}
-            for param in places:
-                self.views[param] = _same_objects(self.fresh_views(param), old.get(param, {}))
-                state.show(param, self.views[param], ours=("initialization", "counters"))
-            self.initialization = {s.name: self.views[s.params[0]]["initialization"] for s in shared}
-            for _, flat in self.shared:
-                flat.initialization = [self.views[segment.params[0]]["initialization"] for segment in flat.segments]
-            for flat in chain.from_iterable(flats):
-                flat.note_written()
             self.groups = [(g, list(g["params"]), list(g["sizes"]), g["shared"], _names(g)) for g in groups]
-            self.unchecked = True
-            self._watch(state)
+            self._show_(state)
+
+    def _show_(self, state: State) -> None:
+        """Let `state`, `initialization` and autograd know the buffers as they are laid out now; the end of `build`."""
+        self.unchecked = self.unfinished = True
+        views = {param: _same_objects(self.fresh_views(param), self.views.get(param, {})) for param in self.places}
+        for param, own in views.items():
+            state.show(param, own, ours=("initialization", "counters"))
+        self.views = views
+        self.initialization = {s.name: views[s.params[0]]["initialization"] for s in self.segments if s.task is None}
+        for flat in chain.from_iterable(self.flats):
+            if flat.shared:
+                flat.initialization = [views[segment.params[0]]["initialization"] for segment in flat.segments]
+            flat.note_written()
         if self.flags_nonfinite:
             self.flags = [
                 torch.zeros(len(collector.params), dtype=torch.uint8, device=kind[0].device)
-                for collector, kind in zip(collectors, flats, strict=True)
+                for collector, kind in zip(self.collectors, self.flats, strict=True)
             ]
+        self._watch(state, self.places)
+        self.unfinished = False
 
     def _entry(self, given: Any, flat: Flat, n: int, row: int) -> dict[str, Tensor]:
         """What an entry of `state` says of a parameter, checked; θ and φ of another shape are a predecessor's."""
@@ -182,9 +188,11 @@ class Engine:
                 flat.adopt_(n, row, start if together else param)
         return differing
 
-    def _watch(self, state: State) -> None:
+    def _watch(self, state: State, handed_out: Iterable[Tensor]) -> None:
+        """From here on look only at entries that somebody will see, or holds of those that were handed out."""
         self.state, state.everything = state, False
         state.seen.clear()
+        state.seen.update(p for p in handed_out if _references(state.entry(p) or {}, self.views[p]) > UNSEEN)
 
     # One truth --------------------------------------------------------------------------------------------------------
 
@@ -194,6 +202,9 @@ class Engine:
 
         Raises ValueError, before anything moved, for what cannot be taken over.
         """
+        if self.unfinished:  # an interrupt came into the last layout
+            with torch.inference_mode(False):
+                self._show_(self.state)
         as_laid_out = self.is_as_laid_out(groups)
         if state is not self.state or state.everything or state.seen or self._is_phi_moved() or not as_laid_out:
             found = None if as_laid_out else regroup(groups, self.groups, self.num_tasks)
@@ -271,8 +282,7 @@ class Engine:
             flat.all_started = flat.all_started and not changes
         for param in watched:
             state.show(param, self.views[param])
-        self._watch(state)
-        state.seen.update(p for p in watched if _references(state.entry(p) or {}, self.views[p]) > UNSEEN)
+        self._watch(state, watched)
         return state
 
     def _compare(self, param: Tensor, entry: Any, changes: list, moved: list) -> None:
@@ -407,7 +417,7 @@ class Engine:
                 for name, view in self.views[param].items():
                     view.data = fresh[name]
             state.show(param, self.views[param])
-        self._watch(state)
+        self._watch(state, self.places)
         return self.sync_(groups, state)
 
 
