@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cts_fast.engine.arguments import (
     as_groups,
+    check_initialization,
     check_needs,
     check_parameters,
     drop_duplicates,
@@ -394,27 +395,10 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         values: tensors in the order of `initialization`, or a dict with at least its names.
         Raises ValueError, naming the parameter, for missing ones and other shapes.
         """
-        initialization = self.engine.initialization
-        if isinstance(values, Mapping):
-            named: dict[Any, Tensor] = dict(values)
-            missing = [name for name in initialization if name not in named]
-            if missing:
-                raise ValueError(f"parameter {missing[0]!r}: not in the given initialization")
-            values = [named[name] for name in initialization]
-        values = list(values)
-        if len(values) != len(initialization):
-            raise ValueError(f"{len(values)} tensors given, but the initialization has {len(initialization)}")
-        for (name, phi), value in zip(initialization.items(), values, strict=True):
-            if not isinstance(value, Tensor):
-                raise ValueError(f"parameter {name!r}: {type(value).__name__} given, but a tensor is needed")
-            if value.shape != phi.shape or not value.is_floating_point() or value.layout != torch.strided:
-                given = f"{value.dtype} {tuple(value.shape)}, {value.layout}"
-                raise ValueError(
-                    f"parameter {name!r}: {given} given, but a dense real tensor of {tuple(phi.shape)} is needed"
-                )
-        values = [value.detach().clone() for value in values]  # it may be φ itself in another order
+        given = check_initialization(values, self.engine.initialization)
+        given = [value.detach().clone() for value in given]  # it may be φ itself in another order
         self._prepare_to_write()
-        for phi, value in zip(self.engine.initialization.values(), values, strict=True):
+        for phi, value in zip(self.engine.initialization.values(), given, strict=True):
             phi.copy_(value)
         self.reset_()
 
@@ -449,17 +433,20 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         It shows what parameters, `param_groups` and `state` hold now, and writes to none of them.
         """
         self.engine.report_nonfinite()
-        hooks, self._optimizer_state_dict_pre_hooks = self._optimizer_state_dict_pre_hooks, OrderedDict()
-        shown = self.state
-        try:
-            for hook in hooks.values():  # they see the live state
-                hook(self)
-            shown, self.state = self.state, saved_state(self.engine, self.param_groups, self.state)
-            state_dict = super().state_dict()
-        finally:
-            self.state, self._optimizer_state_dict_pre_hooks = shown, hooks
+        for hook in self._optimizer_state_dict_pre_hooks.values():  # they see, and may edit, the live state
+            hook(self)
+        saved: Any = SimpleNamespace(
+            param_groups=self.param_groups,
+            state=saved_state(self.engine, self.param_groups, self.state),
+            _optimizer_state_dict_pre_hooks={},
+            _optimizer_state_dict_post_hooks={},
+        )
+        state_dict = torch.optim.Optimizer.state_dict(saved)
         for group in state_dict["param_groups"]:
             group.update({name: plain_number(value) for name, value in group.items()})
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         return state_dict
 
     @torch._disable_dynamo

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cts_fast.engine.backends.base import DTYPES
-from cts_fast.engine.layout import Segment, is_without_memory, plain_name, refuse_shared
+from cts_fast.engine.layout import Segment, is_without_memory, only_looks_dense, plain_name, refuse_shared
 from cts_fast.engine.plan import OPTIONS
 from cts_fast.engine.rules.sgd import Hyper
 
@@ -167,7 +166,7 @@ def _check_tensor(where: str, tensor: Any) -> None:
         )
     if is_lazy(tensor):
         raise ValueError(f"{where}: is not initialized yet; run a batch through the lazy module first")
-    if is_traceable_wrapper_subclass(tensor):
+    if only_looks_dense(tensor):
         raise ValueError(f"{where}: is a {type(tensor).__name__}; only plain dense tensors can be optimized")
     if tensor.is_inference():
         raise ValueError(f"{where}: was made under inference_mode, so nothing can train it; make it outside")
@@ -250,7 +249,10 @@ def named_heads(heads: Iterable, num_tasks: int, named: bool) -> list[list]:
     """The `heads` argument as parameters of a group, with names where the other groups have them: torch wants all or
     none.
     """
-    heads = [list(head) for head in heads]
+    given = list(heads)
+    for t, head in enumerate(given):
+        _refuse_containers(head, f"heads, task {t}")
+    heads = [list(head) for head in given]
     if len(heads) != num_tasks:
         raise ValueError(
             f"heads of {len(heads)} tasks given, but there are {num_tasks} tasks; give one iterable a task"
@@ -270,6 +272,32 @@ def refuse_spawning() -> None:
             "a ShiftingMetaOptimizer cannot be sent to another process: its parameters would move into shared memory, "
             "which the flat buffers cannot follow; make it in that process, and send state_dict() of clones"
         )
+
+
+def check_initialization(values: Any, initialization: Mapping[str, Tensor]) -> list[Tensor]:
+    """New values of φ in its order, from a list or from a dict with at least its names.
+
+    Raises ValueError, naming the parameter, for missing ones, other shapes and what holds no real numbers.
+    """
+    if not isinstance(values, Iterable) or isinstance(values, (Tensor, nn.Module)):
+        raise ValueError(f"{type(values).__name__} given, but a list or a dict of tensors is needed")
+    if isinstance(values, Mapping):
+        missing = [name for name in initialization if name not in values]
+        if missing:
+            raise ValueError(f"parameter {missing[0]!r}: not in the given initialization")
+        values = [values[name] for name in initialization]
+    values = list(values)
+    if len(values) != len(initialization):
+        raise ValueError(f"{len(values)} tensors given, but the initialization has {len(initialization)}")
+    for (name, phi), value in zip(initialization.items(), values, strict=True):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"parameter {name!r}: {type(value).__name__} given, but a tensor is needed")
+        if value.shape != phi.shape or not value.is_floating_point() or value.layout != torch.strided:
+            given = f"{value.dtype} {tuple(value.shape)}, {value.layout}"
+            raise ValueError(
+                f"parameter {name!r}: {given} given, but a dense real tensor of {tuple(phi.shape)} is needed"
+            )
+    return values
 
 
 class Regrouped(NamedTuple):

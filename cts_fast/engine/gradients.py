@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cts_fast.engine.layout import Flat, Segment, address_in, is_without_memory
+from cts_fast.engine.layout import Flat, Segment, address_in, is_without_memory, only_looks_dense
 from cts_fast.engine.native import load
 
 try:
@@ -160,7 +159,7 @@ def _dense(gradient: Any, flat: Flat, n: int, row: int) -> Tensor:
     flat.check_param(segment, row)
     if gradient.layout != torch.strided:
         raise ValueError(f"{where}: gradient is {gradient.layout}; the step takes dense gradients (use sparse=False)")
-    if is_traceable_wrapper_subclass(gradient):
+    if only_looks_dense(gradient):
         raise ValueError(f"{where}: gradient is a {type(gradient).__name__}; the step takes plain dense tensors")
     if not gradient.is_floating_point() or gradient.device != flat.device or gradient.shape != segment.shape:
         raise ValueError(

@@ -311,6 +311,11 @@ class Flat:
             self.clear_momentum_()
 
 
+def only_looks_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's class answers torch's ops itself (DTensor, FakeTensor, …): its memory is not here."""
+    return getattr(type(tensor), "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)
+
+
 def is_without_memory(tensor: Tensor) -> bool:
     """Whether a tensor that should hold numbers has no memory: a freed storage, or torch's zeros without one."""
     return tensor.numel() > 0 and tensor.device.type != "meta" and tensor.data_ptr() == 0

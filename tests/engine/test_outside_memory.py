@@ -355,3 +355,42 @@ print(interrupts, steps)
 def test_a_keyboard_interrupt_leaves_a_step_done_or_not():
     result = subprocess.run([sys.executable, "-c", INTERRUPTED, "cpu"], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("heads", [[nn.Linear(2, 2)], nn.ModuleList([nn.Linear(2, 2)]), [nn.Linear(2, 2).state_dict()]])
+def test_modules_and_state_dicts_as_heads_are_named(heads):
+    with pytest.raises(TypeError, match="heads, task 0: is a (module|dict)"):
+        ShiftingMetaOptimizer([[nn.Parameter(torch.zeros(2))]], heads=heads)
+
+
+@pytest.mark.parametrize("values", [None, 3, nn.Linear(2, 2), torch.zeros(2)], ids=lambda value: type(value).__name__)
+def test_an_initialization_that_is_no_list_of_tensors_is_refused(values):
+    opt = ShiftingMetaOptimizer([[nn.Parameter(torch.ones(2))]])
+    with pytest.raises(ValueError, match="a list or a dict of tensors is needed"):
+        opt.load_initialization(values)
+    assert opt.initialization[0].eq(1).all()
+
+
+def test_fake_tensors_are_refused():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        param = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="task 0, parameter '0': is a FakeTensor"):
+        ShiftingMetaOptimizer([[param]])
+
+
+def test_saving_through_a_wrapper_binds_it_to_nothing():
+    problem, twin = Problem(meta_lr=0.25), Problem(meta_lr=0.25)
+    wrapper = Wrapper(problem.opt)
+    wrapper.state_dict()
+    problem.step(), twin.step()
+    problem.opt.state = {p: dict(entry) for p, entry in problem.opt.state.items()}
+    problem.step(), twin.step()
+    problem.gradients(), twin.gradients()
+    wrapper.step(), twin.opt.step()
+    assert_same(problem.values(), twin.values())
+    seen = []
+    problem.opt.register_state_dict_post_hook(lambda opt, state: seen.append(opt))
+    problem.opt.state_dict()
+    assert seen == [problem.opt]
