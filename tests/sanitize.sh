@@ -23,4 +23,4 @@ python -m pytest -q -p no:cacheprovider -c "$checkout/pyproject.toml" "$@" \
     "$checkout"/tests/engine/test_{cpu_backend,method_ops,native}.py
 # groups popped, parameters exchanged, state moved: no address of what is gone is read
 python -m pytest -q -p no:cacheprovider -c "$checkout/pyproject.toml" -k "cpu or not (torch or triton or reference)" \
-    "$checkout"/tests/engine/test_outside_{state,parameters,memory}.py
+    "$checkout"/tests/engine/test_outside_{state,parameters,memory,orders}.py
