@@ -48,12 +48,13 @@ def saved_state(engine: Engine, groups: Sequence[dict], given: Any) -> dict[Tens
 def _save(engine: Engine, param: Tensor, entry: dict[str, Any]) -> None:
     """Complete an entry that is to be saved: aliases of the views, and what was exchanged as it is."""
     aliases, views, expected = engine.fresh_views(param), engine.views[param], engine.addresses_of(param)
+    if entry.get(MOMENTUM) is None:  # somebody cleared it: the next step starts it anew
+        entry[MOMENTUM] = torch.zeros_like(views[MOMENTUM])
+        entry["momentum_started"] = torch.zeros_like(views["momentum_started"])
     for name, view in views.items():
         value = entry.setdefault(name, view)
         if value is view and view.data_ptr() == expected.get(name, view.data_ptr()):
             entry[name] = aliases[name]
-    if not isinstance(entry[MOMENTUM], Tensor):  # somebody cleared it
-        entry[MOMENTUM] = torch.zeros_like(views[MOMENTUM])
     entry["theta"] = _saved_theta(engine, param, entry["theta"])
 
 

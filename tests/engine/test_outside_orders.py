@@ -369,3 +369,26 @@ def test_exchanges_of_a_head_and_a_shared_entry_after_a_pop():
     problem.opt.param_groups.append(group)
     problem.opt.param_groups[0]["meta_lr"] = problem.opt.param_groups[1]["meta_lr"] = 0.0
     problem.assert_follows_sgd()
+
+
+@pytest.mark.parametrize("how", ["clear", "new", "delete", "none"])
+def test_a_cleared_momentum_is_saved_as_cleared(how):
+    problem, other = Problem(dampening=0.5), Problem(dampening=0.5)
+    problem.step(2)
+    if how == "clear":
+        problem.opt.state.clear()
+    elif how == "new":
+        problem.opt.state = defaultdict(dict)
+    else:
+        for p in problem.params():
+            if how == "none":
+                problem.opt.state[p]["momentum_buffer"] = None
+            else:
+                del problem.opt.state[p]["momentum_buffer"]
+    saved = copy.deepcopy(problem.opt.state_dict())
+    assert not any(e["momentum_buffer"].any() or e["momentum_started"] for e in saved["state"].values())
+    other.opt.load_state_dict(saved)
+    other.draw.set_state(problem.draw.get_state())
+    problem.step(2), other.step(2)
+    assert_same(problem.values(), other.values())
+    assert other.opt.inner_step == 4
