@@ -211,7 +211,9 @@ def test_one_of_another_format_is_refused(tmp_path, monkeypatch):
         Checkpoints(tmp_path, IDENTITY).load(use)
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError(), torch.OutOfMemoryError("x")])
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), MemoryError(), torch.OutOfMemoryError("x")]
+)
 def test_one_that_cannot_be_read_now_is_not_called_damaged(error, tmp_path):
     saved(tmp_path)
 

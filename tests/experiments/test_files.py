@@ -83,5 +83,3 @@ def test_a_device_without_space_is_named_and_nothing_is_left(tmp_path, monkeypat
     assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(named)
     assert path.read_bytes() == b"old" and sorted(tmp_path.rglob("*")) == before
     assert kept.load(lambda parts: None) == "before"
-
-

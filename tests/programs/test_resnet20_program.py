@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.image_tasks import make_suite
+from support.processes import SLOW_ENOUGH, driven
 
 from cts_fast.baselines import METHODS
 from cts_fast.data import suite
@@ -179,28 +179,6 @@ def test_resuming_with_other_arguments_names_the_difference(tmp_path, capsys):
 
 # Interruption
 
-DRIVER = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-from support.image_tasks import make_suite
-from cts_fast.data import suite
-from cts_fast.examples import resnet20
-suite.SUITES["tiny"] = make_suite
-sys.exit(resnet20.main())
-"""
-
-
-SLOW_ENOUGH = "--suite tiny --horizon 10 --rounds 2 --test-steps 1 --test-seeds 3 --targets rings --methods cts".split()
-
-
-def driven(*arguments, limit=None):
-    """The program as a process of its own; limit: bytes that a file of it may have."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", DRIVER, str(Path(__file__).parents[1]), *arguments]
-    if limit is not None:
-        command = ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "bash", *command]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
 
 @pytest.mark.parametrize(
     "moment, number",
@@ -282,7 +260,9 @@ def test_a_full_disk_ends_with_one_line_and_leaves_the_old_checkpoint_whole(tmp_
     message = process.communicate(timeout=120)[1]
     assert process.returncode == 2 and "Traceback" not in message, message
     errors = [line for line in message.splitlines() if "error:" in line]
-    assert len(errors) == 1 and str(path.parent.with_name("000002")) in errors[0] and "cannot write" in errors[0], message
+    assert len(errors) == 1 and str(path.parent.with_name("000002")) in errors[0] and "cannot write" in errors[0], (
+        message
+    )
     assert path.read_bytes() == before and not list(out.rglob(".*tmp"))
     assert resnet20.main([*SLOW_ENOUGH, "--out", str(out), "--resume"]) == 0
 
