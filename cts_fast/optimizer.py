@@ -249,7 +249,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
     def _step(self, losses: Sequence, heldout: Sequence[Callable]) -> None:
         engine = self.engine
-        engine.report_nonfinite()
+        if not engine.flags_on_host:
+            engine.report_nonfinite()
         self._sync()
         gradients = engine.collect(self.param_groups)
         found_inf = getattr(self, "found_inf", None)
@@ -265,7 +266,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             self._step_on_device(Step(gradients, hyper, control, losses, heldout), counting)
             return
         *counters, skipped = engine.counters.read()
-        if self._nonfinite == "skip" and any_nonfinite(gradients):
+        if self._nonfinite == "skip" and any_nonfinite(engine, gradients):
             engine.counters.write((*counters, skipped + 1))
             return
         control, after = self.plan(Counters(*counters))
@@ -280,14 +281,16 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         )
         self.apply_(Step(gradients, hyper, control, losses, heldout))
         engine.counters.write(values)
-        if engine.flags and all(flags.device.type == "cpu" for flags in engine.flags):
+        if engine.flags_on_host:
             engine.report_nonfinite()
+        else:
+            engine.send_flags()
 
     @torch.no_grad()
     def _step_on_device(self, step: Step, counting: Counting) -> None:
         """The step with every decision left to the device, so that a CUDA graph may hold it."""
         if self._nonfinite == "skip":
-            bad = any_nonfinite(step.gradients)
+            bad = any_nonfinite(self.engine, step.gradients)
             counting.counters[3] += bad.to(torch.int64)
             found_inf = bad if counting.found_inf is None else torch.maximum(counting.found_inf.view(()), bad)
             counting = counting._replace(found_inf=found_inf)

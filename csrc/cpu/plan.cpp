@@ -159,6 +159,19 @@ double Plan::step(const Step& step, const PathSum* path, bool measure_phi, int t
   return std::accumulate(moved.begin(), moved.end(), 0.0);  // in one order, whoever computed them
 }
 
+bool Plan::any_nonfinite(const Step& step, int threads) const {
+  threads = team_for(threads, tiles_.list.size());
+  Queue queue(tiles_, threads);  // each thread looks at what it steps afterwards
+  std::atomic<bool> found{false};
+  run_on_all(threads, [&] {
+    for (Range range; !found.load(std::memory_order_relaxed) && queue.take(range);)
+      for (int64_t i = range.first; i < range.last; ++i)
+        if (const Tile& tile = tiles_.list[size_t(i)]; kernel_.nonfinite(flats_[size_t(tile.flat)], tile, step))
+          found.store(true, std::memory_order_relaxed);
+  });
+  return found.load();
+}
+
 template <class Body> void Plan::over_spans(int threads, Body body) const {
   threads = team_for(threads, spans_.list.size());
   Queue queue(spans_, threads);

@@ -95,6 +95,8 @@ struct Kernel {
                const PathSum* path, double* moved);
   // Whether so many rows are stepped together in the usual kinds of step, in registers; else in turn.
   bool (*fits_registers)(int32_t rows);
+  // Whether a gradient holds a NaN or an infinity in a tile; sets its entry of step.nonfinite if there is one.
+  bool (*nonfinite)(const Flat& flat, const Tile& tile, const Step& step);
 };
 
 // Instruction sets that this module holds and this machine has, the widest first: of "avx512", "avx2", "plain".
@@ -109,6 +111,9 @@ class Plan {
   // One step in place, after the path's sum if there is one; returns, if measure_phi, the square of the way that phi
   // moves. At most `threads` threads; the result does not depend on how many.
   double step(const Step& step, const PathSum* path, bool measure_phi, int threads) const;
+
+  // Whether any gradient holds a NaN or an infinity; reads gradients and inverse_scale of the step alone.
+  bool any_nonfinite(const Step& step, int threads) const;
 
   // The rest is about the first flat, which has a phi. Buffers of the methods are laid out as phi, [S], or as theta,
   // [rows, S] with rows `stride` apart, and are of phi's type.

@@ -4,6 +4,7 @@
 #include "step.h"
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "cpu/prefetch.h"
@@ -49,7 +50,7 @@ template <class S, class C> CTS_HD Row<S, C> row_at(const Flat& flat, int64_t co
 enum class Kind { any, inner, meta, reset };
 
 template <class C> Kind kind_of(const Rule<C>& rule, const Step& step, const Segment& segment, int32_t rows) {
-  if (step.nonfinite || !rule.has_momentum || rule.nesterov || rule.scaled || rule.maximize) return Kind::any;
+  if (!rule.has_momentum || rule.nesterov || rule.scaled || rule.maximize) return Kind::any;
   if (rule.reset && !rule.meta_update) return Kind::any;
   for (int32_t i = segment.first; i < segment.first + rows; ++i)
     if (!step.gradients[i] || (step.started && !step.started[i] && rule.gain != C(1))) return Kind::any;
@@ -77,13 +78,11 @@ template <Kind kind, class C> CTS_HD Rule<Vec<C>> broadcast(const Rule<C>& r) {
           (any || kind == Kind::reset) && r.reset_momentum};
 }
 
-// The rows of a tile that a kernel steps together. g[i] is null where row i has no gradient; nonfinite[i] where nobody
-// asks.
+// The rows of a tile that a kernel steps together. g[i] is null where row i has no gradient.
 template <int G, class S, class C> struct Rows {
   Row<S, C> row[G];
   const S* g[G];
   bool started[G];
-  uint8_t* nonfinite[G];
 };
 
 // One vector of columns of G rows: their inner steps and the sum over them. `all`: they are all rows there are, so that
@@ -101,8 +100,6 @@ CTS_HD Vec<C> step_vector(const Rows<G, S, C>& rows, C* phi, C* sums, int64_t co
     theta[i] = row.load_theta(column);
     if (kind != Kind::any || rows.g[i]) {
       V g = unscaled(whole ? load(rows.g[i] + column) : load_first<C>(rows.g[i] + column, left), rule), v{};
-      if (kind == Kind::any && rows.nonfinite[i] && !all_finite(g))
-        __atomic_store_n(rows.nonfinite[i], 1, __ATOMIC_RELAXED);
       if (rule.has_momentum) v = load(row.momentum + column);
       inner_step(theta[i], v, g, kind != Kind::any || rows.started[i], rule);
       if (rule.has_momentum && !rule.reset_momentum) store(row.momentum + column, v);
@@ -142,7 +139,6 @@ __attribute__((noinline)) double step_rows(const Flat& flat, const Tile& tile, i
     rows.row[i] = row_at<S, C>(flat, segment.offset + tile.begin, first_row + i);
     rows.g[i] = g ? g + tile.begin : nullptr;
     rows.started[i] = !step.started || step.started[entry];
-    rows.nonfinite[i] = step.nonfinite ? step.nonfinite + entry : nullptr;
   }
   int64_t streams = 0;
   for (int i = 0; i < G; ++i) streams += prefetcher.streams(rows.g[i], rule.has_momentum);
@@ -220,7 +216,7 @@ double step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const 
     store(sums + i, rule.reset ? value : delta);
     squares = squares + (value - before) * (value - before);
   }
-  constexpr int abreast = 4;  // rows that share their visits to the deltas; one row alone waits for the second cache
+  constexpr int abreast = 8;  // rows that share their visits to the deltas; one row alone waits for the second cache
   for (; t >= abreast; t -= abreast)
     shift_rows<abreast, S>(flat, tile, t - abreast, sums, rule);  // the last rows are the ones still near
   while (t-- > 0) shift_rows<1, S>(flat, tile, t, sums, rule);
@@ -237,6 +233,57 @@ double step_tile(const Flat& flat, const Tile& tile, const Step& step, const Rul
   return step_in_turn<kind>(flat, tile, step, rule, phi, prefetcher);
 }
 
+// Whether G gradients hold a NaN or an infinity within n columns, the i-th in found[i].
+template <int G, bool scaled, class S, class C>
+bool look_at(const S* const* g, int64_t n, C inverse_scale, bool* found) {
+  constexpr int64_t N = Vec<C>::size, line = kLine / int64_t(sizeof(S)), ahead = 4 * line;
+  Vec<C> sums[G]{};  // 0 as long as all are finite, then NaN
+  const Vec<C> scale(inverse_scale);
+  const auto add = [&](int i, Vec<C> value) {
+    if (scaled) value = value * scale;
+    sums[i] = sums[i] + (value - value);
+  };
+  int64_t column = 0;
+  for (; column + line <= n; column += line) {
+    CTS_UNROLL
+    for (int i = 0; i < G; ++i) __builtin_prefetch(g[i] + column + ahead);
+    for (int64_t at = column; at < column + line; at += N) {
+      CTS_UNROLL
+      for (int i = 0; i < G; ++i) add(i, load(g[i] + at));
+    }
+  }
+  for (; column < n; column += N)
+    for (int i = 0; i < G; ++i) add(i, load_first<C>(g[i] + column, std::min(N, n - column)));
+  bool any = false;
+  for (int i = 0; i < G; ++i) any |= found[i] = !all_finite(sums[i]);
+  return any;
+}
+
+// Whether a gradient holds a NaN or an infinity in a tile; step.nonfinite, if there is one, is set for it.
+template <class S, class C> bool nonfinite(const Flat& flat, const Tile& tile, const Step& step) {
+  constexpr int abreast = 8;  // so many streams are read at the memory's pace
+  const int32_t first = flat.segments[tile.segment].first;
+  const int64_t n = tile.end - tile.begin;
+  const C scale = C(step.inverse_scale);
+  const auto look = scale == C(1) ? look_at<abreast, false, S, C> : look_at<abreast, true, S, C>;
+  const auto look_at_one = scale == C(1) ? look_at<1, false, S, C> : look_at<1, true, S, C>;
+  const S* g[abreast];
+  int32_t entries[abreast];
+  bool found[abreast], any = false;
+  for (int32_t t = 0, count = 0; t < flat.rows; ++t) {
+    const S* const row = static_cast<const S*>(step.gradients[first + t]);
+    if (row) g[count] = row + tile.begin, entries[count++] = first + t;
+    if (count < abreast && t + 1 < flat.rows) continue;
+    if (count == abreast) any |= look(g, n, scale, found);
+    else
+      for (int32_t i = 0; i < count; ++i) any |= look_at_one(g + i, n, scale, found + i);
+    for (int32_t i = 0; i < count && step.nonfinite; ++i)
+      if (found[i]) __atomic_store_n(step.nonfinite + entries[i], 1, __ATOMIC_RELAXED);
+    count = 0;
+  }
+  return any;
+}
+
 template <class S, class C>
 void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const MethodOps& method_ops,
                 const PathSum* path, double* moved) {
@@ -246,8 +293,9 @@ void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& 
     const Segment& segment = flat.segments[tile->segment];
     const Rule<C> rule = make_rule<C>(step.groups[segment.group], step, flat.phi != nullptr);
     if (path && flat.phi) method_ops.extend_path(flat, *tile, step.gradients, *path);
+    const Kind kind = kind_of(rule, step, segment, flat.rows);
     double squares = 0;
-    switch (kind_of(rule, step, segment, flat.rows)) {
+    switch (kind) {
       case Kind::inner:
         squares = step_tile<Kind::inner>(flat, *tile, step, rule, prefetcher);
         break;
@@ -261,6 +309,9 @@ void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& 
         squares = step_tile<Kind::any>(flat, *tile, step, rule, prefetcher);
         break;
     }
+    // in these kinds a gradient that is not finite reaches phi, and a tile has squares already
+    const bool reaches_phi = kind == Kind::meta || kind == Kind::reset;
+    if (step.nonfinite && !(reaches_phi && std::isfinite(squares))) nonfinite<S, C>(flat, *tile, step);
     if (moved) moved[tile - tiles] = squares;
   }
 }
@@ -270,13 +321,13 @@ void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& 
 Kernel kernel(DType dtype) {
   switch (dtype) {
     case DType::float64:
-      return {step_tiles<double, double>, fits_registers<double, double>};
+      return {step_tiles<double, double>, fits_registers<double, double>, nonfinite<double, double>};
     case DType::bfloat16:
-      return {step_tiles<BFloat16, float>, fits_registers<BFloat16, float>};
+      return {step_tiles<BFloat16, float>, fits_registers<BFloat16, float>, nonfinite<BFloat16, float>};
     case DType::float16:
-      return {step_tiles<Half, float>, fits_registers<Half, float>};
+      return {step_tiles<Half, float>, fits_registers<Half, float>, nonfinite<Half, float>};
     default:
-      return {step_tiles<float, float>, fits_registers<float, float>};
+      return {step_tiles<float, float>, fits_registers<float, float>, nonfinite<float, float>};
   }
 }
 

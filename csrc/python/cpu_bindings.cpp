@@ -65,6 +65,13 @@ double step(const Plan& plan, uintptr_t gradients, uintptr_t started, bool all_s
   return moved;
 }
 
+bool any_nonfinite(const Plan& plan, uintptr_t gradients, int threads) {
+  cts::Step step{};
+  step.gradients = pointer<const void* const>(gradients), step.inverse_scale = 1;
+  py::gil_scoped_release release;
+  return plan.any_nonfinite(step, threads);
+}
+
 void add_gradients(const Plan& plan, uintptr_t gradients, uintptr_t target, double weight, int threads) {
   py::gil_scoped_release release;
   plan.add_gradients(pointer<const void* const>(gradients), pointer<void>(target), weight, threads);
@@ -109,6 +116,8 @@ PYBIND11_MODULE(_cpu, m) {
           "along the tasks' paths that takes place before the step (total, theta, gradient, stride of the last two, "
           "weights, loss changes, scale, whether to keep the point): the sum takes in the segment that ends here "
           "(weights empty: none); then this point is kept. Returns |phi - phi before|^2 if measure_phi, else 0.")
+      .def("any_nonfinite", &any_nonfinite, "gradients"_a, "threads"_a,
+           "Whether any gradient holds a NaN or an infinity.")
       .def("add_gradients", &add_gradients, "gradients"_a, "target"_a, "weight"_a, "threads"_a,
            "target [S] += weight times the sum over the rows of their gradients.")
       .def("end_round", &end_round, "gradients"_a, "total"_a, "weight"_a, "rates"_a, "momentum"_a, "threads"_a,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from ctypes import string_at
 from itertools import chain
 from sys import getrefcount
 from typing import Any
@@ -50,6 +51,8 @@ class Engine:
         self.hyper: list[Hyper] = []  # as last read, made from hyper_values
         self.hyper_values: list = []
         self.flags: list[Tensor] | None = None  # nonfinite="raise": one byte a gradient
+        self.flags_on_host = False
+        self.sent: tuple[list[Tensor], list] | None = None  # the last step's flags, and the events of their arrival
         self.counting = False  # whether the device takes a step's decisions
         self.segments: list[Segment] = []
         self.groups: list[tuple[dict, list, list, bool, list | None]] = []  # (group, params, sizes, shared, names)
@@ -128,6 +131,7 @@ class Engine:
                 torch.zeros(len(collector.params), dtype=torch.uint8, device=kind[0].device)
                 for collector, kind in zip(self.collectors, self.flats, strict=True)
             ]
+            self.flags_on_host, self.sent = not any(flags.is_cuda for flags in self.flags), None
         self._watch(state, self.places)
         self.unfinished = False
 
@@ -384,14 +388,31 @@ class Engine:
         pairs = zip(self.backends, self.flats, strict=True)
         return [(backend, flats[0]) for backend, flats in pairs if flats[0].shared]
 
+    def send_flags(self) -> None:
+        """After a step on a GPU: its flags are on their way to the host, and nobody waits for them."""
+        if self.flags is not None and not self.flags_on_host and not torch.cuda.is_current_stream_capturing():
+            copies = [torch.empty(len(f), dtype=f.dtype, device="cpu", pin_memory=True) for f in self.flags]
+            for copy, flags in zip(copies, self.flags, strict=True):
+                copy.copy_(flags, non_blocking=True)
+            arrived = [torch.cuda.Event() for _ in {flags.device for flags in self.flags}]
+            for event, device in zip(arrived, {flags.device for flags in self.flags}, strict=True):
+                event.record(torch.cuda.current_stream(device))
+            self.sent = copies, arrived
+
     def report_nonfinite(self) -> None:
-        """Raise NonFiniteGradient if the last step met a gradient that was not finite; clears the flags."""
-        if self.flags is None or (
-            any(flags.is_cuda for flags in self.flags) and torch.cuda.is_current_stream_capturing()
-        ):
+        """Raise NonFiniteGradient if the last step met a gradient that was not finite; clears the flags.
+
+        Waits for a step on a GPU whose flags were sent, and not for what was queued after it.
+        """
+        if self.flags is None or not self.flags_on_host and torch.cuda.is_current_stream_capturing():
             return
-        for flags, collector in zip(self.flags, self.collectors, strict=True):
-            for i in flags.nonzero().flatten().tolist():
+        copies, arrived = self.sent or ([flags.cpu() for flags in self.flags], [])
+        self.sent = None
+        for event in arrived:
+            event.synchronize()
+        for flags, collector in zip(copies, self.collectors, strict=True):
+            i = string_at(flags.data_ptr(), flags.numel()).find(1)
+            if i >= 0:
                 for seen in self.flags:
                     seen.zero_()
                 flat, n, row = collector.places[i]

@@ -97,13 +97,13 @@ def make_backend(name: str, flats: Sequence[Flat]) -> Backend:
 
 
 @torch.no_grad()
-def any_nonfinite(gradients: Iterable[Sequence[Tensor | None]]) -> Tensor:
+def any_nonfinite(engine: Engine, gradients: Sequence[Gradients]) -> Tensor:
     """1.0 if a gradient holds a NaN or infinity, else 0.0: float32 on the first one's device, not waited for."""
-    present = [[g for g in group if g is not None and g.numel()] for group in gradients]
-    flags = [~torch.stack(torch._foreach_norm(group, float("inf"))).isfinite().all() for group in present if group]
-    if not flags:  # empty ones alone
-        return torch.zeros((), device=next(g.device for group in gradients for g in group if g is not None))
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).any().float()
+    pairs = zip(engine.backends, gradients, strict=True)
+    found = [backend.any_nonfinite(given) for backend, given in pairs if given.present]
+    if len(found) > 1:
+        found = [torch.stack([flag.to(found[0].device) for flag in found]).any()]
+    return found[0].float()
 
 
 def shifting_step_(

@@ -163,19 +163,44 @@ def test_padding_between_segments_stays_zero(isa, use_isa, case):
             assert buffer is None or not buffer[:, ~inside].any()
 
 
-@pytest.mark.parametrize("tasks", [8, 17])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("at", [0, 36, -1])
-def test_one_nonfinite_gradient_anywhere_is_reported(tasks, bad, at):
-    params = [[torch.nn.Parameter(torch.ones(7)), torch.nn.Parameter(torch.ones(37))] for _ in range(tasks)]
-    opt = ShiftingMetaOptimizer(params, lr=0.1, momentum=0.9, nonfinite="raise", backend="cpu")
-    for task in params:
-        for param in task:
-            param.grad = torch.full_like(param, torch.finfo(torch.float32).max)
-    opt.step()
-    params[5][1].grad[at] = bad
-    with pytest.raises(RuntimeError, match="task 5, parameter '1'"):
-        opt.step()
+KINDS = {  # of step
+    "meta-update": {},
+    "inner step alone": {"meta_interval": 100},
+    "reset": {"horizon": 1},
+    "nesterov": {"nesterov": True},
+    "no momentum": {"momentum": 0.0},
+    "rates of 0": {"lr": 0.0, "meta_lr": 0.0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("tasks", [1, 5, 8, 17])
+def test_one_nonfinite_gradient_anywhere_is_reported(kind, dtype, tasks):
+    def shared_and_head():
+        return [[torch.nn.Parameter(torch.ones(n, dtype=dtype)) for n in (7, 37, 12)] for _ in range(tasks)]
+
+    options = {"lr": 0.1, "momentum": 0.9, "backend": "cpu", **KINDS[kind]}
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for i, at in ((0, 3), (1, 0), (1, 36), (2, -1)):  # the last one is the head's
+            for mode in ("raise", "skip"):
+                params = shared_and_head()
+                opt = ShiftingMetaOptimizer(
+                    [task[:2] for task in params], heads=[task[2:] for task in params], nonfinite=mode, **options
+                )
+                for task in params:
+                    for param in task:
+                        param.grad = torch.full_like(param, torch.finfo(dtype).max)  # what follows from it may overflow
+                opt.step()
+                params[tasks // 2][i].grad[at] = bad
+                if mode == "skip":
+                    before = [param.clone() for task in params for param in task]
+                    opt.step()
+                    assert opt.skipped_steps == 1
+                    assert all(map(torch.equal, before, (param for task in params for param in task)))
+                    continue
+                with pytest.raises(RuntimeError, match=f"task {tasks // 2}, parameter '{('0', '1', 'head.0')[i]}'"):
+                    opt.step()
 
 
 def test_an_instruction_set_that_is_not_there_is_refused_with_the_reason(monkeypatch):

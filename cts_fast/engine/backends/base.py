@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from cts_fast.engine.backends.method_ops import MethodOps
 from cts_fast.engine.gradients import Gradients
@@ -44,3 +45,10 @@ class Backend(MethodOps, ABC):
     @abstractmethod
     def step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         """Inner step, meta-update, shift and, if control.reset, reset, in one pass; hyper: one a param group."""
+
+    def any_nonfinite(self, gradients: Gradients) -> Tensor:
+        """Whether a gradient holds a NaN or an infinity: bool, on the device, not waited for."""
+        present = [g for g in gradients if g is not None and g.numel()]
+        if not present:  # empty ones alone
+            return torch.zeros((), dtype=torch.bool, device=self.flats[0].device)
+        return ~torch.stack(torch._foreach_norm(present, float("inf"))).isfinite().all()

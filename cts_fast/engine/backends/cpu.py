@@ -84,6 +84,9 @@ class Cpu(Backend):
             torch.get_num_threads(),
         )
 
+    def any_nonfinite(self, gradients: Gradients) -> Tensor:
+        return torch.tensor(self.plan.any_nonfinite(gradients.address, torch.get_num_threads()))
+
     def add_gradients_(self, target: Tensor, gradients: Gradients, weight: float) -> None:
         self.plan.add_gradients(gradients.address, target.data_ptr(), weight, torch.get_num_threads())
 
