@@ -174,8 +174,8 @@ KINDS = {  # of step
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("tasks", [1, 5, 8, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tasks", [1, 8, 17])
 def test_one_nonfinite_gradient_anywhere_is_reported(kind, dtype, tasks):
     def shared_and_head():
         return [[torch.nn.Parameter(torch.ones(n, dtype=dtype)) for n in (7, 37, 12)] for _ in range(tasks)]
