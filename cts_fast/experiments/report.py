@@ -14,6 +14,11 @@ from cts_fast.experiments.settings import labels
 from cts_fast.experiments.statistics import mean_and_interval, paired_differences, per_seed_mean
 
 Accuracy = Mapping[str, Mapping[str, Sequence[float]]]  # method to held-out task to fractions, one per seed
+PAIRED = (
+    "Differences of the last column, paired: with equal fine-tuning seeds, images, batches and last layers are equal. "
+    "The interval is over these seeds. All is of one meta-training seed, and what another one would change is not in "
+    "it: python -m cts_fast.examples.compare puts several together."
+)
 
 
 def report(experiment: Experiment, out: Path, started: float, stop: Stop) -> None:
@@ -35,7 +40,7 @@ def report(experiment: Experiment, out: Path, started: float, stop: Stop) -> Non
     experiment.folder.finish()
     print(f"\n{table(accuracy, named)}\n")
     if best:
-        print(f"{table_of_differences(accuracy, best, named)}\n")
+        print(f"{table_of_differences(accuracy, best, named)}\n\n{fill(PAIRED)}\n")
     print(f"{account(experiment)}\n")
     files = ", ".join(["results.json", "metrics.csv", *names])
     print(fill(f"In {out}: {files}. This took {(time.monotonic() - started) / 60:.1f} minutes."))
@@ -141,9 +146,7 @@ def account(experiment: Experiment) -> str:
     paragraphs = [
         f"Accuracy in % on the test sets of {len(config['targets'])} image tasks that meta-training never saw: "
         f"mean of {test.seeds} fine-tuning run{'s' * (test.seeds > 1)} ± 95 % interval; "
-        "the last column is the mean over these tasks. The differences are of this mean and paired: equal fine-tuning "
-        "seeds draw equal images, batches and last layers. All is of one meta-training seed, so no interval says how "
-        "much another one would change: cts_fast.examples.compare puts several together.",
+        "the last column is the mean over these tasks.",
         f"What was run: each method meta-trained a {experiment.model_name} on the tasks {', '.join(config['tasks'])}: "
         f"{steps}{size}. All began at the same weights and saw the same batches. Then each starting point was "
         f"fine-tuned on each held-out task: {images}, {test.steps} steps of batch {test.batch_size}, "
