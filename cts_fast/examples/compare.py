@@ -120,7 +120,7 @@ def draw(out: Path, compared: Comparison, best: str) -> None:
     plots.accuracy_vs_steps(
         out / "accuracy-vs-steps.png", points, scratch, compared.labels, reference=best, seeds=seeds
     )
-    plots.final_accuracy(out / "accuracy.png", compared.final, compared.labels)
+    plots.final_accuracy(out / "accuracy.png", compared.final, compared.labels, seeds=seeds)
 
 
 def report(compared: Comparison, best: str, ahead: Differences, equal: Equal) -> str:

@@ -111,7 +111,7 @@ def accuracy_vs_steps(
     palette = colours(list(points))
     steps = sorted({step for by_step in points.values() for step in by_step})
     for i, (method, by_step) in enumerate(points.items()):
-        aside = 1 + 0.012 * (i - (len(points) - 1) / 2)  # or intervals would hide each other
+        aside = 1 + 0.03 * (i - (len(points) - 1) / 2)  # or intervals would hide each other
         _curve(top, by_step, aside, palette[method], labels[method])
         if method != reference:
             ahead = {step: paired_differences(points[reference][step], values) for step, values in by_step.items()}
@@ -145,9 +145,9 @@ def _curve(axes: Any, by_step: Mapping[int, Sequence[float]], aside: float, colo
 
 
 def final_accuracy(
-    path: Path, accuracy: Mapping[str, Mapping[str, Sequence[float]]], labels: Mapping[str, str]
+    path: Path, accuracy: Mapping[str, Mapping[str, Sequence[float]]], labels: Mapping[str, str], *, seeds: str
 ) -> None:
-    """Bars with 95 % intervals: method to held-out task to accuracies (fractions, one per seed)."""
+    """Bars with 95 % intervals: method to held-out task to accuracies (fractions, one per seed); seeds: which."""
     methods = list(accuracy)
     targets = list(accuracy[methods[0]])
     figure, axes = _one_plot(max(6.0, 1.2 + 0.32 * (len(methods) + 1) * len(targets)), 4.2 + 0.12 * len(methods))
@@ -169,7 +169,7 @@ def final_accuracy(
     axes.set_xticks(range(len(targets)), targets)
     axes.set_ylim(bottom=max(0.0, 10 * math.floor(10 * lowest - 0.5)))
     axes.set_ylabel("accuracy after fine-tuning, %" + (" (axis cut)" if axes.get_ylim()[0] else ""))
-    axes.set_title("Held-out tasks: accuracy by initialization, 95 % intervals")
+    axes.set_title(f"Held-out tasks: accuracy by initialization, 95 % intervals over {seeds}")
     axes.grid(axis="x", visible=False)
     figure.legend(frameon=False, ncols=2 if len(methods) < 6 else 4, loc="outside lower center")
     save_figure(path, figure)
