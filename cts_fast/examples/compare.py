@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.new_parser("cts_fast.examples.compare", __doc__)
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs, one for each seed")
-    out_help = "folder for compare.json and the figures (default: %(default)s)"
+    out_help = "folder for compare.json and the figures, which are replaced (default: %(default)s)"
     p.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR", help=out_help)
     return p
 
