@@ -20,9 +20,8 @@ from cts_fast.experiments.run_folder import CONFIG, write_json
 from cts_fast.experiments.statistics import EqualAccuracy, paired_differences, steps_to_equal_accuracy
 
 Differences = dict[str, dict[int, list[float]]]  # other method to steps to fractions, one per seed
-Equal = dict[
-    str, dict[str, dict[int, EqualAccuracy]]
-]  # who has it, who is to reach it, after how many steps of the first
+# who has an accuracy, who is to reach it, after how many steps of the first
+Equal = dict[str, dict[str, dict[int, EqualAccuracy]]]
 
 
 def parser() -> argparse.ArgumentParser:
