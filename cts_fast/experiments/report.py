@@ -17,7 +17,7 @@ Accuracy = Mapping[str, Mapping[str, Sequence[float]]]  # method to held-out tas
 PAIRED = (
     "Differences of the last column, paired: with equal fine-tuning seeds, images, batches and last layers are equal. "
     "The interval is over these seeds. All is of one meta-training seed, and what another one would change is not in "
-    "it: python -m cts_fast.examples.compare puts several together."
+    "it: cts_fast.examples.compare puts several together."
 )
 
 
