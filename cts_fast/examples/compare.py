@@ -115,11 +115,9 @@ def draw(out: Path, compared: Comparison, best: str) -> None:
     """The figures, with intervals over meta-training seeds."""
     points = {name: compared.curve(name) for name in compared.methods}
     scratch = compared.curve("scratch")[0]
-    seeds = f"{len(compared.seeds)} meta-training seeds"
-    plots.accuracy_vs_steps(
-        out / "accuracy-vs-steps.png", points, scratch, compared.labels, reference=best, seeds=seeds
-    )
-    plots.final_accuracy(out / "accuracy.png", compared.final, compared.labels, seeds=seeds)
+    over = "meta-training"
+    plots.accuracy_vs_steps(out / "accuracy-vs-steps.png", points, scratch, compared.labels, reference=best, seeds=over)
+    plots.final_accuracy(out / "accuracy.png", compared.final, compared.labels, seeds=over)
 
 
 def report(compared: Comparison, best: str, ahead: Differences, equal: Equal) -> str:

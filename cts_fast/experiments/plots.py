@@ -100,7 +100,8 @@ def accuracy_vs_steps(
 ) -> None:
     """Held-out accuracy against meta-training steps spent, and below it what `reference` is ahead of the others.
 
-    points: method to step to accuracies (fractions, one per seed, the same seeds for all); seeds: what they are.
+    points: method to step to accuracies (fractions, one per seed, the same seeds for all); seeds: "fine-tuning" or
+    "meta-training".
     """
     rows = min(len(points), 2)
     figure, grid = new_figure(rows, 1, 7, 3 + 2 * rows, ratios=[2, 1][:rows])
@@ -111,7 +112,7 @@ def accuracy_vs_steps(
     palette = colours(list(points))
     steps = sorted({step for by_step in points.values() for step in by_step})
     for i, (method, by_step) in enumerate(points.items()):
-        aside = 1 + 0.03 * (i - (len(points) - 1) / 2)  # or intervals would hide each other
+        aside = (steps[-1] / steps[0]) ** (0.006 * (i - (len(points) - 1) / 2))  # or intervals would hide each other
         _curve(top, by_step, aside, palette[method], labels[method])
         if method != reference:
             ahead = {step: paired_differences(points[reference][step], values) for step, values in by_step.items()}
@@ -121,7 +122,7 @@ def accuracy_vs_steps(
     if math.isfinite(half):
         top.axhspan(100 * (centre - half), 100 * (centre + half), color=_SCRATCH, alpha=0.15, linewidth=0)
     top.set_ylabel("accuracy after fine-tuning, %")
-    top.set_title(f"Held-out tasks: mean accuracy, 95 % intervals over {seeds}")
+    top.set_title(f"Held-out tasks: mean accuracy, {_intervals(scratch, seeds)}")
     for (axes,) in grid:
         _bare(axes)
         axes.set_xscale("log", base=2)
@@ -147,7 +148,7 @@ def _curve(axes: Any, by_step: Mapping[int, Sequence[float]], aside: float, colo
 def final_accuracy(
     path: Path, accuracy: Mapping[str, Mapping[str, Sequence[float]]], labels: Mapping[str, str], *, seeds: str
 ) -> None:
-    """Bars with 95 % intervals: method to held-out task to accuracies (fractions, one per seed); seeds: which."""
+    """Bars with 95 % intervals: method to held-out task to accuracies (fractions, one per seed); seeds: as above."""
     methods = list(accuracy)
     targets = list(accuracy[methods[0]])
     figure, axes = _one_plot(max(6.0, 1.2 + 0.32 * (len(methods) + 1) * len(targets)), 4.2 + 0.12 * len(methods))
@@ -169,10 +170,15 @@ def final_accuracy(
     axes.set_xticks(range(len(targets)), targets)
     axes.set_ylim(bottom=max(0.0, 10 * math.floor(10 * lowest - 0.5)))
     axes.set_ylabel("accuracy after fine-tuning, %" + (" (axis cut)" if axes.get_ylim()[0] else ""))
-    axes.set_title(f"Held-out tasks: accuracy by initialization, 95 % intervals over {seeds}")
+    axes.set_title(f"Held-out tasks: accuracy by initialization, {_intervals(accuracy[methods[0]][targets[0]], seeds)}")
     axes.grid(axis="x", visible=False)
     figure.legend(frameon=False, ncols=2 if len(methods) < 6 else 4, loc="outside lower center")
     save_figure(path, figure)
+
+
+def _intervals(values: Sequence[float], seeds: str) -> str:
+    """Over what the intervals of a figure are."""
+    return f"95 % intervals over {len(values)} {seeds} seeds" if len(values) > 1 else f"one {seeds} seed"
 
 
 def _bars(halves: Sequence[float]) -> list[float] | None:

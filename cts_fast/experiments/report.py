@@ -94,8 +94,7 @@ def drawings(
     experiment: Experiment, accuracy: Accuracy, named: Mapping[str, str]
 ) -> list[tuple[str, Callable[[Path], None]]]:
     """(name, what draws it) of the plots."""
-    seeds = f"{experiment.test.seeds} fine-tuning seeds"
-    drawn = [("accuracy.png", lambda path: plots.final_accuracy(path, accuracy, named, seeds=seeds))]
+    drawn = [("accuracy.png", lambda path: plots.final_accuracy(path, accuracy, named, seeds="fine-tuning"))]
     best = reference(experiment.methods)
     if best:
         curves = {name: (curve.steps, curve.mean) for name, curve in experiment.curves.items()}
@@ -104,7 +103,7 @@ def drawings(
             for name, kept in experiment.snapshots.items()
         }
         scratch = per_seed_mean(accuracy["scratch"])
-        vs_steps = partial(plots.accuracy_vs_steps, reference=best, seeds=seeds)
+        vs_steps = partial(plots.accuracy_vs_steps, reference=best, seeds="fine-tuning")
         drawn.append(("convergence.png", lambda path: plots.convergence(path, curves, named)))
         drawn.append(("accuracy-vs-steps.png", lambda path: vs_steps(path, points, scratch, named)))
     return drawn
