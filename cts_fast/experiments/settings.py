@@ -98,7 +98,7 @@ _BOTH = ("cts", "reptile")
 PRESETS = {
     # Minutes on two CPU cores.
     "quick": _of_small_images(100, 5, cts=0.1, reptile=3.0, seeds=3, snapshots=3, methods=_BOTH),
-    # The time to see where the curves go, and Reptile at its best beta up to 1 as well: about an hour on two CPU cores.
+    # The time to see where the curves go, and Reptile at its best beta up to 1 as well: up to an hour on two CPU cores.
     "long": _of_small_images(200, 20, cts=0.06, reptile=2.0, seeds=5, snapshots=8, methods=(*_BOTH, "reptile@1")),
     # The paper's image experiments (section 4.2): GPU days.
     "paper": Preset(
