@@ -216,7 +216,7 @@ double step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const 
     store(sums + i, rule.reset ? value : delta);
     squares = squares + (value - before) * (value - before);
   }
-  constexpr int abreast = 8;  // rows that share their visits to the deltas; one row alone waits for the second cache
+  constexpr int abreast = 4;  // rows that share their visits to the deltas; one row alone waits for the second cache
   for (; t >= abreast; t -= abreast)
     shift_rows<abreast, S>(flat, tile, t - abreast, sums, rule);  // the last rows are the ones still near
   while (t-- > 0) shift_rows<1, S>(flat, tile, t, sums, rule);

@@ -20,7 +20,7 @@ from cts_fast.data import Task
 from cts_fast.experiments import cli
 from cts_fast.experiments.experiment import Experiment, MethodSetup
 from cts_fast.experiments.report import report
-from cts_fast.experiments.settings import PRESETS
+from cts_fast.experiments.settings import PRESETS, method_of, rate_of, snapshot_steps
 from cts_fast.experiments.signals import Stop
 from cts_fast.models.resnet20 import ResNet20
 
@@ -33,8 +33,11 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.new_parser(MODULE, __doc__)
     cli.add_data_arguments(p)
-    methods_help = f"all, or some of {', '.join(KNOWN_METHODS)} (default: cts,reptile; scratch is always tested)"
-    p.add_argument("--methods", type=cli.names, default=["cts", "reptile"], metavar="A,B,...", help=methods_help)
+    methods_help = (
+        f"all, or some of {', '.join(KNOWN_METHODS)}; as reptile@1 at this step size of the meta-update, also beside "
+        "another (default: the preset's: cts,reptile in quick; scratch is always tested)"
+    )
+    p.add_argument("--methods", type=cli.names, metavar="A,B,...", help=methods_help)
     p.add_argument("--tasks", type=cli.names, metavar="A,B,...", help="tasks to meta-train on (default: the suite's)")
     targets_help = "held-out tasks to meta-test on (default: the suite's)"
     p.add_argument("--targets", type=cli.names, metavar="C,D,...", help=targets_help)
@@ -92,7 +95,6 @@ def prepare(args: argparse.Namespace) -> Experiment:
         "meta_train": dataclasses.asdict(train),
         "meta_test": json.loads(json.dumps(dataclasses.asdict(test))),
     }
-    points = min(preset.snapshots, train.steps)
     return Experiment(
         args.out,
         config,
@@ -101,7 +103,7 @@ def prepare(args: argparse.Namespace) -> Experiment:
         make_net=ResNet20,
         train=train,
         test=test,
-        snapshots=[round(train.steps * (i + 1) / points) for i in range(points)],
+        snapshots=snapshot_steps(train, preset.snapshots),
         tensorboard=args.tensorboard,
         seed=args.seed,
         device=args.device,
@@ -116,10 +118,14 @@ def prepare(args: argparse.Namespace) -> Experiment:
 
 def chosen_methods(args: argparse.Namespace) -> list[str]:
     """The methods asked for, each once; raises ValueError for an unknown name, also one in `--meta-lr`."""
-    methods = list(KNOWN_METHODS) if args.methods == ["all"] else list(dict.fromkeys(args.methods))
-    for name in (*methods, *args.meta_lr):
+    asked_for = args.methods or PRESETS[args.preset].methods
+    methods = list(KNOWN_METHODS) if asked_for == ["all"] else list(dict.fromkeys(asked_for))
+    for name in (*map(method_of, methods), *args.meta_lr):
         if name not in KNOWN_METHODS:
             raise ValueError(f"there is no method {name!r}; there are: {', '.join(KNOWN_METHODS)}, all")
+    for name in methods:
+        if name not in PSEUDO_METHODS and method_of(name) in PSEUDO_METHODS:
+            raise ValueError(f"{name}: {method_of(name)} makes no meta-update and takes no step size")
     return methods
 
 
@@ -132,9 +138,7 @@ def method_setups(
         if name == "finetune":  # plain SGD on one task: phi takes the whole of every step
             setups[name] = MethodSetup(METHODS["no-shift"], (source,), 1.0, {"horizon": None})
         elif name != "scratch":
-            if name not in meta_lr:
-                raise ValueError(f"the preset has no meta_lr for {name!r}: give --meta-lr {name}=X")
-            setups[name] = MethodSetup(METHODS[name], tasks, meta_lr[name])
+            setups[name] = MethodSetup(METHODS[method_of(name)], tasks, rate_of(name, meta_lr))
     for name, setup in setups.items() if capture else ():
         if getattr(setup.method, "on_host", False):
             raise ValueError(f"--capture: {name} takes decisions on the host, which a CUDA graph cannot; leave it out")

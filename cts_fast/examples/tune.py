@@ -21,8 +21,9 @@ from cts_fast.experiments.files import write_json
 from cts_fast.experiments.meta_test import MetaTestSettings
 from cts_fast.experiments.meta_train import MetaTrainSettings
 from cts_fast.experiments.run_folder import RunFolder
-from cts_fast.experiments.settings import PRESETS
+from cts_fast.experiments.settings import PRESETS, rate_of
 from cts_fast.experiments.signals import Stop
+from cts_fast.experiments.statistics import mean
 from cts_fast.models.resnet20 import ResNet20
 
 LAST = 20  # steps whose mean training loss is shown
@@ -52,8 +53,8 @@ def read_grid(texts: Sequence[str]) -> dict[str, tuple[str, float]]:
         name, _, values = text.partition("=")
         if name not in METHODS:
             raise ValueError(f"--grid {text}: there is no method {name!r}; there are: {', '.join(METHODS)}")
-        for value in values.split(","):
-            grid[f"{name}@{value}"] = (name, float(value))
+        for key in (f"{name}@{value}" for value in values.split(",")):
+            grid[key] = (name, rate_of(key, {}))
     return grid
 
 
@@ -152,11 +153,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     return cli.run_program(p, args.out, argv, lambda: prepare(args), partial(run, args))
-
-
-def mean(values: Sequence[float]) -> float:
-    """Their mean."""
-    return sum(values) / len(values)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def add_data_arguments(p: argparse.ArgumentParser) -> None:
     """Of every program on images: the suite, and the preset of both phases."""
     p.add_argument("--suite", default="builtin", help="builtin (default: comes with the package) or paper")
     p.add_argument("--data-root", type=Path, metavar="DIR", help="where the suite's data are (paper)")
-    preset_help = "settings: quick (default; minutes on two CPU cores) or paper"
+    preset_help = "settings: quick (default; minutes on two CPU cores), long (up to an hour) or paper"
     p.add_argument("--preset", choices=PRESETS, default="quick", help=preset_help)
 
 

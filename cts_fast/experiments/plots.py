@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cts_fast.experiments.files import save_figure
-from cts_fast.experiments.statistics import mean_and_interval
+from cts_fast.experiments.statistics import mean_and_interval, paired_differences
 
 # Okabe and Ito's colours, which remain distinct to the colour-blind; one per method, the same in every figure.
 _COLOURS = (
@@ -26,21 +26,32 @@ _SCRATCH = "#9A9A9A"
 Layout = Literal["constrained", "compressed", "tight"]  # how matplotlib places the plots of a figure
 
 
-def new_figure(rows: int, columns: int, width: float, height: float, layout: Layout = "constrained") -> tuple[Any, Any]:
-    """A figure that no window shows, and its axes, [rows, columns]; inches."""
+def new_figure(
+    rows: int,
+    columns: int,
+    width: float,
+    height: float,
+    layout: Layout = "constrained",
+    ratios: Sequence[float] | None = None,
+) -> tuple[Any, Any]:
+    """A figure that no window shows, and its axes, [rows, columns]; inches; ratios: of the rows' heights."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout=layout)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=ratios)
 
 
 def _one_plot(width: float, height: float) -> tuple[Any, Any]:
     """A figure of one plot with lines across, and its axes."""
     figure, ((axes,),) = new_figure(1, 1, width, height)
+    _bare(axes)
+    return figure, axes
+
+
+def _bare(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def colours(methods: Sequence[str]) -> dict[str, str]:
@@ -79,38 +90,65 @@ def convergence(
 
 
 def accuracy_vs_steps(
-    path: Path, points: Mapping[str, Mapping[int, Sequence[float]]], scratch: Sequence[float], labels: Mapping[str, str]
+    path: Path,
+    points: Mapping[str, Mapping[int, Sequence[float]]],
+    scratch: Sequence[float],
+    labels: Mapping[str, str],
+    *,
+    reference: str,
+    seeds: str,
 ) -> None:
-    """Held-out accuracy against meta-training steps spent: method to step to accuracies (fractions, one per seed).
+    """Held-out accuracy against meta-training steps spent, and below it what `reference` is ahead of the others.
 
-    Every curve begins at `scratch`, the random network after no meta-training at all.
+    points: method to step to accuracies (fractions, one per seed, the same seeds for all); seeds: "fine-tuning" or
+    "meta-training".
     """
-    figure, axes = _one_plot(7, 4.6)
+    rows = min(len(points), 2)
+    figure, grid = new_figure(rows, 1, 7, 3 + 2 * rows, ratios=[2, 1][:rows])
+    (top,), (bottom,) = grid[0], grid[-1]
+    if rows > 1:
+        bottom.sharex(top)
+        top.tick_params(labelbottom=False)
     palette = colours(list(points))
+    steps = sorted({step for by_step in points.values() for step in by_step})
     for i, (method, by_step) in enumerate(points.items()):
-        by_step = {0: scratch, **by_step}
-        steps = sorted(by_step)
-        centres, halves = zip(*(mean_and_interval(by_step[step]) for step in steps), strict=True)
-        aside = 0.006 * steps[-1] * (i - (len(points) - 1) / 2)  # or intervals would hide each other
-        style = {"marker": "o", "markersize": 5, "linewidth": 2, "elinewidth": 1, "capsize": 3}
-        x, y = [step + aside for step in steps], [100 * centre for centre in centres]
-        axes.errorbar(x, y, _bars(halves), color=palette[method], label=labels[method], **style)
+        aside = (steps[-1] / steps[0]) ** (0.006 * (i - (len(points) - 1) / 2))  # or intervals would hide each other
+        _curve(top, by_step, aside, palette[method], labels[method])
+        if method != reference:
+            ahead = {step: paired_differences(points[reference][step], values) for step, values in by_step.items()}
+            _curve(bottom, ahead, aside, palette[method])
     centre, half = mean_and_interval(scratch)
-    axes.axhline(100 * centre, color=_SCRATCH, linestyle="--", label=labels["scratch"])
+    top.axhline(100 * centre, color=_SCRATCH, linestyle="--", label=labels["scratch"])
     if math.isfinite(half):
-        axes.axhspan(100 * (centre - half), 100 * (centre + half), color=_SCRATCH, alpha=0.15, linewidth=0)
-    axes.set_xlabel("meta-training steps spent (inner steps of each task)")
-    axes.set_ylabel("accuracy after fine-tuning, %")
-    axes.set_title("Held-out tasks: mean accuracy, 95 % intervals")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+        top.axhspan(100 * (centre - half), 100 * (centre + half), color=_SCRATCH, alpha=0.15, linewidth=0)
+    top.set_ylabel("accuracy after fine-tuning, %")
+    top.set_title(f"Held-out tasks: mean accuracy, {_intervals(scratch, seeds)}")
+    for (axes,) in grid:
+        _bare(axes)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(steps, [f"{step:,}" for step in steps])
+        axes.minorticks_off()
+    if rows > 1:
+        bottom.axhline(0, color="#4D4D4D", linewidth=1)
+        bottom.set_ylabel("ahead, points")
+        bottom.set_title(f"{labels[reference]} minus the others, paired", fontsize="medium")
+    bottom.set_xlabel("meta-training steps spent (inner steps of each task), log scale")
     figure.legend(frameon=False, ncols=2 if len(points) < 6 else 4, loc="outside lower center")
     save_figure(path, figure)
 
 
+def _curve(axes: Any, by_step: Mapping[int, Sequence[float]], aside: float, colour: str, label: str = "") -> None:
+    """Means with 95 % intervals of values by step, in percent; aside: a factor on the steps."""
+    centres, halves = zip(*map(mean_and_interval, by_step.values()), strict=True)
+    style = {"marker": "o", "markersize": 5, "linewidth": 2, "elinewidth": 1, "capsize": 3}
+    x, y = [step * aside for step in by_step], [100 * centre for centre in centres]
+    axes.errorbar(x, y, _bars(halves), color=colour, label=label or None, **style)
+
+
 def final_accuracy(
-    path: Path, accuracy: Mapping[str, Mapping[str, Sequence[float]]], labels: Mapping[str, str]
+    path: Path, accuracy: Mapping[str, Mapping[str, Sequence[float]]], labels: Mapping[str, str], *, seeds: str
 ) -> None:
-    """Bars with 95 % intervals: method to held-out task to accuracies (fractions, one per seed)."""
+    """Bars with 95 % intervals: method to held-out task to accuracies (fractions, one per seed); seeds: as above."""
     methods = list(accuracy)
     targets = list(accuracy[methods[0]])
     figure, axes = _one_plot(max(6.0, 1.2 + 0.32 * (len(methods) + 1) * len(targets)), 4.2 + 0.12 * len(methods))
@@ -132,10 +170,15 @@ def final_accuracy(
     axes.set_xticks(range(len(targets)), targets)
     axes.set_ylim(bottom=max(0.0, 10 * math.floor(10 * lowest - 0.5)))
     axes.set_ylabel("accuracy after fine-tuning, %" + (" (axis cut)" if axes.get_ylim()[0] else ""))
-    axes.set_title("Held-out tasks: accuracy by initialization, 95 % intervals")
+    axes.set_title(f"Held-out tasks: accuracy by initialization, {_intervals(accuracy[methods[0]][targets[0]], seeds)}")
     axes.grid(axis="x", visible=False)
     figure.legend(frameon=False, ncols=2 if len(methods) < 6 else 4, loc="outside lower center")
     save_figure(path, figure)
+
+
+def _intervals(values: Sequence[float], seeds: str) -> str:
+    """Over what the intervals of a figure are."""
+    return f"95 % intervals over {len(values)} {seeds} seeds" if len(values) > 1 else f"one {seeds} seed"
 
 
 def _bars(halves: Sequence[float]) -> list[float] | None:

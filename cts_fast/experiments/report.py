@@ -3,18 +3,23 @@
 import math
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from cts_fast.experiments import plots
 from cts_fast.experiments.experiment import Experiment
 from cts_fast.experiments.files import save_tensors, write_json
-from cts_fast.experiments.settings import LABELS
+from cts_fast.experiments.settings import labels
 from cts_fast.experiments.signals import Stop
-from cts_fast.experiments.statistics import mean_and_interval
+from cts_fast.experiments.statistics import mean_and_interval, paired_differences, per_seed_mean
 
 Accuracy = Mapping[str, Mapping[str, Sequence[float]]]  # method to held-out task to fractions, one per seed
+PAIRED = (
+    "Differences of the last column, paired: with equal fine-tuning seeds, images, batches and last layers are equal. "
+    "The interval is over these seeds. All is of one meta-training seed, and what another one would change is not in "
+    "it: cts_fast.examples.compare puts several together."
+)
 
 
 def report(experiment: Experiment, out: Path, started: float, stop: Stop) -> None:
@@ -24,16 +29,20 @@ def report(experiment: Experiment, out: Path, started: float, stop: Stop) -> Non
     a resumed run reports anew.
     """
     accuracy = experiment.final_accuracy()
-    best = "cts" if "cts" in experiment.methods else next(iter(experiment.methods), None)
+    named = labels(list(accuracy), experiment.config["meta_lr"])
+    best = reference(experiment.methods)
     names = []
-    for name, write in (*initializations(experiment, best), *drawings(experiment, accuracy)):
+    for name, write in (*initializations(experiment, best), *drawings(experiment, accuracy, named)):
         stop.check()
         write(out / name)
         names.append(name)
     write_json(out / "results.json", results(experiment, accuracy), indent=1)
     stop.check()
     experiment.folder.finish()
-    print(f"\n{table(accuracy)}\n\n{account(experiment)}\n")
+    print(f"\n{table(accuracy, named)}\n")
+    if best:
+        print(f"{table_of_differences(accuracy, best, named)}\n\n{fill(PAIRED)}\n")
+    print(f"{account(experiment)}\n")
     files = ", ".join(["results.json", "metrics.csv", *names])
     print(fill(f"In {out}: {files}. This took {(time.monotonic() - started) / 60:.1f} minutes."))
 
@@ -50,7 +59,22 @@ def results(experiment: Experiment, accuracy: Accuracy) -> dict:
             name: {target: {"accuracy": values} for target, values in by_target.items()}
             for name, by_target in accuracy.items()
         },
+        "paired_differences": differences(accuracy, reference(experiment.methods)),
     }
+
+
+def reference(methods: Iterable[str]) -> str | None:
+    """The method that the others are compared with: cts, or the first of a run without it."""
+    methods = list(methods)
+    return "cts" if "cts" in methods else next(iter(methods), None)
+
+
+def differences(accuracy: Accuracy, of: str | None) -> dict[str, dict[str, list[float]]]:
+    """The method `of` to every other one to the paired differences between the two, a fraction per seed."""
+    if of is None:
+        return {}
+    means = {name: per_seed_mean(by_target) for name, by_target in accuracy.items()}
+    return {of: {name: paired_differences(means[of], values) for name, values in means.items() if name != of}}
 
 
 def initializations(experiment: Experiment, best: str | None) -> list[tuple[str, Callable[[Path], None]]]:
@@ -67,34 +91,45 @@ def initializations(experiment: Experiment, best: str | None) -> list[tuple[str,
     ]
 
 
-def drawings(experiment: Experiment, accuracy: Accuracy) -> list[tuple[str, Callable[[Path], None]]]:
+def drawings(
+    experiment: Experiment, accuracy: Accuracy, named: Mapping[str, str]
+) -> list[tuple[str, Callable[[Path], None]]]:
     """(name, what draws it) of the plots."""
-    drawn = [("accuracy.png", lambda path: plots.final_accuracy(path, accuracy, LABELS))]
-    if experiment.methods:
+    drawn = [("accuracy.png", lambda path: plots.final_accuracy(path, accuracy, named, seeds="fine-tuning"))]
+    best = reference(experiment.methods)
+    if best:
         curves = {name: (curve.steps, curve.mean) for name, curve in experiment.curves.items()}
         points = {
             name: {step: per_seed_mean(experiment.accuracy_at(name, step)) for step in kept}
             for name, kept in experiment.snapshots.items()
         }
         scratch = per_seed_mean(accuracy["scratch"])
-        drawn.append(("convergence.png", lambda path: plots.convergence(path, curves, LABELS)))
-        drawn.append(("accuracy-vs-steps.png", lambda path: plots.accuracy_vs_steps(path, points, scratch, LABELS)))
+        vs_steps = partial(plots.accuracy_vs_steps, reference=best, seeds="fine-tuning")
+        drawn.append(("convergence.png", lambda path: plots.convergence(path, curves, named)))
+        drawn.append(("accuracy-vs-steps.png", lambda path: vs_steps(path, points, scratch, named)))
     return drawn
 
 
-def per_seed_mean(by_target: Mapping[str, Sequence[float]]) -> list[float]:
-    """Mean over held-out tasks, for every seed."""
-    return [sum(values) / len(values) for values in zip(*by_target.values(), strict=True)]
-
-
-def table(accuracy: Accuracy) -> str:
+def table(accuracy: Accuracy, named: Mapping[str, str]) -> str:
     """Accuracy in percent by starting point and held-out task, the best starting point first."""
     rows = [["starting point of the network", *next(iter(accuracy.values())), "mean"]]
     for name in sorted(accuracy, key=lambda name: -sum(per_seed_mean(accuracy[name]))):
         columns = [*accuracy[name].values(), per_seed_mean(accuracy[name])]
-        rows.append([LABELS.get(name, name), *map(percent, columns)])
+        rows.append([named[name], *map(percent, columns)])
+    return aligned(rows)
+
+
+def table_of_differences(accuracy: Accuracy, of: str, named: Mapping[str, str]) -> str:
+    """Paired differences in points, the largest first."""
+    others = sorted(differences(accuracy, of)[of].items(), key=lambda item: -sum(item[1]))
+    rows = [[f"{named[of]} minus ...", "points"], *([named[name], percent(values, "+")] for name, values in others)]
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of a table: the first row above a rule, the first column to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
     lines = []
     for first, *others in rows:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
@@ -126,7 +161,7 @@ def fill(text: str) -> str:
     return textwrap.fill(text, 120, break_on_hyphens=False)
 
 
-def percent(values: Sequence[float]) -> str:
-    """Mean and 95 % interval of fractions, in percent."""
+def percent(values: Sequence[float], sign: str = "") -> str:
+    """Mean and 95 % interval of fractions, in percent; sign: "+" to write that of a positive mean, too."""
     mean, half = mean_and_interval(values)
-    return f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if math.isfinite(half) else "")
+    return f"{100 * mean:{sign}.1f}" + (f" ± {100 * half:.1f}" if math.isfinite(half) else "")

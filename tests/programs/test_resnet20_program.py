@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,8 @@ from cts_fast.data import suite
 from cts_fast.examples import resnet20, tune
 from cts_fast.experiments import plots
 from cts_fast.experiments.experiment import Experiment
-from cts_fast.experiments.meta_train import MetaTrainer
-from cts_fast.experiments.settings import LABELS
+from cts_fast.experiments.meta_train import MetaTrainer, MetaTrainSettings
+from cts_fast.experiments.settings import LABELS, PRESETS, method_of, snapshot_steps
 from cts_fast.models.resnet20 import ResNet20
 
 SMALL = ["--suite", "tiny", "--horizon", "2", "--rounds", "2", "--test-steps", "2", "--test-seeds", "2"]
@@ -63,7 +64,7 @@ def finished(tmp_path_factory):
 
 def test_results_have_the_promised_form(finished):
     results = json.loads((finished / "results.json").read_text())
-    assert set(results) == {"config", "meta_train", "meta_test"}
+    assert set(results) == {"config", "meta_train", "meta_test", "paired_differences"}
     assert set(results["meta_train"]) == {"cts", "reptile", "finetune"}
     for curve in results["meta_train"].values():
         assert curve["steps"] == [1, 2, 3, 4]
@@ -85,7 +86,8 @@ def test_metrics_hold_every_loss_and_accuracy(finished):
     }
     assert all(float(row["loss"]) > 0 for row in train)
     test = [row for row in rows if row["phase"] == "meta-test"]
-    assert len(test) == (3 * 2 + 1) * 2 * 2  # (three methods at two points, and scratch) x targets x seeds
+    assert {int(row["step"]) for row in test} == {0, 1, 2, 4}  # scratch, and points at half the steps of the next
+    assert len(test) == (3 * 3 + 1) * 2 * 2  # (three methods at three points, and scratch) x targets x seeds
     assert all(0 <= float(row["accuracy"]) <= 1 for row in test)
 
 
@@ -113,6 +115,57 @@ def test_resuming_a_finished_run_prints_its_table_again(finished, capsys):
         assert words in text
 
 
+def test_differences_are_paired_by_fine_tuning_seed_and_printed_under_the_table(finished, capsys):
+    results = json.loads((finished / "results.json").read_text())
+    by_seed = {
+        name: [sum(values) / 2 for values in zip(*(entry["accuracy"] for entry in by_target.values()), strict=True)]
+        for name, by_target in results["meta_test"].items()
+    }
+    found = results["paired_differences"]["cts"]
+    assert set(found) == {"reptile", "finetune", "scratch"}
+    for name, values in found.items():
+        assert values == pytest.approx([a - b for a, b in zip(by_seed["cts"], by_seed[name], strict=True)])
+    run(finished, "--methods", "reptile,cts,finetune", "--resume")
+    text = capsys.readouterr().out.split("(cts) minus")[1]
+    assert re.search(rf"Reptile +{100 * sum(found['reptile']) / 2:+.1f} ± ", text)
+    assert "one meta-training seed" in " ".join(text.split())
+
+
+def test_one_run_holds_a_method_at_several_step_sizes(tmp_path, capsys):
+    methods = ["--methods", "reptile@0.5,reptile,reptile@2", "--meta-lr", "reptile=0.5"]
+    assert run(tmp_path, *methods, "--targets", "rings") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["config"]["meta_lr"] == {"reptile@0.5": 0.5, "reptile": 0.5, "reptile@2": 2.0}
+    assert results["meta_test"]["reptile@0.5"] == results["meta_test"]["reptile"]
+    assert results["meta_train"]["reptile@2"] != results["meta_train"]["reptile"]
+    text = capsys.readouterr().out
+    assert "Reptile, β = 2" in text and "Reptile, β = 0.5" in text
+    assert load_file(tmp_path / "initialization-reptile@2.safetensors")
+
+
+def test_the_preset_names_the_methods_of_a_run_that_names_none():
+    arguments = ["--preset", "long", "--suite", "tiny"]
+    names = resnet20.chosen_methods(resnet20.parser().parse_args(arguments))
+    assert names == list(PRESETS["long"].methods) and len({method_of(name) for name in names}) == 2
+
+
+def test_every_preset_has_a_step_size_for_every_method():
+    assert all(set(preset.meta_lr) == set(METHODS) for preset in PRESETS.values())
+
+
+@pytest.mark.parametrize(
+    "horizon, rounds, points, expected",
+    [
+        (200, 20, 8, [31, 62, 125, 200, 400, 1000, 2000, 4000]),  # not 250 and 500: within a round
+        (100, 5, 3, [100, 200, 500]),
+        (240, 1, 2, [120, 240]),
+        (2, 1, 8, [1, 2]),
+    ],
+)
+def test_accuracy_is_measured_at_halved_steps_and_after_whole_rounds(horizon, rounds, points, expected):
+    assert sorted(snapshot_steps(MetaTrainSettings(horizon, rounds), points)) == expected
+
+
 def test_two_runs_with_one_seed_give_bit_equal_phi(finished, tmp_path):
     run(tmp_path, "--methods", "cts")
     one, other = (load_file(out / "initialization-cts.safetensors") for out in (finished, tmp_path))
@@ -130,7 +183,7 @@ def test_all_methods_run_and_are_ranked(tmp_path, capsys):
     assert run(tmp_path, *arguments) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["meta_test"]) == {*METHODS, "finetune", "scratch"}
-    table = capsys.readouterr().out.split("starting point")[1]
+    table = capsys.readouterr().out.split("starting point")[1].split("\n\n")[0]
     accuracy = {LABELS[name]: by_target["rings"]["accuracy"][0] for name, by_target in results["meta_test"].items()}
     rows = [label for line in table.splitlines() for label in LABELS.values() if line.startswith(label + " ")]
     assert sorted(rows) == sorted(accuracy) and [accuracy[row] for row in rows] == sorted(
@@ -145,6 +198,10 @@ def test_all_methods_run_and_are_ranked(tmp_path, capsys):
     "arguments, words",
     [
         (["--methods", "cts,sgd"], ["'sgd'", "reptile"]),
+        (["--methods", "cts@fast"], ["cts@fast", "step size"]),
+        (["--methods", "cts@-1"], ["cts@-1", "negative"]),
+        (["--methods", "sgd@1"], ["'sgd'", "reptile"]),
+        (["--methods", "finetune@1"], ["finetune@1", "no meta-update"]),
         (["--tasks", "stripes,zebra"], ["'zebra'", "stripes"]),
         (["--targets", "zebra"], ["'zebra'", "rings"]),
         (["--tasks", "stripes,rings"], ["rings", "held out"]),
@@ -154,6 +211,7 @@ def test_all_methods_run_and_are_ranked(tmp_path, capsys):
         (["--horizon", "0"], ["horizon", "'0'"]),
         (["--meta-lr", "cts=fast"], ["cts=fast"]),
         (["--meta-lr", "sgd=1"], ["'sgd'"]),
+        (["--meta-lr", "reptile@1=1"], ["'reptile@1'"]),
         (["--meta-lr", "cts=-1", "--methods", "cts"], ["cts=-1", "negative"]),
         (["--device", "abacus"], ["abacus"]),
         (["--capture"], ["--capture", "--device cpu"]),
