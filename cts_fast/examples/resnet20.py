@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     started = time.monotonic()
     try:
+        if args.list_data:
+            print(cli.list_data(args))
+            return 0
         experiment = prepare(args)
     except (ValueError, OSError, DamagedFile) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stop_on_signals() as stop:
             experiment.run(stop)
             report(experiment, args.out, started, stop)
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, DamagedFile, OSError) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
     except Interrupted as stopped:
         with contextlib.suppress(OSError):  # a hang-up may have closed the output
@@ -100,6 +103,7 @@ def prepare(args: argparse.Namespace) -> Experiment:
         "meta_lr": {name: setup.meta_lr for name, setup in methods.items() if name != "finetune"},
         "meta_train": dataclasses.asdict(train),
         "meta_test": json.loads(json.dumps(dataclasses.asdict(test))),
+        **cli.about_data(args, (*tasks, *targets)),
     }
     points = min(preset.snapshots, train.steps)
     return Experiment(

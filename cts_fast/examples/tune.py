@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from cts_fast.baselines import METHODS
-from cts_fast.data import DamagedFile, Task, load_suite
+from cts_fast.data import DamagedFile, Task, task_roles
 from cts_fast.experiments import cli
 from cts_fast.experiments.experiment import Experiment, MethodSetup
 from cts_fast.experiments.meta_test import MetaTestSettings
@@ -102,9 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     accuracy: dict[str, dict[str, list[float]]] = {}
     losses: dict[str, list[float]] = {}  # of each fold
     try:
+        if args.list_data:
+            print(cli.list_data(args))
+            return 0
         with stop_on_signals() as stop:
             grid = read_grid(args.grid)
-            tasks = [task for task in load_suite(args.suite, args.data_root).values() if task.role == "train"]
+            names = cli.chosen_names(None, task_roles(args.suite, args.data_root), "train")
+            tasks = cli.load_tasks(args, names, train.size)
             for fold in range(args.folds):
                 experiment = fold_experiment(args, fold, grid, tasks, train, test)
                 experiment.run(stop)
