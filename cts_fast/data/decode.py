@@ -96,5 +96,5 @@ def _square(picture: Image.Image, size: int) -> np.ndarray:
 
     if picture.size != (size, size):
         picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(picture)
+    pixels = np.array(picture)  # a copy: Pillow's own memory is read-only
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
