@@ -179,10 +179,12 @@ def unpack(path: Path, into: Path) -> None:
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
         shutil.rmtree(fresh)
         raise DamagedFile(f"{path} cannot be unpacked ({error}): delete it and run the same command again") from None
-    for entry in sorted(fresh.iterdir()):
-        target = into / entry.name
+    found = sorted(fresh.iterdir())
+    for target in (into / entry.name for entry in found):
         if target.is_dir():
+            shutil.rmtree(fresh)
             raise FileExistsError(f"{target} is there, but not whole: move it away and run the same command again")
-        os.replace(entry, target)
+    for entry in found:
+        os.replace(entry, into / entry.name)
     fresh.rmdir()
     path.unlink()

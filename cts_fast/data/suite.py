@@ -83,6 +83,7 @@ class Task:
 
         Raises:
             ValueError: a split without images, a label outside the classes, an image that is none.
+            DamagedFile: an item that cannot be read; the message has its number.
         """
         count = 0
         splits = {}
@@ -135,8 +136,12 @@ def _read_dataset(title: str, data: Any, size: int, channels: int, cache: Path |
         """The images; reading one notes its label."""
 
         def __getitem__(self, i: int) -> Any:
-            image, label = data[i]
-            labels[i] = int(label)
+            try:
+                image, label = data[i]
+                labels[i] = int(label)
+            except Exception as error:
+                reason = (str(error).splitlines() or [""])[0]
+                raise DamagedFile(f"{title}: item {i} cannot be read ({type(error).__name__}: {reason})") from error
             return image
 
     items: Any = Images()

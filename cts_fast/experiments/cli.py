@@ -21,6 +21,8 @@ from cts_fast.experiments.meta_train import PRECISIONS
 from cts_fast.experiments.run_folder import first_line
 from cts_fast.experiments.settings import PRESETS
 
+DATA_EXTRAS = ("PIL", "numpy", "scipy", "torchvision", "tqdm")  # what reading data sets needs
+
 # Types of arguments
 
 
@@ -138,6 +140,8 @@ def choose_tasks(args: argparse.Namespace) -> tuple[tuple[Task, ...], tuple[Task
 
     What is asked for as a target is not meta-trained on, unless `--tasks` asks for it too, which is refused.
     """
+    if args.suite != "builtin":
+        check_extras(*DATA_EXTRAS)
     roles = task_roles(args.suite, args.data_root)
     targets = chosen_names(args.targets, roles, "target")
     held = set(args.targets or ())
@@ -183,6 +187,7 @@ def about_data(args: argparse.Namespace, tasks: Sequence[Task]) -> dict:
 
 def list_data(args: argparse.Namespace) -> str:
     """What `--list-data` prints: a line for every data set of the paper, and what to do about those not found whole."""
+    check_extras(*DATA_EXTRAS)
     names = None
     if getattr(args, "tasks", None) or getattr(args, "targets", None):
         names = [*(args.tasks or ()), *(args.targets or ())]
