@@ -1,8 +1,8 @@
 """Data for eight tasks beside the training that they feed: ``python -m benchmarks.data [--images N] [--out FILE]``.
 
 Images of noise lie in mapped files at the sizes of the paper's eight tasks. Timed are batches of all tasks (read,
-cropped, flipped, normalised) and whole training steps of eight ResNet20s on such batches, in turns. Before that, private
-memory (RssAnon) is read after an epoch over more and more images.
+cropped, flipped, normalised) and whole training steps of eight ResNet20s on such batches, in turns. Before that,
+private memory (RssAnon) is read after an epoch over more and more images.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ _TINY = Archive(
 def _tiny_half(half: int) -> DataSet:
     return DataSet(
         name=f"tiny_imagenet_{'ab'[half]}",
-        title=f"Tiny ImageNet, {('first', 'second')[half]} hundred of the sorted wnids",
+        title=f"Tiny ImageNet, {('first', 'second')[half]} half",
         terms="part of ImageNet: research and non-commercial use",
         classes=100,
         train=50_000,
