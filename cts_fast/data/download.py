@@ -18,6 +18,7 @@ import zlib
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import unquote
 
 from cts_fast.data.cache import locked
 from cts_fast.data.errors import DamagedFile
@@ -45,7 +46,7 @@ class Archive:
     @property
     def name(self) -> str:
         """Of the file."""
-        return self.url.rpartition("/")[2].replace("%20", " ")
+        return unquote(self.url.rpartition("/")[2])
 
 
 def obtain(archive: Archive, root: Path) -> None:

@@ -81,6 +81,8 @@ class LazyImages:
         return self.shape.numel()
 
     def _chosen(self, index: slice | Tensor) -> Tensor:
+        if isinstance(index, Tensor) and index.dtype == torch.bool:
+            index = index.nonzero().squeeze(1)
         if self.numbers is None:
             return index if isinstance(index, Tensor) else torch.arange(len(self))[index]
         return self.numbers[index]

@@ -289,7 +289,7 @@ def load_suite(
     for task in own:
         registered = REGISTERED[task]
         tasks[task] = (registered if isinstance(registered, Task) else registered()).checked()
-    return tasks if wanted is None else {task: tasks[task] for task in wanted if task in tasks}
+    return tasks if wanted is None else {task: tasks[task] for task in wanted}
 
 
 def _parts(name: str, root: str | Path | None) -> list[tuple[Suite, Path | None]]:

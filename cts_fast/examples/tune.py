@@ -109,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             grid = read_grid(args.grid)
             names = cli.chosen_names(None, task_roles(args.suite, args.data_root), "train")
             tasks = cli.load_tasks(args, names, train.size)
+            if args.validation:
+                tasks = tuple(task.validation() for task in tasks)
             for fold in range(args.folds):
                 experiment = fold_experiment(args, fold, grid, tasks, train, test)
                 experiment.run(stop)

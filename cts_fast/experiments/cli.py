@@ -88,7 +88,7 @@ def add_data_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--download", action="store_true", help="fetch data sets that are missing into --data-root")
     p.add_argument("--partial", action="store_true", help="take data sets of which images are missing as they are")
-    held_help = "test on a seeded tenth of the held-out tasks' training images, never on their test images: for tuning"
+    held_help = "for tuning: fine-tuned nets are tested on a seeded tenth of the training images, never on test images"
     p.add_argument("--validation", action="store_true", help=held_help)
     cache_help = f"where decoded images are kept (default: {CACHE} in --data-root)"
     p.add_argument("--cache-dir", type=Path, metavar="DIR", help=cache_help)
@@ -130,6 +130,9 @@ def check_device(name: str) -> None:
         raise ValueError(f"--device {name} cannot be used: {first_line(error)}") from None
 
 
+# Data
+
+
 def storage(args: argparse.Namespace, size: int | None) -> Storage:
     """How images are held, by the arguments; `size`: the preset's."""
     return Storage(size, args.cache_dir, args.cache_limit * 1e9, args.partial, args.download)
@@ -169,12 +172,7 @@ def chosen_names(asked_for: Sequence[str] | None, roles: Mapping[str, str], role
 
 def load_tasks(args: argparse.Namespace, names: Sequence[str], size: int | None) -> tuple[Task, ...]:
     """Tasks of the suite by name; raises ValueError for one that it has not."""
-    suite = load_suite(args.suite, args.data_root, names, storage(args, size))
-    for name in names:
-        if name not in suite:
-            known = ", ".join(task_roles(args.suite, args.data_root))
-            raise ValueError(f"suite {args.suite!r} has no task {name!r}; it has: {known}")
-    return tuple(suite[name] for name in names)
+    return tuple(load_suite(args.suite, args.data_root, names, storage(args, size)).values())
 
 
 def about_data(args: argparse.Namespace, tasks: Sequence[Task]) -> dict:

@@ -69,11 +69,8 @@ class DataSet:
             MissingData: nothing of it is there; the message names folder, layout and command.
             DamagedFile: a part is missing or wrong, or, unless `partial`, a number is not the published one.
         """
-        if download:
-            if not self.archives:
-                if self.place(root) is None:
-                    raise MissingData(self.missing(root))
-            for archive in self.archives if self.place(root) in (None, self.standard_place(root)) else ():
+        if download and self.place(root) in (None, root / self.places[0]):  # where archives are unpacked to
+            for archive in self.archives:
                 obtain(archive, root)
         place = self.place(root)
         if place is None:
@@ -94,10 +91,6 @@ class DataSet:
         remedy = f"replace it by a whole one, or {self.remedy(place)}"
         parts = (replace(part, remedy=remedy) for part in (splits.train, splits.test))
         return Splits.of(parts, splits.classes)
-
-    def standard_place(self, root: Path) -> Path:
-        """Where archives are unpacked to."""
-        return root / self.places[0]
 
     def place(self, root: Path) -> Path | None:
         """The folder that it lies in: the first that holds something of what is needed."""

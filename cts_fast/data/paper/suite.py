@@ -70,10 +70,10 @@ def state(data: DataSet, root: Path, storage: Storage) -> tuple[str, str, str]:
         published = f">= {published}"
     try:
         splits = data.find(root, partial=True, download=storage.download)
-    except MissingData as error:
-        return "missing", published, str(error)
-    except (DamagedFile, ImportError, OSError) as error:
+    except DamagedFile as error:
         return "damaged", published, str(error)
+    except OSError as error:  # not there, or not to be fetched
+        return "missing", published, str(error)
     counts = f"{len(splits.train):,} / {len(splits.test):,} / {len(splits.classes)}"
     try:
         data.find(root)
