@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tarfile
 import time
 import urllib.error
@@ -75,6 +76,8 @@ def fetch(url: str, path: Path, md5: str | None = None) -> None:
     """
     part = path.with_name(path.name + ".part")
     failures, told = 0, None
+    if not sys.stderr.isatty():
+        print(f"fetching {url}", file=sys.stderr, flush=True)
     while True:
         before = _size(part)
         try:
@@ -83,7 +86,7 @@ def fetch(url: str, path: Path, md5: str | None = None) -> None:
                 break
             reason = f"the connection ended after {_size(part):,} bytes"
         except urllib.error.HTTPError as error:
-            if error.code < 500:
+            if error.code < 500 and error.code not in (408, 429):  # time-out, too many requests
                 raise OSError(f"{url} cannot be fetched ({error.code} {error.reason})") from None
             reason = f"{error.code} {error.reason}"
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
@@ -121,8 +124,11 @@ def _receive(url: str, part: Path) -> tuple[str | None, bool]:
         return _told_md5(error.headers), whole
     with response:
         ranged = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
-        if response.status != 206 or ranged is None or int(ranged[1]) != start:
+        if response.status != 206:
             start = 0  # the server sends all of it
+        elif ranged is None or int(ranged[1]) != start:
+            part.unlink(missing_ok=True)  # it sends something else: the next request is for all of it
+            return None, False
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
         if total is not None and shutil.disk_usage(part.parent).free < total - start:

@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         experiment = prepare(args)
     except (ValueError, OSError, DamagedFile) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
+    except KeyboardInterrupt:  # while data are fetched or decoded: no run has begun
+        return 130
     try:
         with stop_on_signals() as stop:
             experiment.run(stop)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.image_tasks import make_task
 
+from cts_fast.baselines import METHODS
 from cts_fast.data import DamagedFile, ImageSet, Task
 from cts_fast.data.cache import hold, mapped, open_mapped
 from cts_fast.data.images import DecodedImages, MappedImages, Samples
@@ -39,7 +40,7 @@ class Slow:
         time.sleep(0.01)
         return np.full((8, 8, 3), i, np.uint8)
 cache.CHUNK = 10
-cache.mapped("slow", Samples(Slow(), torch.arange(200), key="slow"), 8, 3, Path(sys.argv[1]))
+cache.mapped("slow", Samples(Slow(), torch.arange(100), key="slow"), 8, 3, Path(sys.argv[1]))
 """
 
 
@@ -52,7 +53,7 @@ class Uniform:
 
 @pytest.fixture
 def slow(tmp_path):
-    """Another process that is half-way in decoding 200 images."""
+    """Another process that is half-way in decoding 100 images."""
     process = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path)], stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("*.part/images.npy")):
         assert process.poll() is None, process.communicate()
@@ -63,11 +64,11 @@ def slow(tmp_path):
 
 
 def open_slow(folder, items):
-    return mapped("slow", Samples(items, torch.arange(200), key="slow"), 8, 3, folder)[0][:][:, 0, 0, 0].tolist()
+    return mapped("slow", Samples(items, torch.arange(100), key="slow"), 8, 3, folder)[0][:][:, 0, 0, 0].tolist()
 
 
 def test_of_two_processes_one_decodes_and_the_other_waits_for_it(slow, tmp_path, capfd):
-    assert open_slow(tmp_path, items=None) == list(range(200))  # nothing to decode here
+    assert open_slow(tmp_path, items=None) == list(range(100))  # nothing to decode here
     assert "waiting: slow is being decoded by another process" in capfd.readouterr().err
     assert slow.wait() == 0
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
@@ -78,11 +79,11 @@ def test_after_a_kill_half_way_the_next_process_makes_it_whole(slow, tmp_path, c
     slow.wait()
     (left,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert left.suffix == ".part"
-    assert open_slow(tmp_path, Uniform()) == list(range(200))
+    assert open_slow(tmp_path, Uniform()) == list(range(100))
     said = capfd.readouterr().err
     assert "decoding slow" in said and "waiting" not in said
     assert not left.exists()
-    assert open_slow(tmp_path, items=None) == list(range(200))
+    assert open_slow(tmp_path, items=None) == list(range(100))
 
 
 def test_another_size_version_or_file_is_another_entry(tmp_path):
@@ -181,8 +182,6 @@ def test_training_and_testing_are_those_of_images_in_memory_bit_for_bit(lazy):
     losses, accuracies = [], []
     for kept in (images, expected):
         own = Task("own", ImageSet(kept, labels), ImageSet(kept, labels), ("a", "b", "c", "d"), True, "train", "", "")
-        from cts_fast.baselines import METHODS
-
         settings = MetaTrainSettings(horizon=2, rounds=1, batch_size=4, padding=1, held_back=0.2)
         trainer = MetaTrainer(
             METHODS["fomaml"], [own, make_task("b")], settings, make_net=ResNet20, meta_lr=0.1, seed=0
@@ -191,6 +190,14 @@ def test_training_and_testing_are_those_of_images_in_memory_bit_for_bit(lazy):
         tester = MetaTester(own, MetaTestSettings(steps=2, images=8, batch_size=4, padding=1), make_net=ResNet20)
         accuracies.append(tester.accuracy({}, seed=0))
     assert torch.equal(*losses) and accuracies[0] == accuracies[1]
+
+
+def test_a_graph_is_refused_images_that_are_not_on_the_device(lazy):
+    images, _, labels = lazy
+    own = Task("own", ImageSet(images, labels), ImageSet(images, labels), ("a", "b", "c", "d"), True, "train", "", "")
+    settings = MetaTrainSettings(horizon=2, rounds=1, batch_size=4)
+    with pytest.raises(ValueError, match="own: a CUDA graph needs images on the GPU"):
+        MetaTrainer(METHODS["cts"], [own], settings, make_net=ResNet20, meta_lr=0.1, seed=0, capture=True)
 
 
 def test_a_datasets_images_are_read_once_and_kept(tmp_path):

@@ -26,6 +26,7 @@ class Server(ThreadingHTTPServer):
     ranges = True  # answers them
     cut_after = None  # bytes after which the first answers end
     cuts = 0  # how many still do
+    shifts = 0  # how many answers to a Range still begin elsewhere
     failing = 0  # answers with 503 before the first good one
     tells_md5 = None
 
@@ -55,6 +56,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes */{len(content)}")
             self.send_header("Content-Length", "0")
             return self.end_headers()
+        if start and server.shifts:
+            server.shifts -= 1
+            start += 1
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -119,6 +123,13 @@ def test_a_server_that_ignores_range_is_read_from_the_start(server, tmp_path):
     server.ranges, server.cut_after, server.cuts = False, 300_000, 1
     fetch(server.url(), tmp_path / "file.bin", md5())
     assert (tmp_path / "file.bin").read_bytes() == CONTENT and server.asked == [None, "bytes=300000-"]
+
+
+def test_an_answer_that_begins_elsewhere_is_not_appended(server, tmp_path):
+    (tmp_path / "file.bin.part").write_bytes(CONTENT[:1000])
+    server.shifts = 1
+    fetch(server.url(), tmp_path / "file.bin", md5())
+    assert (tmp_path / "file.bin").read_bytes() == CONTENT and server.asked == ["bytes=1000-", None]
 
 
 def test_a_server_that_gives_nothing_is_named_and_the_part_kept(server, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -60,7 +60,7 @@ class DataSet:
     archives: tuple[Archive, ...] = ()
     manual: str = ""
     channels: int = 3
-    least: int = field(default=0)  # training images, where `train` is None
+    least: int = 0  # training images, where `train` is None
 
     def find(self, root: Path, partial: bool = False, download: bool = False) -> Splits:
         """What lies under the data root.

@@ -216,7 +216,13 @@ SETS: tuple[DataSet, ...] = (
         size=84,
         roles={"paper": "target"},
         places=("stanford_cars",),
-        needs=("devkit/cars_meta.mat", "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat", "cars_*/"),
+        needs=(
+            "devkit/cars_meta.mat",
+            "devkit/cars_train_annos.mat",
+            "cars_test_annos_withlabels.mat",
+            "cars_train",
+            "cars_test",
+        ),
         read=tv.cars,
         layout="stanford_cars/{cars_train/*.jpg, cars_test/*.jpg, devkit/{cars_train_annos,cars_meta}.mat, "
         "cars_test_annos_withlabels.mat}, images also nested (cars_train/cars_train)",

@@ -31,8 +31,8 @@ class PaperSuite(Suite):
         # all are looked for before any is decoded, which may take hours
         found = {name: BY_NAME[name].find(root, storage.partial, storage.download) for name in names}
         tasks = {}
-        for name, splits in found.items():
-            data = BY_NAME[name]
+        for name in names:
+            data, splits = BY_NAME[name], found.pop(name)  # pixels that were read are let go one by one
             size = storage.size or self.size or data.size
             cache = storage.cache or root / FOLDER
             sets = hold(name, (splits.train, splits.test), size, data.channels, cache, storage.limit)
