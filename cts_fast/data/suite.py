@@ -317,6 +317,7 @@ def _load(name: str, root: str | Path | None, names: list[str] | None, storage: 
         )
         if mine:
             tasks |= suite.load(folder, mine, storage)
+    known += [task for task in REGISTERED if task not in known]
     unknown = [task for task in names or () if task not in known]
     if unknown:
         raise ValueError(f"suite {name!r} has no task {', '.join(map(repr, unknown))}; it has: {', '.join(known)}")

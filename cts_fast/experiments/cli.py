@@ -193,6 +193,10 @@ def list_data(args: argparse.Namespace) -> str:
     lines = [f"{'data set':16} {'state':8} training / test images / classes"]
     lines += [f"{name:16} {state:8} {counts}" for name, state, counts, _ in rows]
     lines += [f"\n{name}: {remedy}" for name, _, _, remedy in rows if remedy]
+    wanted = [name for name, state, _, remedy in rows if state == "missing" and "--download" in remedy]
+    if wanted:
+        command = ["python", "-m", "cts_fast.examples.resnet20", "--list-data", "--data-root", str(args.data_root)]
+        lines.append(f"\nTo fetch them: {shlex.join([*command, '--tasks', ','.join(wanted), '--download'])}")
     return "\n".join(lines)
 
 

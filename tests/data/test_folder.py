@@ -122,6 +122,8 @@ def test_a_registered_task_is_there_by_name_in_any_suite(monkeypatch):
     assert "mine" not in load_suite(names=["greek"])
     tasks = load_suite(names=["later", "greek", "mine"])
     assert list(tasks) == ["later", "greek", "mine"] and made == [1]
+    with pytest.raises(ValueError, match="no task 'nope'; it has: .*, mine, later"):
+        load_suite(names=["nope"])
     with pytest.raises(ValueError, match="'mine' is registered already"):
         cts_fast.data.register("mine", make_task("mine"))
 

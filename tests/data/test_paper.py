@@ -302,6 +302,9 @@ def test_the_program_lists_data_and_stops(everything, tmp_path, capsys):
         said = capsys.readouterr().out
         assert all(name in said for name in NAMES)
     assert sorted(root.iterdir()) == before and not list(tmp_path.iterdir())
+    assert resnet20.main(["--list-data", "--data-root", str(tmp_path), "--tasks", "cub,stanford_cars"]) == 0
+    command = f"--list-data --data-root {tmp_path} --tasks cub --download"
+    assert capsys.readouterr().out.endswith(f"{command}\n")
     with pytest.raises(SystemExit) as end:
         resnet20.main(["--list-data"])
     assert end.value.code == 2 and "--data-root" in capsys.readouterr().err
