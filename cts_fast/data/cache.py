@@ -91,11 +91,11 @@ def _build(entry: Path, title: str, samples: Samples, size: int, channels: int) 
 
     part = entry.with_name(entry.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed: nobody else may be writing there
-    part.mkdir()
     shape = (len(samples), channels, size, size)
-    if not sys.stderr.isatty():
-        print(f"decoding {title}: {len(samples):,} images", file=sys.stderr, flush=True)
     try:
+        part.mkdir()
+        if not sys.stderr.isatty():
+            print(f"decoding {title}: {len(samples):,} images", file=sys.stderr, flush=True)
         with (
             open(part / "images.npy", "wb") as file,
             tqdm(total=len(samples), desc=title, unit="image", disable=None) as bar,

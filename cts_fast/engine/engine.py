@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cts_fast.engine.arguments import Regrouped, check_memory, regroup
 from cts_fast.engine.backends.base import Backend
-from cts_fast.engine.gradients import Collector, Gradients, same_objects
+from cts_fast.engine.gradients import Collector, Gradients, NonFiniteGradient, same_objects
 from cts_fast.engine.layout import MOMENTUM, Flat, Segment, make_flats, make_segments, refuse_shared
 from cts_fast.engine.rules.sgd import Hyper
 from cts_fast.engine.state import COUNTERS, Scalars, State, check_value
@@ -385,9 +385,7 @@ class Engine:
         return [(backend, flats[0]) for backend, flats in pairs if flats[0].shared]
 
     def report_nonfinite(self) -> None:
-        """Raise RuntimeError, naming task and parameter, if the last step met a gradient that was not finite; clears
-        the flags.
-        """
+        """Raise NonFiniteGradient if the last step met a gradient that was not finite; clears the flags."""
         if self.flags is None or (
             any(flags.is_cuda for flags in self.flags) and torch.cuda.is_current_stream_capturing()
         ):
@@ -397,10 +395,8 @@ class Engine:
                 for seen in self.flags:
                     seen.zero_()
                 flat, n, row = collector.places[i]
-                raise RuntimeError(
-                    f"{flat.segments[n].where(row)}: the gradient of the last step held a NaN or an infinity; "
-                    "that step was applied"
-                )
+                segment = flat.segments[n]
+                raise NonFiniteGradient(row if segment.task is None else segment.task, segment.name)
 
     def readable(self, groups: Sequence[dict]) -> list[dict]:
         """The groups with all that a layout needs, also where somebody edited them."""

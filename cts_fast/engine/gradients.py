@@ -26,6 +26,17 @@ except ImportError:  # not built on this machine, or broken, which the choice of
         return len(a) == len(b) and all(map(is_, a, b))
 
 
+class NonFiniteGradient(RuntimeError):
+    """With nonfinite="raise": a gradient held a NaN or an infinity. task: index of the task; parameter: its name."""
+
+    def __init__(self, task: int, parameter: str) -> None:
+        super().__init__(
+            f"task {task}, parameter {parameter!r}: the gradient of the last step held a NaN or an infinity; that step "
+            "was applied"
+        )
+        self.task, self.parameter = task, parameter
+
+
 class Gradients(Sequence):
     """Every replica's gradient, flat by flat, segment by segment and row by row; None where there is none.
 

@@ -11,7 +11,6 @@ training.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -22,8 +21,8 @@ from torch import Tensor
 
 from cts_fast.examples.error_runs import Draw, Networks, errors, warmed_up
 from cts_fast.experiments import study
+from cts_fast.experiments.files import save_figure
 from cts_fast.experiments.plots import new_figure
-from cts_fast.experiments.run_folder import save_figure
 from cts_fast.experiments.statistics import mean_and_interval
 
 DRAWS, TASKS = 10, 3
@@ -65,19 +64,21 @@ def exponent(grid: Sequence[float], values: Tensor) -> float:
     return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
 
 
-def run(args: argparse.Namespace) -> str:
-    """All stages, the figure and the files; returns the table."""
-    config = {
+def config(seed: int) -> dict:
+    """What defines a run."""
+    return {
         "draws": DRAWS,
         "tasks": TASKS,
         "alpha": ALPHA,
         "beta": BETA,
         "k": K,
         "grids": {name: list(grid) for name, grid in GRIDS.items()},
-        "seed": args.seed,
     }
-    work = study.Study(args.out, config, resume=args.resume, overwrite=args.overwrite, device=args.device)
-    draw = Draw.new(args.seed, DRAWS, TASKS, max(GRIDS["k"]), args.device)
+
+
+def run(work: study.Study) -> str:
+    """All stages, the figure and the files; returns the table."""
+    draw = Draw.new(work.config["seed"], DRAWS, TASKS, max(GRIDS["k"]), work.device)
     found = {}
     for activation, pool in COMBINATIONS:
         panels = ("alpha", "beta", "k") if pool == "average" else ("default",)
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> str:
         rows(curves, kinds),
         {f"{a}-{p}": one["phi"] for (a, p), one in found.items()},
     )
-    figure_3(args.out / "figure-3.png", curves, kinds, orders)
+    figure_3(work.out / "figure-3.png", curves, kinds, orders)
     return table(curves, kinds, orders)
 
 
@@ -165,7 +166,7 @@ def table(curves: dict, kinds: dict, orders: dict) -> str:
 
 def main(argv=None) -> int:
     """Runs the program; returns the exit status."""
-    return study.main("cts_fast.examples.approximation_error", __doc__, run, argv)
+    return study.main("cts_fast.examples.approximation_error", __doc__, config, run, argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ start on the same batches, fine-tunes both and a random initialization on held-o
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import sys
@@ -17,12 +16,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from cts_fast.baselines import METHODS
-from cts_fast.data import DamagedFile, Task
+from cts_fast.data import Task
 from cts_fast.experiments import cli
 from cts_fast.experiments.experiment import Experiment, MethodSetup
 from cts_fast.experiments.report import report
-from cts_fast.experiments.run_folder import CheckpointError, Interrupted, stop_on_signals
 from cts_fast.experiments.settings import PRESETS
+from cts_fast.experiments.signals import Stop
 from cts_fast.models.resnet20 import ResNet20
 
 MODULE = "cts_fast.examples.resnet20"
@@ -48,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--test-steps", type=cli.positive, metavar="N", help="fine-tuning steps of the meta-test")
     p.add_argument("--test-seeds", type=cli.positive, metavar="N", help="fine-tuning runs per held-out task")
     cli.add_run_arguments(p, "runs/resnet20")
+    cli.add_save_every(p)
     cli.add_compute_arguments(p)
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into --out as well")
     return p
@@ -58,26 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     started = time.monotonic()
-    try:
-        if args.list_data:
-            print(cli.list_data(args))
-            return 0
-        experiment = prepare(args)
-    except (ValueError, OSError, DamagedFile) as error:
-        p.exit(2, f"{p.prog}: error: {error}\n")
-    except KeyboardInterrupt:  # while data are fetched or decoded: no run has begun
-        return 130
-    try:
-        with stop_on_signals() as stop:
-            experiment.run(stop)
-            report(experiment, args.out, started, stop)
-    except (CheckpointError, DamagedFile, OSError) as error:
-        p.exit(2, f"{p.prog}: error: {error}\n")
-    except Interrupted as stopped:
-        with contextlib.suppress(OSError):  # a hang-up may have closed the output
-            print(cli.stopped_note(args.out, argv, MODULE), file=sys.stderr)
-        return stopped.status
-    return 0
+    if args.list_data:
+        return cli.show_data(p, args)
+
+    def run(experiment: Experiment, stop: Stop) -> None:
+        experiment.run(stop)
+        report(experiment, args.out, started, stop)
+
+    return cli.run_program(p, args.out, argv, lambda: prepare(args), run)
 
 
 def prepare(args: argparse.Namespace) -> Experiment:
@@ -122,6 +110,7 @@ def prepare(args: argparse.Namespace) -> Experiment:
         device=args.device,
         resume=args.resume,
         overwrite=args.overwrite,
+        save_every=args.save_every,
         capture=args.capture,
         streams=args.streams,
         precision=args.precision,

@@ -9,7 +9,6 @@ Nothing in it is random: the seed is only noted.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterator
@@ -64,21 +63,23 @@ def trajectories(
     }
 
 
-def run(args: argparse.Namespace) -> str:
-    """All stages, the figures and the files; returns the table."""
-    updates = HORIZON * ROUNDS
-    config = {
+def config(seed: int) -> dict:
+    """What defines a run; nothing in it is drawn at random."""
+    return {
         **INNER,
         "horizon": HORIZON,
         "rounds": ROUNDS,
         "starts": list(START_AXIS),
         "reptile_horizons": list(REPTILE_HORIZONS),
-        "seed": args.seed,
     }
-    work = study.Study(args.out, config, resume=args.resume, overwrite=args.overwrite, device=args.device)
-    landscape = Landscape(args.device)
-    scored = square(torch.tensor(START_AXIS, dtype=torch.float64, device=args.device))
-    grid = square(torch.linspace(LOW, HIGH, GRID_SIDE, dtype=torch.float64, device=args.device))
+
+
+def run(work: study.Study) -> str:
+    """All stages, the figures and the files; returns the table."""
+    updates = HORIZON * ROUNDS
+    landscape = Landscape(work.device)
+    scored = square(torch.tensor(START_AXIS, dtype=torch.float64, device=work.device))
+    grid = square(torch.linspace(LOW, HIGH, GRID_SIDE, dtype=torch.float64, device=work.device))
     everywhere = torch.cat([scored, grid])
 
     background = work.stage("quality", HORIZON, partial(quality_map, landscape))
@@ -109,9 +110,9 @@ def run(args: argparse.Namespace) -> str:
         {"starts": scored, **{name: one["path"][-1] for name, one in runs.items()}},
     )
     quality = {k: one["quality"] for k, one in reptile.items()}
-    synthetic_figures.figure_4(args.out / "figure-4.png", landscape, bias, quality, found["task_steps"])
+    synthetic_figures.figure_4(work.out / "figure-4.png", landscape, bias, quality, found["task_steps"])
     maps = {k: (reptile[k]["path"], rests[k]) for k in (5, HORIZON)}
-    synthetic_figures.figure_5(args.out / "figure-5.png", background, maps, runs)
+    synthetic_figures.figure_5(work.out / "figure-5.png", background, maps, runs)
     return table(found)
 
 
@@ -180,7 +181,7 @@ def _finite_mean(values: Tensor) -> float:
 
 def main(argv=None) -> int:
     """Runs the program; returns the exit status."""
-    return study.main("cts_fast.examples.synthetic", __doc__, run, argv)
+    return study.main("cts_fast.examples.synthetic", __doc__, config, run, argv)
 
 
 if __name__ == "__main__":

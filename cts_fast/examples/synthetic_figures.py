@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cts_fast.examples.landscapes import ANGLES, MIDDLE, Landscape, centres, template
+from cts_fast.experiments.files import save_figure
 from cts_fast.experiments.plots import new_figure
-from cts_fast.experiments.run_folder import save_figure
 
 COLOURS = {"reptile": "#0072B2", "cts": "#D55E00", "cts-accurate": "#009E73"}
 SHORT = {"reptile": "Reptile", "cts": "cts", "cts-accurate": "cts, exact"}

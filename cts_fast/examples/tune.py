@@ -11,15 +11,18 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from cts_fast.baselines import METHODS
-from cts_fast.data import DamagedFile, Task, task_roles
+from cts_fast.data import Task, task_roles
 from cts_fast.experiments import cli
 from cts_fast.experiments.experiment import Experiment, MethodSetup
+from cts_fast.experiments.files import write_json
 from cts_fast.experiments.meta_test import MetaTestSettings
 from cts_fast.experiments.meta_train import MetaTrainSettings
-from cts_fast.experiments.run_folder import Interrupted, stop_on_signals, write_json
+from cts_fast.experiments.run_folder import RunFolder
 from cts_fast.experiments.settings import PRESETS
+from cts_fast.experiments.signals import Stop
 from cts_fast.models.resnet20 import ResNet20
 
 LAST = 20  # steps whose mean training loss is shown
@@ -64,7 +67,8 @@ def fold_experiment(
 ) -> Experiment:
     """Meta-train on the tasks of the other folds, fine-tune on those of this one."""
     others = tuple(task for i, task in enumerate(tasks) if i % args.folds != fold)
-    methods = {key: MethodSetup(METHODS[name], others, meta_lr) for key, (name, meta_lr) in grid.items()}
+    ignore = {"nonfinite": "ignore"}  # a step size that is too large is a result
+    methods = {key: MethodSetup(METHODS[name], others, meta_lr, ignore) for key, (name, meta_lr) in grid.items()}
     config = {
         "fold": fold,
         "folds": args.folds,
@@ -90,53 +94,69 @@ def fold_experiment(
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the folds, prints the table and writes tune.json."""
-    p = parser()
-    args = p.parse_args(argv)
+@dataclasses.dataclass
+class Tuning:
+    """What a run of this program works on."""
+
+    grid: Grid
+    tasks: Sequence[Task]
+    train: MetaTrainSettings
+    test: MetaTestSettings
+    folder: RunFolder
+
+
+def prepare(args: argparse.Namespace) -> Tuning:
+    """From arguments to what they ask for; raises ValueError or OSError that says what is wrong with them."""
     preset = PRESETS[args.preset]
     train_changes = cli.given(args, horizon="horizon", rounds="rounds", lr="lr", batch_size="batch_size")
     train = dataclasses.replace(preset.train, **train_changes)
     test_changes = cli.given(args, steps="test_steps", images="test_images", seeds="test_seeds")
     test = dataclasses.replace(preset.test, **test_changes)
+    grid = read_grid(args.grid)
+    names = cli.chosen_names(None, task_roles(args.suite, args.data_root), "train")
+    tasks = cli.load_tasks(args, names, train.size)
+    if args.validation:
+        tasks = tuple(task.validation() for task in tasks)
+    config = {"grid": sorted(grid), "folds": args.folds, "seed": args.seed, **cli.about_data(args, tasks)}
+    return Tuning(grid, tasks, train, test, RunFolder(args.out, config, resume=args.resume, overwrite=args.overwrite))
+
+
+def run(args: argparse.Namespace, tuning: Tuning, stop: Stop) -> None:
+    """Runs the folds, prints the table and writes tune.json."""
+    train = tuning.train
     accuracy: dict[str, dict[str, list[float]]] = {}
     losses: dict[str, list[float]] = {}  # of each fold
-    try:
-        if args.list_data:
-            print(cli.list_data(args))
-            return 0
-        with stop_on_signals() as stop:
-            grid = read_grid(args.grid)
-            names = cli.chosen_names(None, task_roles(args.suite, args.data_root), "train")
-            tasks = cli.load_tasks(args, names, train.size)
-            if args.validation:
-                tasks = tuple(task.validation() for task in tasks)
-            for fold in range(args.folds):
-                experiment = fold_experiment(args, fold, grid, tasks, train, test)
-                experiment.run(stop)
-                stop.check()
-                experiment.folder.finish()
-                for key, by_task in experiment.final_accuracy().items():
-                    accuracy.setdefault(key, {}).update(by_task)
-                for key, curve in experiment.curves.items():
-                    losses.setdefault(key, []).append(mean(curve.mean[-LAST:]))
-        means = {
-            key: sum(map(sum, by_task.values())) / sum(map(len, by_task.values())) for key, by_task in accuracy.items()
-        }
-        write_json(args.out / "tune.json", {"accuracy": accuracy, "mean": means}, indent=1)
-    except Interrupted as stopped:
-        print("stopped; the same command with --resume goes on", file=sys.stderr)
-        return stopped.status
-    except (ValueError, OSError, DamagedFile) as error:
-        p.exit(2, f"{p.prog}: error: {error}\n")
+    for fold in range(args.folds):
+        experiment = fold_experiment(args, fold, tuning.grid, tuning.tasks, train, tuning.test)
+        with experiment.folder:
+            experiment.run(stop)
+            stop.check()
+            experiment.folder.finish()
+        for key, by_task in experiment.final_accuracy().items():
+            accuracy.setdefault(key, {}).update(by_task)
+        for key, curve in experiment.curves.items():
+            losses.setdefault(key, []).append(mean(curve.mean[-LAST:]))
+    means = {
+        key: sum(map(sum, by_task.values())) / sum(map(len, by_task.values())) for key, by_task in accuracy.items()
+    }
+    write_json(args.out / "tune.json", {"accuracy": accuracy, "mean": means}, indent=1)
+    tuning.folder.finish()
     print(
         f"horizon {train.horizon}, rounds {train.rounds}, lr {train.lr}, batch {train.batch_size}: "
-        f"mean accuracy on {len(tasks)} validation tasks, mean training loss of the last {LAST} steps"
+        f"mean accuracy on {len(tuning.tasks)} validation tasks, mean training loss of the last {LAST} steps"
     )
     for key in sorted(means, key=means.__getitem__, reverse=True):
         loss = f"   {mean(losses[key]):.3f}" if key in losses else ""
         print(f"{key:24} {100 * means[key]:6.2f} %{loss}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; returns the exit status."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.list_data:
+        return cli.show_data(p, args)
+    return cli.run_program(p, args.out, argv, lambda: prepare(args), partial(run, args))
 
 
 def mean(values: Sequence[float]) -> float:

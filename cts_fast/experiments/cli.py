@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 
 from cts_fast.capture import STREAMS
-from cts_fast.data import Storage, Task, load_suite, task_roles
+from cts_fast.data import DamagedFile, Storage, Task, load_suite, task_roles
 from cts_fast.data.cache import FOLDER as CACHE
 from cts_fast.data.cache import LIMIT
 from cts_fast.data.paper.suite import checked_root, listing
+from cts_fast.experiments.checkpoint import SAVE_EVERY, CheckpointError, is_out_of_memory
+from cts_fast.experiments.experiment import Diverged
+from cts_fast.experiments.files import first_line
 from cts_fast.experiments.meta_train import PRECISIONS
-from cts_fast.experiments.run_folder import first_line
+from cts_fast.experiments.run_folder import RunFolder
 from cts_fast.experiments.settings import PRESETS
+from cts_fast.experiments.signals import Interrupted, Stop, stop_on_signals
+
+
+class HasFolder(Protocol):
+    """What a program works on: it has a folder for itself."""
+
+    folder: RunFolder
+
+
+Prepared = TypeVar("Prepared", bound=HasFolder)
 
 DATA_EXTRAS = ("PIL", "numpy", "scipy", "torchvision", "tqdm")  # what reading data sets needs
 
@@ -39,6 +54,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """A time, 0 included."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
 
 
 def rates(text: str) -> dict[str, float]:
@@ -96,6 +122,15 @@ def add_data_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--cache-limit", type=float, default=LIMIT / 1e9, metavar="GB", help=limit_help)
     preset_help = "settings: quick (default; minutes on two CPU cores) or paper"
     p.add_argument("--preset", choices=PRESETS, default="quick", help=preset_help)
+
+
+def add_save_every(p: argparse.ArgumentParser) -> None:
+    """Of programs that train: how often they save."""
+    every_help = (
+        f"between checkpoints; 0 saves after every step (default: {SAVE_EVERY:g}, and longer where saving would take "
+        "more than 2 %% of the time)"
+    )
+    p.add_argument("--save-every", type=seconds, metavar="SECONDS", help=every_help)
 
 
 def add_compute_arguments(p: argparse.ArgumentParser) -> None:
@@ -200,6 +235,15 @@ def list_data(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def show_data(p: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """All of a program that was asked to list data; returns the exit status."""
+    try:
+        print(list_data(args))
+    except (ValueError, OSError) as error:
+        p.exit(2, f"{p.prog}: error: {error}\n")
+    return 0
+
+
 def choose_source(name: str | None, tasks: Sequence[Task]) -> Task:
     """The task that `finetune` trains on; by default the one with most images."""
     if name is None:
@@ -214,13 +258,51 @@ def choose_source(name: str | None, tasks: Sequence[Task]) -> Task:
 # The end of a program
 
 
-def resume_command(argv: Sequence[str] | None, module: str) -> str:
+def run_program(
+    p: argparse.ArgumentParser,
+    out: Path,
+    argv: Sequence[str] | None,
+    prepare: Callable[[], Prepared],
+    run: Callable[[Prepared, Stop], None],
+    at_once: bool = False,
+) -> int:
+    """All of a program but its arguments; returns the exit status.
+
+    0: done; 1: a fault of the run (gradients that are not finite, no memory); 2: of what it was given (arguments,
+    files, a folder, a disk); 128 + n: stopped by signal n. A fault is told in one line. prepare: from arguments to what
+    `run` works on, whose folder is closed at the end; at_once: `run` never asks whether to stop.
+    """
+    prepared = None
+    try:
+        with stop_on_signals(at_once=True):  # data are fetched and decoded there, and nobody asks in between
+            try:
+                prepared = prepare()
+            except (ValueError, DamagedFile) as error:
+                p.exit(2, f"{p.prog}: error: {error}\n")
+        with stop_on_signals(at_once) as stop:
+            run(prepared, stop)
+    except (CheckpointError, DamagedFile, OSError) as error:
+        p.exit(2, f"{p.prog}: error: {error}\n")
+    except (Diverged, MemoryError, RuntimeError) as error:
+        if not isinstance(error, Diverged) and not is_out_of_memory(error):
+            raise
+        text = str(error) if isinstance(error, Diverged) else f"out of memory: {first_line(error)}"
+        p.exit(1, f"{p.prog}: error: {text}\n")
+    except Interrupted as stopped:
+        note = "\nstopped before the run began"
+        if prepared is not None:
+            note = f"\nstopped; everything so far is in {out}. To go on:\n  {resume_command(p, argv)}"
+        with contextlib.suppress(OSError):  # a hang-up may have closed the output
+            print(note, file=sys.stderr)
+        return stopped.status
+    finally:
+        if prepared is not None:
+            prepared.folder.close()
+    return 0
+
+
+def resume_command(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> str:
     """The command that goes on with this run of a program."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
-    return shlex.join(["python", "-m", module, *arguments, "--resume"])
-
-
-def stopped_note(out: Path, argv: Sequence[str] | None, module: str) -> str:
-    """What a stopped program says."""
-    return f"\nstopped; everything so far is in {out}. To go on:\n  {resume_command(argv, module)}"
+    return shlex.join([*p.prog.split(), *arguments, "--resume"])

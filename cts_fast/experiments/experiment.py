@@ -1,8 +1,8 @@
 """One run in one folder: meta-train several methods, meta-test them, and go on exactly after an interruption."""
 
+import hashlib
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,25 +12,24 @@ import torch
 from torch import Tensor
 
 from cts_fast.capture import STREAMS
+from cts_fast.engine.gradients import NonFiniteGradient
 from cts_fast.experiments.batches import task_seed
+from cts_fast.experiments.checkpoint import Checkpoints
 from cts_fast.experiments.console import Progress
+from cts_fast.experiments.files import write_csv
 from cts_fast.experiments.meta_test import MetaTester, MetaTestSettings
 from cts_fast.experiments.meta_train import MakeNet, MetaTrainer, MetaTrainSettings, new_net
 from cts_fast.experiments.parallel import task_map
-from cts_fast.experiments.run_folder import (
-    RunFolder,
-    Stop,
-    load_state,
-    read_json,
-    reading,
-    save_state,
-    write_csv,
-    write_json,
-)
+from cts_fast.experiments.run_folder import RunFolder
+from cts_fast.experiments.signals import Stop
 
-SAVE_EVERY = 60.0  # seconds between checkpoints
-ACCURACY = "meta-test.json"
+ACCURACY = "accuracy.json"
+DIGESTED = 1 << 26  # bytes of a set's images that tell it from another
 POINTS = 2000  # a method's curve has at most twice as many points
+
+
+class Diverged(ArithmeticError):
+    """A gradient is not finite; the message names method, step, task and parameter."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,10 @@ class Experiment:
         methods: name to `MethodSetup`. `targets`: tasks to meta-test on.
         make_net: number of classes to a network with a meta-learned `body` and a `head` of the task's own.
         train, test: settings; `snapshots`: meta-training steps at which phi is kept and meta-tested, beside the last.
-        resume: go on from the files in `out`; overwrite: replace the run in `out`; otherwise a run in `out` raises
-            `CheckpointError`.
+        resume: go on from the checkpoints in `out`; overwrite: replace the run in `out`; otherwise a run in `out`
+            raises `CheckpointError`. save_every: seconds between checkpoints; see `Checkpoints`.
+
+    It has `out` for itself until `folder` is closed.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Experiment:
         device: str = "cpu",
         resume: bool = False,
         overwrite: bool = False,
+        save_every: float | None = None,
         tensorboard: bool = False,
         capture: bool = False,
         streams: int = STREAMS,
@@ -111,11 +113,10 @@ class Experiment:
         self.curves: dict[str, Curve] = {}
         self.snapshots: dict[str, dict[int, dict[str, Tensor]]] = {}  # method to step to phi
         self.accuracy: dict[tuple[str, int, str, int], float] = {}  # (method, step, target, seed)
-        self.folder = RunFolder(out, config, ("checkpoint-*.pt", ACCURACY), resume=resume, overwrite=overwrite)
-        if resume and (out / ACCURACY).exists():
-            with reading(out / ACCURACY, " to meta-test anew"):
-                saved = read_json(out / ACCURACY)
-                self.accuracy = {(method, step, target, seed): value for method, step, target, seed, value in saved}
+        self.folder = RunFolder(out, config, resume=resume, overwrite=overwrite, save_every=save_every)
+        self.resume = resume
+        tasks = [task for setup in methods.values() for task in setup.tasks]
+        self.digests = {task.name: digest(task) for task in {task.name: task for task in (*tasks, *targets)}.values()}
 
     @property
     def model_name(self) -> str:
@@ -143,35 +144,45 @@ class Experiment:
     # Meta-training
 
     def meta_train(self, name: str, stop: Stop, map_tasks: Callable[..., list]) -> None:
-        """Meta-trains one method to its last step, from its checkpoint if there is one."""
+        """Meta-trains one method to its last step, from its newest checkpoint if there is one.
+
+        Raises Diverged when a gradient is not finite; what was saved before stays.
+        """
+        torch.manual_seed(task_seed(self.seed, "meta-train"))  # of what networks draw: the same after another method
         trainer = self._trainer(name, map_tasks)
-        curve = self.curves[name] = Curve(trainer.tasks)
-        snapshots = self.snapshots[name] = {}
-        if self.checkpoint(name).exists():
-            self._load(name, trainer)
+        self.curves[name], self.snapshots[name] = Curve(trainer.tasks), {}
+        kept = self._checkpoints(name, self.methods[name].tasks)
+        if self.resume:
+            found = kept.load(lambda parts: self._load(name, trainer, parts["rank-0.pt"]))
+            print(f"meta-train {name}: goes on from {found or 'its first step: nothing was saved yet'}", flush=True)
+        try:
+            self._train(name, trainer, kept, stop)
+        except NonFiniteGradient as error:
+            rates = f"its meta_lr ({self.methods[name].meta_lr}) or the lr ({self.train.lr}) is too large"
+            good = f"the last good checkpoint is {kept.newest}" if kept.newest else "nothing was saved yet"
+            raise Diverged(
+                f"{name}, step {trainer.step + 1}: the gradient of task {trainer.tasks[error.task]!r}, parameter "
+                f"{error.parameter!r} is not finite; {rates}; {good}"
+            ) from error
+
+    def _train(self, name: str, trainer: MetaTrainer, kept: Checkpoints, stop: Stop) -> None:
+        curve = self.curves[name]
         steps_per_point = max(1, self.train.steps // POINTS)
         writer = self._tensorboard_writer(name)
-        saved = time.monotonic()
         with Progress(f"meta-train {name}", self.train.steps, trainer.step) as progress:
             while trainer.step < self.train.steps:
                 curve.pending.append(trainer.train_step())
                 last = trainer.step == self.train.steps
                 if trainer.step in self.snapshot_steps:
-                    snapshots[trainer.step] = trainer.initialization
+                    self.snapshots[name][trainer.step] = trainer.initialization
                 if len(curve.pending) == steps_per_point or last:
                     curve.close_point(trainer.step)
                     if writer:
                         writer.add_scalar("meta-train/loss", curve.last, trainer.step)
-                if stop():  # before anything is printed: a hang-up closes the output too
-                    self._save(name, trainer)
-                    stop.check()
-                if time.monotonic() - saved > SAVE_EVERY or last:
-                    self._save(name, trainer)
-                    saved = time.monotonic()
+                if stop() or last or kept.due:
+                    self._save(name, trainer, kept)
+                    stop.check()  # before anything is printed: a hang-up closes the output too
                 progress.advance(f"loss {curve.last:.3f}")
-        if not all(math.isfinite(loss) for loss in curve.mean):
-            meta_lr = self.methods[name].meta_lr
-            print(f"warning: the training loss of {name} is not finite: its meta_lr ({meta_lr}) is too large")
 
     def _trainer(self, name: str, map_tasks: Callable[..., list]) -> MetaTrainer:
         setup = self.methods[name]
@@ -187,7 +198,7 @@ class Experiment:
             capture=self.capture,
             streams=self.streams,
             precision=self.precision,
-            **setup.options,
+            **{"nonfinite": "raise", **setup.options},
         )
 
     def _tensorboard_writer(self, name: str) -> Any:
@@ -213,6 +224,9 @@ class Experiment:
             for target in testers
             for method, step in phis
         ]
+        kept = self._checkpoints("meta-test", self.targets)
+        if self.resume:
+            kept.load(lambda parts: self.accuracy.update({tuple(job): value for *job, value in parts[ACCURACY]}))
         todo = [job for job in jobs if job not in self.accuracy]
         lock = threading.Lock()
 
@@ -223,7 +237,8 @@ class Experiment:
             accuracy = testers[target].accuracy(phis[method, step], task_seed(self.seed, "meta-test", seed))
             with lock:
                 self.accuracy[job] = accuracy
-                self._save_accuracy()
+                done = [[*job, value] for job, value in self.accuracy.items()]
+                kept.save({ACCURACY: done}, f"{len(done)} of {len(jobs)} runs")
                 progress.advance(f"{method} on {target}: {100 * accuracy:.1f} %")
 
         with Progress("meta-test", len(jobs), len(jobs) - len(todo), unit="run") as progress:
@@ -233,11 +248,11 @@ class Experiment:
 
     # Files
 
-    def checkpoint(self, name: str) -> Path:
-        """Where the state of one method's meta-training is kept."""
-        return self.out / f"checkpoint-{name}.pt"
+    def _checkpoints(self, part: str, tasks: Sequence[Any]) -> Checkpoints:
+        data = {task.name: self.digests[task.name] for task in tasks}
+        return self.folder.checkpoints(part, model=self.model_name, data=data)
 
-    def _save(self, name: str, trainer: MetaTrainer) -> None:
+    def _save(self, name: str, trainer: MetaTrainer, kept: Checkpoints) -> None:
         curve = self.curves[name]
         state = {
             "trainer": trainer.state_dict(),
@@ -246,20 +261,17 @@ class Experiment:
             "losses": curve.losses,
             "snapshots": self.snapshots[name],
         }
-        save_state(self.checkpoint(name), state)
+        note = f"step {trainer.step} of {self.train.steps}"
+        kept.save({"rank-0.pt": state, "initialization.safetensors": trainer.initialization}, note)
 
-    def _load(self, name: str, trainer: MetaTrainer) -> None:
-        path, curve = self.checkpoint(name), self.curves[name]
-        with reading(path, " to meta-train this method anew"):
-            # on the CPU, where generators and data orders live; what belongs on the device is copied into place
-            state = load_state(path)
-            trainer.load_state_dict(state["trainer"])
-            curve.steps, curve.losses = state["steps"], state["losses"]
-            curve.pending = [losses.to(self.device) for losses in state["pending"]]
-            self.snapshots[name].update(state["snapshots"])
-
-    def _save_accuracy(self) -> None:
-        write_json(self.out / ACCURACY, [[*job, value] for job, value in self.accuracy.items()])
+    def _load(self, name: str, trainer: MetaTrainer, state: dict[str, Any]) -> None:
+        curve = self.curves[name]
+        # the state is on the CPU, where generators and data orders live; what belongs on the device is copied there
+        trainer.load_state_dict(state["trainer"])
+        curve.steps, curve.losses = state["steps"], state["losses"]
+        curve.pending = [losses.to(self.device) for losses in state["pending"]]
+        self.snapshots[name].clear()  # of a damaged checkpoint
+        self.snapshots[name].update(state["snapshots"])
 
     def write_metrics(self) -> None:
         """metrics.csv: one line per loss or accuracy."""
@@ -273,3 +285,17 @@ class Experiment:
                     yield "meta-train", name, step, task, self.seed, loss, ""
         for (method, step, target, seed), accuracy in sorted(self.accuracy.items()):
             yield "meta-test", method, step, target, seed, "", accuracy
+
+
+def digest(task: Any) -> str:
+    """What a task's images and labels are, in a few letters: a run goes on with the data that it began with.
+
+    Of a large set, images are taken at equal distances.
+    """
+    found = hashlib.blake2b(digest_size=8)
+    for part in (task.train, task.test):
+        found.update(repr((tuple(part.images.shape), tuple(task.classes))).encode())
+        stride = math.ceil(part.images.shape.numel() / DIGESTED) or 1
+        for tensor in (part.labels, part.images[::stride]):
+            found.update(memoryview(tensor.contiguous().numpy()).cast("B"))
+    return found.hexdigest()

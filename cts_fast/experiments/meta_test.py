@@ -72,6 +72,7 @@ class MetaTester:
                 f"the initialization holds tensors that {type(net).__name__} has not: {', '.join(unexpected)}"
             )
         net.to(self.device)
+        torch.manual_seed(task_seed(seed, "meta-test", name))  # what a network draws
         chosen = balanced_subset(self.task.train.labels, settings.images, task_seed(seed, "images", name))
         batches = TaskBatches(
             self.train_images,

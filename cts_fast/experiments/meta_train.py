@@ -94,6 +94,7 @@ class MetaTrainer:
             raise ValueError("meta-training needs at least one task")
         self.tasks = tuple(task.name for task in tasks)
         self.step = 0
+        self.device = torch.device(device)
         self.map_tasks = map_tasks
         self.nets = [new_net(make_net, len(task.classes), seed=seed, head=task.name).to(device) for task in tasks]
         self.batches, self.held_out = _split_batches(tasks, settings, seed, device)
@@ -170,6 +171,8 @@ class MetaTrainer:
             "nets": [net.state_dict() for net in self.nets],
             "streams": [batches.state_dict() for batches in self.batches],
             "held_back": [batches.state_dict() for batches in self.held_out],
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -183,6 +186,9 @@ class MetaTrainer:
             batches.load_state_dict(saved)
         for batches, saved in zip(self.held_out, state["held_back"], strict=True):
             batches.load_state_dict(saved)
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step = state["step"]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from cts_fast.experiments.run_folder import save_figure
+from cts_fast.experiments.files import save_figure
 from cts_fast.experiments.statistics import mean_and_interval
 
 # Okabe and Ito's colours, which remain distinct to the colour-blind; one per method, the same in every figure.

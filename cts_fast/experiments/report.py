@@ -9,8 +9,9 @@ from pathlib import Path
 
 from cts_fast.experiments import plots
 from cts_fast.experiments.experiment import Experiment
-from cts_fast.experiments.run_folder import Stop, save_tensors, write_json
+from cts_fast.experiments.files import save_tensors, write_json
 from cts_fast.experiments.settings import LABELS
+from cts_fast.experiments.signals import Stop
 from cts_fast.experiments.statistics import mean_and_interval
 
 Accuracy = Mapping[str, Mapping[str, Sequence[float]]]  # method to held-out task to fractions, one per seed

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -96,6 +99,27 @@ def test_the_program_meta_trains_on_folders_and_tests_on_the_one_held_out(root, 
     told = json.loads((tmp_path / "out/results.json").read_text())["config"]
     assert (told["tasks"], told["targets"]) == (["cars", "vans"], ["birds"])
     assert told["images"] == {"cars": [12, 3], "vans": [12, 3], "birds": [10, 3]}
+
+
+def test_ctrl_c_while_images_are_decoded_stops_at_once_and_leaves_nothing_half_done(tmp_path):
+    photo = tmp_path / "photo.jpg"
+    Image.new("L", (6000, 6000)).save(photo)
+    for task in ("cars", "vans"):
+        for name in ("old", "new"):
+            (tmp_path / "root" / task / name).mkdir(parents=True)
+            for i in range(100):
+                (tmp_path / "root" / task / name / f"{i}.jpg").symlink_to(photo)
+    command = [sys.executable, "-m", "cts_fast.examples.resnet20", "--suite", "folder", "--data-root"]
+    command += [str(tmp_path / "root"), "--targets", "vans", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    told = ""
+    while "decoding cars-train" not in told:
+        told += process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    told += process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "stopped before the run began" in told and "Traceback" not in told
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in (tmp_path / "root/.cts-fast-cache").iterdir() if path.is_dir()]
 
 
 def test_several_suites_share_one_command(root):

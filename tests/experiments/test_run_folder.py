@@ -1,100 +1,78 @@
-"""Files that are whole or not there."""
+"""One run and one program in a folder, and signals that stop it."""
 
-import errno
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
-import torch
 
-from cts_fast.experiments.run_folder import (
-    RunFolder,
-    load_state,
-    on_signals,
-    save_figure,
-    save_state,
-    save_tensors,
-    stop_on_signals,
-    write_json,
-    written,
-)
-
-
-def test_a_file_takes_its_place_only_when_it_is_whole(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError), written(path) as file:
-        file.write(b"new")
-        raise ZeroDivisionError
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
-    with written(path) as file:
-        file.write(b"new")
-        assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
-
-
-def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path):
-    path = tmp_path / "file"
-    with written(path) as one, written(path) as other:
-        assert one.name != other.name
-        one.write(b"one")
-        other.write(b"other")
-    assert path.read_bytes() == b"one"  # the last to finish
-
-
-class Full:
-    """A stand-in for a device without space: /dev/full where there is one."""
-
-    name = "/dev/full"
-
-
-@pytest.mark.skipif(not os.path.exists(Full.name), reason="no /dev/full")
-@pytest.mark.parametrize("write", ["save_state", "save_tensors", "save_figure", "write_json"])
-def test_a_device_without_space_is_named_and_nothing_is_left(tmp_path, monkeypatch, write):
-    from cts_fast.experiments import run_folder
-
-    path, opened = tmp_path / "file.png", open
-    path.write_bytes(b"old")
-
-    def on_full_device(name, *arguments, **options):
-        opened(name, "wb").close()  # the temporary file
-        return opened(Full.name, *arguments, **options)
-
-    monkeypatch.setattr(run_folder, "open", on_full_device, raising=False)
-    tensor = {"x": torch.zeros(100_000)}
-
-    def figure():
-        from matplotlib.figure import Figure
-
-        return Figure()
-
-    calls = {
-        "save_state": lambda: save_state(path, tensor),
-        "save_tensors": lambda: save_tensors(path, tensor),
-        "save_figure": lambda: save_figure(path, figure()),
-        "write_json": lambda: write_json(path, list(range(10_000))),
-    }
-    with pytest.raises(OSError) as raised:
-        calls[write]()
-    assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(path)
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file.png"]
-
-
-def test_a_state_comes_back_as_it_was(tmp_path):
-    state = {"x": torch.arange(5), "steps": [1, 2], "name": "cts"}
-    save_state(tmp_path / "state.pt", state)
-    loaded = load_state(tmp_path / "state.pt")
-    assert torch.equal(loaded["x"], state["x"]) and loaded["steps"] == [1, 2] and loaded["name"] == "cts"
+from cts_fast.experiments.checkpoint import CheckpointError
+from cts_fast.experiments.files import write_json
+from cts_fast.experiments.run_folder import RunFolder
+from cts_fast.experiments.signals import Interrupted, on_signals, stop_on_signals
 
 
 def test_a_run_is_finished_by_its_mark_alone(tmp_path):
-    folder = RunFolder(tmp_path, {"seed": 0}, ("part-*.pt",))
-    write_json(tmp_path / "results.json", {})
-    assert not folder.finished
-    folder.finish()
-    assert folder.finished
-    again = RunFolder(tmp_path, {"seed": 1}, ("part-*.pt",), overwrite=True)
-    assert not again.finished and not (tmp_path / "results.json").exists()
+    with RunFolder(tmp_path, {"seed": 0}) as folder:
+        write_json(tmp_path / "results.json", {})
+        assert not folder.finished
+        folder.finish()
+        assert folder.finished
+    with RunFolder(tmp_path, {"seed": 1}, overwrite=True) as again:
+        assert not again.finished and not (tmp_path / "results.json").exists()
+
+
+def test_two_programs_do_not_share_a_folder(tmp_path):
+    with RunFolder(tmp_path, {"seed": 0}) as folder:
+        folder.checkpoints("cts").save({"rank-0.pt": {}}, "step 1")
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(CheckpointError, match="another program is at work"):
+                RunFolder(tmp_path, {"seed": 0}, **options)
+    with RunFolder(tmp_path, {"seed": 0}, resume=True) as folder:
+        assert folder.checkpoints("cts").load(lambda parts: None) == "step 1"
+
+
+def test_a_killed_program_leaves_no_lock_behind(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from cts_fast.experiments.run_folder import RunFolder\n"
+        "folder = RunFolder(Path(sys.argv[1]), {}); print('mine', flush=True); time.sleep(600)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout.readline() == "mine\n"
+    with pytest.raises(CheckpointError, match="another program"):
+        RunFolder(tmp_path, {})
+    process.kill()
+    process.wait()
+    RunFolder(tmp_path, {}).close()
+
+
+def test_what_a_killed_save_left_is_taken_away(tmp_path):
+    with RunFolder(tmp_path, {}) as folder:
+        folder.checkpoints("cts").save({"rank-0.pt": {}}, "step 1")
+    left = tmp_path / "checkpoints" / "cts" / ".000002.1-0.tmp"
+    left.mkdir()
+    (left / "rank-0.pt").write_bytes(b"half")
+    (tmp_path / ".results.json.1-0.tmp").write_bytes(b"half")
+    with RunFolder(tmp_path, {}, resume=True):
+        assert not left.exists() and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_damaged_config_is_written_anew_and_the_checkpoints_say_whose_they_are(tmp_path, capsys):
+    with RunFolder(tmp_path, {"seed": 1}) as folder:
+        folder.checkpoints("cts").save({"rank-0.pt": {}}, "step 1")
+    for damage in (b"", b"[]", b'{"seed": ', b"\xff"):
+        (tmp_path / "config.json").write_bytes(damage)
+        with RunFolder(tmp_path, {"seed": 1}, resume=True) as folder:
+            assert "written anew" in capsys.readouterr().err
+            assert folder.checkpoints("cts").load(lambda parts: None) == "step 1"
+    (tmp_path / "config.json").unlink()
+    with RunFolder(tmp_path, {"seed": 2}, resume=True) as folder:
+        with pytest.raises(CheckpointError, match="another run.*seed was 1, now 2"):
+            folder.checkpoints("cts").load(lambda parts: None)
 
 
 def test_signals_ask_to_stop_and_ignored_ones_stay_ignored():
@@ -102,6 +80,8 @@ def test_signals_ask_to_stop_and_ignored_ones_stay_ignored():
         stop.check()
         signal.raise_signal(signal.SIGTERM)
         assert stop() and stop.status == 128 + signal.SIGTERM
+    with pytest.raises(Interrupted), stop_on_signals(at_once=True):
+        signal.raise_signal(signal.SIGTERM)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         with stop_on_signals() as stop:
@@ -110,6 +90,6 @@ def test_signals_ask_to_stop_and_ignored_ones_stay_ignored():
     finally:
         signal.signal(signal.SIGHUP, before)
     seen = []
-    with on_signals(["SIGHUP"], lambda number, frame: seen.append(number)):
+    with on_signals(lambda number, frame: seen.append(number), ["SIGHUP"]):
         signal.raise_signal(signal.SIGHUP)
     assert seen == [signal.SIGHUP] and signal.getsignal(signal.SIGHUP) == before

@@ -1,6 +1,7 @@
 """The approximation error: measured where it is known, and its growth."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -114,6 +115,6 @@ def test_the_program_leaves_its_files_and_resumes(monkeypatch, tmp_path, capsys)
     assert (out / "figure-3.png").stat().st_size > 10_000 and (out / "metrics.csv").read_text().count("\n") > 20
     assert "the error grows with" in capsys.readouterr().out
     (out / "results.json").unlink()
-    (out / "stage-relu-max.pt").unlink()
+    shutil.rmtree(out / "checkpoints" / "relu-max")
     assert approximation_error.main(["--out", str(out), "--resume"]) == 0
     assert json.loads((out / "results.json").read_text()) == results

@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.image_tasks import make_suite
+from support.processes import SLOW_ENOUGH, driven
 
 from cts_fast.baselines import METHODS
 from cts_fast.data import suite
@@ -34,6 +34,11 @@ def tiny_suite(monkeypatch):
 
 def run(out, *arguments):
     return resnet20.main([*SMALL, "--out", str(out), *arguments])
+
+
+def newest(out, part="cts"):
+    """The state in the newest checkpoint of a part of a run."""
+    return sorted((out / "checkpoints" / part).iterdir())[-1] / "rank-0.pt"
 
 
 def refused(capsys, out, *arguments):
@@ -166,14 +171,6 @@ def test_missing_data_are_named(tmp_path, capsys):
     assert str(tmp_path / "empty") in message
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
-    run(tmp_path, "--methods", "cts", "--targets", "rings")
-    checkpoint = tmp_path / "checkpoint-cts.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    message = refused(capsys, tmp_path, "--methods", "cts", "--targets", "rings", "--resume")
-    assert str(checkpoint) in message and "delete" in message
-
-
 def test_resuming_with_other_arguments_names_the_difference(tmp_path, capsys):
     run(tmp_path, "--methods", "scratch", "--targets", "rings")
     message = refused(capsys, tmp_path, "--methods", "scratch", "--targets", "rings", "--seed", "7", "--resume")
@@ -181,28 +178,6 @@ def test_resuming_with_other_arguments_names_the_difference(tmp_path, capsys):
 
 
 # Interruption
-
-DRIVER = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-from support.image_tasks import make_suite
-from cts_fast.data import suite
-from cts_fast.examples import resnet20
-suite.SUITES["tiny"] = make_suite
-sys.exit(resnet20.main())
-"""
-
-
-SLOW_ENOUGH = "--suite tiny --horizon 10 --rounds 2 --test-steps 1 --test-seeds 3 --targets rings --methods cts".split()
-
-
-def driven(*arguments, limit=None):
-    """The program as a process of its own; limit: bytes that a file of it may have."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", DRIVER, str(Path(__file__).parents[1]), *arguments]
-    if limit is not None:
-        command = ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "bash", *command]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +217,7 @@ def test_a_signal_during_the_report_stops_it_and_resume_reports_anew(tmp_path, m
         patch.setattr(plots, "convergence", signalled)
         assert run(tmp_path, "--methods", "cts") == 128 + signal.SIGTERM
     assert "--resume" in capsys.readouterr().err
-    assert not (tmp_path / "finished.json").exists() and (tmp_path / "checkpoint-cts.pt").exists()
+    assert not (tmp_path / "finished.json").exists() and newest(tmp_path).exists()
     assert run(tmp_path, "--methods", "cts", "--resume") == 0
     assert (tmp_path / "finished.json").exists() and (tmp_path / "accuracy-vs-steps.png").exists()
 
@@ -252,21 +227,21 @@ def test_a_signal_during_the_report_stops_it_and_resume_reports_anew(tmp_path, m
 
 def test_a_run_whose_results_are_torn_is_not_finished_and_loses_nothing(tmp_path, capsys):
     run(tmp_path, "--methods", "cts")
-    checkpoint = (tmp_path / "checkpoint-cts.pt").read_bytes()
+    checkpoint = newest(tmp_path).read_bytes()
     (tmp_path / "finished.json").unlink()
     (tmp_path / "results.json").write_text('{"config": {')
     assert "interrupted" in refused(capsys, tmp_path, "--methods", "cts")
-    assert (tmp_path / "checkpoint-cts.pt").read_bytes() == checkpoint
+    assert newest(tmp_path).read_bytes() == checkpoint
     assert run(tmp_path, "--methods", "cts", "--resume") == 0
     assert json.loads((tmp_path / "results.json").read_text())["meta_test"]
 
 
 def test_a_finished_run_is_replaced_only_when_that_is_asked_for(tmp_path, capsys):
     run(tmp_path, "--methods", "cts")
-    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     message = refused(capsys, tmp_path, "--methods", "cts", "--seed", "1")
     assert "finished" in message and "--overwrite" in message and "--resume" in message
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
     assert run(tmp_path, "--methods", "cts", "--seed", "1", "--overwrite") == 0
     assert json.loads((tmp_path / "results.json").read_text())["config"]["seed"] == 1
 
@@ -279,13 +254,16 @@ def test_a_full_disk_ends_with_one_line_and_leaves_the_old_checkpoint_whole(tmp_
             process.send_signal(signal.SIGINT)
             break
     process.communicate(timeout=120)
-    before = (out / "checkpoint-cts.pt").read_bytes()
+    path = newest(out)
+    before = path.read_bytes()
     process = driven(*SLOW_ENOUGH, "--out", str(out), "--resume", limit=64 << 10)  # the system's limit on a file's size
     message = process.communicate(timeout=120)[1]
     assert process.returncode == 2 and "Traceback" not in message, message
     errors = [line for line in message.splitlines() if "error:" in line]
-    assert len(errors) == 1 and str(out / "checkpoint-cts.pt") in errors[0] and "cannot write" in errors[0], message
-    assert (out / "checkpoint-cts.pt").read_bytes() == before and not list(out.glob(".*tmp"))
+    assert len(errors) == 1 and str(path.parent.with_name("000002")) in errors[0] and "cannot write" in errors[0], (
+        message
+    )
+    assert path.read_bytes() == before and not list(out.rglob(".*tmp"))
     assert resnet20.main([*SLOW_ENOUGH, "--out", str(out), "--resume"]) == 0
 
 
@@ -300,14 +278,6 @@ def test_a_folder_that_is_gone_is_named(tmp_path, capsys, monkeypatch):
     assert str(tmp_path / "out") in refused(capsys, tmp_path / "out", "--methods", "cts")
 
 
-def test_an_empty_checkpoint_is_named(tmp_path, capsys):
-    run(tmp_path, "--methods", "cts", "--targets", "rings")
-    checkpoint = tmp_path / "checkpoint-cts.pt"
-    checkpoint.write_bytes(b"")
-    message = refused(capsys, tmp_path, "--methods", "cts", "--targets", "rings", "--resume")
-    assert str(checkpoint) in message and "damaged" in message
-
-
 @pytest.mark.parametrize(
     "error", [PermissionError(13, "Permission denied"), torch.OutOfMemoryError("CUDA out of memory")]
 )
@@ -319,15 +289,16 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path, ca
 
     monkeypatch.setattr(MetaTrainer, "load_state_dict", fails)
     message = refused(capsys, tmp_path, "--methods", "cts", "--targets", "rings", "--resume")
-    assert str(tmp_path / "checkpoint-cts.pt") in message and "nothing is lost" in message
+    assert str(newest(tmp_path).parent) in message and "nothing is lost" in message
     assert "damaged" not in message and "delete" not in message
 
 
 def test_an_overwritten_run_leaves_nothing_of_the_old_one(tmp_path):
     run(tmp_path, "--methods", "reptile", "--targets", "rings")
-    (tmp_path / ".checkpoint-reptile.pt.1-0.tmp").write_bytes(b"of a killed save")
+    (tmp_path / ".results.json.1-0.tmp").write_bytes(b"of a killed save")
     run(tmp_path, "--methods", "scratch", "--targets", "rings", "--overwrite")
-    assert not [path.name for path in tmp_path.iterdir() if "reptile" in path.name or path.suffix == ".safetensors"]
+    assert not [path for path in tmp_path.rglob("*") if "reptile" in path.name or path.suffix == ".safetensors"]
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_resume_and_overwrite_exclude_each_other(tmp_path, capsys):

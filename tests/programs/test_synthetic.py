@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 
 import pytest
@@ -87,7 +88,7 @@ def test_the_program_leaves_its_files_and_resumes(small, tmp_path, capsys):
     assert "final loss" in capsys.readouterr().out
 
     (out / "results.json").unlink()
-    (out / "stage-cts.pt").unlink()
+    shutil.rmtree(out / "checkpoints" / "cts")
     with pytest.raises(SystemExit):
         synthetic.main(["--out", str(out)])
     assert "add --resume" in capsys.readouterr().err
@@ -103,18 +104,18 @@ def test_sigterm_ends_a_study_as_ctrl_c_does(small, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(synthetic, "trajectories", lambda *arguments: signal.raise_signal(signal.SIGTERM))
     assert synthetic.main(["--out", str(tmp_path / "run")]) == 128 + signal.SIGTERM
     assert "--resume" in capsys.readouterr().err and not (tmp_path / "run" / "finished.json").exists()
-    assert (tmp_path / "run" / "stage-quality.pt").exists()
+    assert (tmp_path / "run" / "checkpoints" / "quality").exists()
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(small, tmp_path, capsys, monkeypatch):
     def interrupted(*arguments):
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     out, trajectories = tmp_path / "run", synthetic.trajectories
     monkeypatch.setattr(synthetic, "trajectories", interrupted)
     assert synthetic.main(["--out", str(out)]) == 130
     assert f"cts_fast.examples.synthetic --out {out} --resume" in capsys.readouterr().err
-    assert [path.name for path in out.glob("stage-*")] == ["stage-quality.pt"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["quality"]
     monkeypatch.setattr(synthetic, "trajectories", trajectories)
     monkeypatch.setattr(synthetic, "quality_map", interrupted)  # what is there is not computed again
     assert synthetic.main(["--out", str(out), "--resume"]) == 0

@@ -6,6 +6,15 @@ import torch
 from torch import nn
 
 from cts_fast import ShiftingMetaOptimizer
+from cts_fast.models.task_net import TaskNet
+
+
+class SmallNet(TaskNet):
+    """A body with batch norm and a head, for programs that take many steps in a test."""
+
+    def __init__(self, num_classes):
+        body = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        super().__init__(body, 24, num_classes)
 
 
 def make_nets(count=3, dtype=torch.float32, seed=0):

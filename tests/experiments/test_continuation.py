@@ -1,0 +1,105 @@
+"""A run that is stopped wherever it asks whether to stop, and resumed each time, leaves what an uninterrupted one does."""
+
+import dataclasses
+
+import pytest
+import torch
+from support.image_tasks import make_suite
+from support.nets import SmallNet
+from torch import nn
+
+from cts_fast.baselines import METHODS
+from cts_fast.experiments import experiment as experiments
+from cts_fast.experiments.experiment import Experiment, MethodSetup
+from cts_fast.experiments.report import report
+from cts_fast.experiments.settings import PRESETS
+from cts_fast.experiments.signals import Interrupted, Stop
+
+LEFT = ("results.json", "metrics.csv", "initialization.safetensors", "accuracy.png", "accuracy-vs-steps.png")
+NAMES = ("cts", "fomaml++", "leap", "random-shift", "reptile")
+
+
+class StopAt(Stop):
+    """Asks to stop when it is asked for the n-th time."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.left = n
+
+    def __call__(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+class DroppingNet(SmallNet):
+    """Draws random numbers in its training as well."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.body.add_module("dropout", nn.Dropout(0.2))
+
+
+def make(out, resume=False, device="cpu", capture=False):
+    """Three rounds of three steps, a point of the curve every second step, phi looked at in between."""
+    tasks = list(make_suite().values())
+    preset = PRESETS["quick"]
+    train = dataclasses.replace(preset.train, horizon=3, rounds=3)
+    test = dataclasses.replace(preset.test, steps=2, seeds=1)
+    names = [name for name in NAMES if not (capture and METHODS[name].needs)]
+    methods = {name: MethodSetup(METHODS[name], tuple(tasks[:3]), 0.1) for name in names}
+    options = dict(device=device, capture=capture, resume=resume, save_every=0.0 if not resume else None)
+    config = {"tasks": [task.name for task in tasks[:3]], "targets": [task.name for task in tasks[3:]]}
+    return Experiment(
+        out, config, methods, tasks[3:], make_net=DroppingNet, train=train, test=test, snapshots=[4], seed=3, **options
+    )
+
+
+def run(out, stop, **options):
+    experiment = make(out, **options)
+    with experiment.folder:
+        experiment.run(stop)
+        report(experiment, out, 0.0, stop)
+
+
+def through_interruptions(out, **options):
+    """Stopped at the first, second or third question, in turn, then after each file of the report; returns how often."""
+    stops = reports = 0
+    while True:
+        reports += (out / "metrics.csv").exists()  # a report begins anew
+        try:
+            run(out, StopAt(reports or 1 + stops % 3), resume=stops > 0, **options)
+            return stops
+        except Interrupted:
+            stops += 1
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Networks that draw random numbers do so in one order, and points of the curve take two steps."""
+    monkeypatch.setattr(experiments, "POINTS", 4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_stopped_at_every_phase_a_run_goes_on_bit_for_bit(tmp_path):
+    run(tmp_path / "whole", Stop())
+    assert through_interruptions(tmp_path / "stopped") > 40
+    for name in LEFT:
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("capture", [False, True])
+def test_on_a_gpu_too(capture, tmp_path, monkeypatch):
+    torch.use_deterministic_algorithms(True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        run(tmp_path / "whole", Stop(), device="cuda", capture=capture)
+        through_interruptions(tmp_path / "stopped", device="cuda", capture=capture)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in LEFT:
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
