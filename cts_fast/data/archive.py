@@ -21,12 +21,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from cts_fast.data.errors import DamagedFile
+
 MAGIC = b"CTSDATA1"
 _PREFIX = struct.Struct("<8sI32s")
-
-
-class DamagedFile(RuntimeError):
-    """A suite file or one of its members does not hold what its header promises."""
 
 
 def _lzma() -> ModuleType:

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cts_fast.data.suite import Task, load_suite
+from cts_fast.data import Storage, Task, load_suite
 
-ROLES = {"train": "meta-training", "target": "held out"}
+ROLES = {"train": "meta-training", "target": "held out", "": "no role"}
 COLUMNS, ROWS, CELL = 20, 3, 34  # images across, images down, pixels of a cell
 
 
@@ -33,6 +33,8 @@ def samples(task: Task) -> tuple[Tensor, list[tuple[float, str]]]:
         for column in range(place * each, (place + 1) * each):
             for row in range(ROWS):
                 test = row == ROWS - 1
+                if not members[test]:  # a small class
+                    continue
                 image = (task.test if test else task.train).images[members[test].pop(0)]
                 if image.shape[-1] > CELL:
                     image = torch.nn.functional.interpolate(image[None].float(), size=CELL - 2, mode="area")[0].byte()
@@ -80,12 +82,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("tasks.png"), help="PNG to write (default: %(default)s)")
     parser.add_argument("--suite", default="builtin", help="suite (default: %(default)s)")
     parser.add_argument("--root", type=Path, help="folder of the suite's data")
+    parser.add_argument("--partial", action="store_true", help="show data sets of which images are missing as they are")
     parser.add_argument(
         "--tasks", type=lambda names: names.split(","), metavar="A,B,...", help="tasks to show (default: all)"
     )
     arguments = parser.parse_args(argv)
     try:
-        tasks = load_suite(arguments.suite, arguments.root, arguments.tasks)
+        tasks = load_suite(arguments.suite, arguments.root, arguments.tasks, Storage(partial=arguments.partial))
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
     sheet(tasks, arguments.out)

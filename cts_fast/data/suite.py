@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cts_fast.data import archive
+from cts_fast.data.cache import Storage, mapped
+from cts_fast.data.decode import decode
+from cts_fast.data.errors import DamagedFile
+from cts_fast.data.images import LazyImages, Samples
 
 BUILTIN_FILE = "builtin.bin"
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images: ``images`` uint8 [N, C, H, W] with C in {1, 3}, ``labels`` int64 [N]."""
+    """Labelled images: ``images`` uint8 [N, C, H, W] with C in {1, 3}, ``labels`` int64 [N].
 
-    images: Tensor
+    Images that are not in memory are `cts_fast.data.images.LazyImages`: indexing reads the images asked for.
+    """
+
+    images: Tensor | LazyImages
     labels: Tensor
 
     def __len__(self) -> int:
         return self.labels.numel()
+
+    def select(self, numbers: Tensor) -> ImageSet:
+        """Some of the images, in this order."""
+        chosen = self.images[numbers] if isinstance(self.images, Tensor) else self.images.select(numbers)
+        return ImageSet(chosen, self.labels[numbers])
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,101 @@ class Task:
     title: str
     source: str
 
+    @staticmethod
+    def from_datasets(
+        name: str,
+        train: Any,
+        test: Any,
+        *,
+        size: int,
+        channels: int = 3,
+        classes: Sequence[str] | None = None,
+        flip: bool = False,
+        role: str = "train",
+        title: str = "",
+        source: str = "",
+        cache: Path | str | None = None,
+        version: str = "1",
+    ) -> Task:
+        """A task of two ``torch.utils.data.Dataset``s of (image, label), read once.
+
+        Args:
+            train, test: with ``len()`` and ``[i]``; an image is a PIL image, a tensor [C, H, W] (uint8, or floats in
+                0..1) or a numpy array (uint8 [H, W] or [H, W, C]); a label is 0, 1, ... C - 1.
+            size: side length to which images are resized; channels: 3, or 1 for grey.
+            classes: their names; None: those of ``train.classes``, or the numbers.
+            cache: a folder in which the images are kept in mapped files under ``name`` and ``version``; None: memory.
+
+        Raises:
+            ValueError: a split without images, a label outside the classes, an image that is none.
+            DamagedFile: an item that cannot be read; the message has its number.
+        """
+        count = 0
+        splits = {}
+        for split, data in (("train", train), ("test", test)):
+            splits[split] = _read_dataset(f"{name}-{split}", data, size, channels, cache, version)
+            count = max(count, int(splits[split].labels.max()) + 1)
+        names = tuple(classes or getattr(train, "classes", None) or map(str, range(count)))
+        task = Task(name, splits["train"], splits["test"], names, flip, role, title or name, source)
+        return task.checked()
+
+    def checked(self) -> Task:
+        """The task itself; raises ValueError for a split without images or a label outside the classes."""
+        for split, part in (("training", self.train), ("test", self.test)):
+            if not len(part):
+                raise ValueError(f"task {self.name!r} has no {split} images")
+            low, high = int(part.labels.min()), int(part.labels.max())
+            if low < 0 or high >= len(self.classes):
+                raise ValueError(
+                    f"task {self.name!r} has {split} labels from {low} to {high} and {len(self.classes)} classes: "
+                    f"labels must lie in 0..{len(self.classes) - 1}"
+                )
+        return self
+
+    def validation(self, fraction: float = 0.1, seed: int = 0) -> Task:
+        """The same task for tuning: a seeded fraction of every class's training images takes the test set's place."""
+        train, held = split_by_class(self.train.labels, fraction, f"{seed}/{self.name}")
+        return replace(self, train=self.train.select(train), test=self.train.select(held)).checked()
+
+
+def split_by_class(labels: Tensor, fraction: float, seed: str) -> tuple[Tensor, Tensor]:
+    """Numbers of two parts; the second holds `fraction` of each class (rounded, one at least where there are two)."""
+    kept, held = [], []
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().squeeze(1).tolist()
+        random.Random(f"{seed}/{label}").shuffle(members)
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        held += members[:count]
+        kept += members[count:]
+    return torch.tensor(sorted(kept)), torch.tensor(sorted(held), dtype=torch.int64)
+
+
+def _read_dataset(title: str, data: Any, size: int, channels: int, cache: Path | str | None, version: str) -> ImageSet:
+    """All of a torch data set, each item read once; its images in memory, or in the cache."""
+    count = len(data)
+    if not count:
+        raise ValueError(f"{title}: the data set is empty")
+    labels = torch.zeros(count, dtype=torch.int64)
+
+    class Images:
+        """The images; reading one notes its label."""
+
+        def __getitem__(self, i: int) -> Any:
+            try:
+                image, label = data[i]
+                labels[i] = int(label)
+            except Exception as error:
+                reason = (str(error).splitlines() or [""])[0]
+                raise DamagedFile(f"{title}: item {i} cannot be read ({type(error).__name__}: {reason})") from error
+            return image
+
+    items: Any = Images()
+    if cache is None:
+        images = torch.stack([torch.from_numpy(decode(items[i], size, channels)) for i in range(count)])
+        return ImageSet(images, labels)
+    samples = Samples(items, labels, key=f"{version}/{count}")
+    return ImageSet(*mapped(title, samples, size, channels, Path(cache)))
+
 
 def stratified_order(labels: Tensor) -> Tensor:
     """Indices that put the classes in turn: the first image of each, then the second; a prefix is balanced."""
@@ -59,65 +168,157 @@ def _image_set(images: Tensor, labels: Tensor) -> ImageSet:
     return ImageSet(images[order], labels[order])
 
 
-def _builtin(root: str | Path | None, names: list[str] | None) -> dict[str, Task]:
-    path = (Path(root) if root is not None else Path(__file__).parent / "builtin") / BUILTIN_FILE
-    remedy = "install cts_fast again, or make it anew with `python -m cts_fast.data.build --out FILE`"
-    if not path.is_file():
-        raise FileNotFoundError(f"the built-in suite {path} is missing: {remedy}")
-    try:
-        header, start = archive.read_header(path)
-    except archive.DamagedFile as error:
-        raise archive.DamagedFile(f"the built-in suite {path} is damaged: {error}; {remedy}") from None
-    entries = {entry["name"]: entry for entry in header["tasks"]}
-    tasks = {}
-    for name in _chosen(names, list(entries), "builtin"):
-        entry = entries[name]
+class Suite:
+    """Tasks that are found by name and read when they are asked for."""
+
+    def roles(self, root: Path | None) -> dict[str, str]:
+        """Name to role of every task, without reading images: "train", "target", or "" for those to ask for by name."""
+        raise NotImplementedError
+
+    def load(self, root: Path | None, names: Sequence[str], storage: Storage) -> dict[str, Task]:
+        """The tasks of these names."""
+        raise NotImplementedError
+
+
+class BuiltinSuite(Suite):
+    """The tasks that come inside the package, in one file; see `cts_fast.data.archive`."""
+
+    REMEDY = "install cts_fast again, or make it anew with `python -m cts_fast.data.build --out FILE`"
+
+    def header(self, root: Path | None) -> tuple[Path, dict, int]:
+        """The file, its header, and where its members begin."""
+        path = (root or Path(__file__).parent / "builtin") / BUILTIN_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"the built-in suite {path} is missing: {self.REMEDY}")
         try:
-            images, labels = archive.unpack(entry, archive.read_member(path, start, entry))
-        except archive.DamagedFile as error:
-            message = f"task {name!r} of the built-in suite {path} is damaged: {error}; {remedy}"
-            raise archive.DamagedFile(message) from None
-        train, test = (
-            _image_set(images[part], labels[part])
-            for part in (slice(None, entry["train"]), slice(entry["train"], None))
-        )
-        tasks[name] = Task(
-            name, train, test, tuple(entry["classes"]), entry["flip"], entry["role"], entry["title"], entry["source"]
-        )
-    return tasks
+            return path, *archive.read_header(path)
+        except DamagedFile as error:
+            raise DamagedFile(f"the built-in suite {path} is damaged: {error}; {self.REMEDY}") from None
+
+    def roles(self, root: Path | None) -> dict[str, str]:
+        _, header, _ = self.header(root)
+        return {entry["name"]: entry["role"] for entry in header["tasks"]}
+
+    def load(self, root: Path | None, names: Sequence[str], storage: Storage) -> dict[str, Task]:
+        path, header, start = self.header(root)
+        entries = {entry["name"]: entry for entry in header["tasks"]}
+        tasks = {}
+        for name in names:
+            entry = entries[name]
+            try:
+                images, labels = archive.unpack(entry, archive.read_member(path, start, entry))
+            except DamagedFile as error:
+                message = f"task {name!r} of the built-in suite {path} is damaged: {error}; {self.REMEDY}"
+                raise DamagedFile(message) from None
+            train, test = (
+                _image_set(images[part], labels[part])
+                for part in (slice(None, entry["train"]), slice(entry["train"], None))
+            )
+            classes = tuple(entry["classes"])
+            tasks[name] = Task(
+                name, train, test, classes, entry["flip"], entry["role"], entry["title"], entry["source"]
+            )
+        return tasks
 
 
-def _chosen(names: list[str] | None, known: list[str], suite: str) -> list[str]:
-    """``names`` in the order asked for (None: all); raises ValueError that lists what exists."""
-    if names is None:
-        return known
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"suite {suite!r} has no task {', '.join(map(repr, unknown))}; it has: {', '.join(known)}")
-    return list(dict.fromkeys(names))
+class FunctionSuite(Suite):
+    """Tasks that a function (root, names) makes in memory; names None: all."""
+
+    def __init__(self, function: Callable[..., dict[str, Task]]) -> None:
+        self.function = function
+
+    def roles(self, root: Path | None) -> dict[str, str]:
+        return {name: task.role for name, task in self.function(root, None).items()}
+
+    def load(self, root: Path | None, names: Sequence[str], storage: Storage) -> dict[str, Task]:
+        return self.function(root, list(names))
 
 
-SUITES: dict[str, Callable[[str | Path | None, list[str] | None], dict[str, Task]]] = {"builtin": _builtin}
-"""Suite name to its loader(root, names); a further suite adds itself here."""
+SUITES: dict[str, Suite | Callable[..., dict[str, Task]]] = {"builtin": BuiltinSuite()}
+"""Suite name to a `Suite`, or to a function as `FunctionSuite` takes it; a further suite adds itself here."""
+
+REGISTERED: dict[str, Task | Callable[[], Task]] = {}
+"""Tasks of one's own, which every suite has beside its own."""
+
+
+def register(name: str, task: Task | Callable[[], Task]) -> None:
+    """Add a task of one's own, or a function that makes it, to be asked for by this name in any suite.
+
+    Raises ValueError for a name that is taken.
+    """
+    if name in REGISTERED:
+        raise ValueError(f"a task {name!r} is registered already")
+    REGISTERED[name] = task
+
+
+def task_roles(name: str, root: str | Path | None = None) -> dict[str, str]:
+    """Name to role of the tasks of a suite, or of several with commas between them; see `load_suite`."""
+    roles: dict[str, str] = {}
+    for suite, folder in _parts(name, root):
+        roles = {**roles, **{task: role for task, role in suite.roles(folder).items() if task not in roles}}
+    return roles
 
 
 def load_suite(
-    name: str = "builtin", root: str | Path | None = None, names: Iterable[str] | None = None
+    name: str = "builtin",
+    root: str | Path | None = None,
+    names: Iterable[str] | None = None,
+    storage: Storage | None = None,
 ) -> dict[str, Task]:
     """Load the tasks of a suite, by name; only the tasks asked for are decoded.
 
     Args:
-        name: the suite; "builtin" comes with the package.
+        name: the suite; "builtin" comes with the package, "paper" and "imagenet" are the paper's two experiments,
+            "folder" has a task for every subfolder of ``root``. Several with commas between them: a task comes from the
+            first that has it.
         root: folder that holds the suite's data; None means its own place (the package itself for "builtin").
-        names: tasks wanted, returned in this order; None means all, those for meta-training first.
+        names: tasks wanted, returned in this order; None means all that have a role, those for meta-training first.
+        storage: how images in files are held.
 
     Raises:
         ValueError: no such suite or task; the message lists what exists.
         FileNotFoundError: the data are not there; the message says how to get them.
-        cts_fast.data.DamagedFile: the file or a task in it does not match its checksum.
+        cts_fast.data.DamagedFile: the file or a task in it does not match its checksum, a count or an image is wrong.
     """
-    if name not in SUITES:
-        raise ValueError(f"there is no suite {name!r}; there are: {', '.join(SUITES)}")
     if isinstance(names, str):
         raise ValueError(f"names must be a list of task names, not the string {names!r}")
-    return SUITES[name](root, None if names is None else list(names))
+    wanted = None if names is None else list(dict.fromkeys(names))
+    own = [task for task in wanted or () if task in REGISTERED]
+    rest = None if wanted is None else [task for task in wanted if task not in own]
+    tasks = _load(name, root, rest, storage or Storage())
+    for task in own:
+        registered = REGISTERED[task]
+        tasks[task] = (registered if isinstance(registered, Task) else registered()).checked()
+    return tasks if wanted is None else {task: tasks[task] for task in wanted}
+
+
+def _parts(name: str, root: str | Path | None) -> list[tuple[Suite, Path | None]]:
+    """The suites of a name with commas, and the folder of each; beside others the built-in one keeps its own place."""
+    parts = name.split(",")
+    found = []
+    for part in parts:
+        if part not in SUITES:
+            raise ValueError(f"there is no suite {part!r}; there are: {', '.join(SUITES)}")
+        suite = SUITES[part]
+        folder = None if root is None or (part == "builtin" and len(parts) > 1) else Path(root)
+        found.append((suite if isinstance(suite, Suite) else FunctionSuite(suite), folder))
+    return found
+
+
+def _load(name: str, root: str | Path | None, names: list[str] | None, storage: Storage) -> dict[str, Task]:
+    """Tasks of one or several suites, without those registered."""
+    tasks: dict[str, Task] = {}
+    known: list[str] = []
+    for suite, folder in _parts(name, root):
+        roles = {task: role for task, role in suite.roles(folder).items() if task not in known}
+        known += roles
+        mine = (
+            [task for task in names if task in roles] if names is not None else [t for t, role in roles.items() if role]
+        )
+        if mine:
+            tasks |= suite.load(folder, mine, storage)
+    known += [task for task in REGISTERED if task not in known]
+    unknown = [task for task in names or () if task not in known]
+    if unknown:
+        raise ValueError(f"suite {name!r} has no task {', '.join(map(repr, unknown))}; it has: {', '.join(known)}")
+    return tasks

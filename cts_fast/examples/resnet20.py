@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     started = time.monotonic()
+    if args.list_data:
+        return cli.show_data(p, args)
 
     def run(experiment: Experiment, stop: Stop) -> None:
         experiment.run(stop)
@@ -94,6 +96,7 @@ def prepare(args: argparse.Namespace) -> Experiment:
         "meta_lr": {name: setup.meta_lr for name, setup in methods.items() if name != "finetune"},
         "meta_train": dataclasses.asdict(train),
         "meta_test": json.loads(json.dumps(dataclasses.asdict(test))),
+        **cli.about_data(args, (*tasks, *targets)),
     }
     return Experiment(
         args.out,

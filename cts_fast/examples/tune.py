@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from cts_fast.baselines import METHODS
-from cts_fast.data import Task, load_suite
+from cts_fast.data import Task, task_roles
 from cts_fast.experiments import cli
 from cts_fast.experiments.experiment import Experiment, MethodSetup
 from cts_fast.experiments.files import write_json
@@ -114,8 +114,11 @@ def prepare(args: argparse.Namespace) -> Tuning:
     test_changes = cli.given(args, steps="test_steps", images="test_images", seeds="test_seeds")
     test = dataclasses.replace(preset.test, **test_changes)
     grid = read_grid(args.grid)
-    tasks = [task for task in load_suite(args.suite, args.data_root).values() if task.role == "train"]
-    config = {"grid": sorted(grid), "folds": args.folds, "seed": args.seed}
+    names = cli.chosen_names(None, task_roles(args.suite, args.data_root), "train")
+    tasks = cli.load_tasks(args, names, train.size)
+    if args.validation:
+        tasks = tuple(task.validation() for task in tasks)
+    config = {"grid": sorted(grid), "folds": args.folds, "seed": args.seed, **cli.about_data(args, tasks)}
     return Tuning(grid, tasks, train, test, RunFolder(args.out, config, resume=args.resume, overwrite=args.overwrite))
 
 
@@ -152,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns the exit status."""
     p = parser()
     args = p.parse_args(argv)
+    if args.list_data:
+        return cli.show_data(p, args)
     return cli.run_program(p, args.out, argv, lambda: prepare(args), partial(run, args))
 
 

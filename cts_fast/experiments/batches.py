@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cts_fast.data.images import LazyImages
+
+RESIDENT = 4 << 30  # bytes of a task's images that a GPU may hold
+
 
 def resize(images: Tensor, size: int | None) -> Tensor:
     """uint8 [N, C, H, W] to uint8 [N, C, size, size], bilinear with antialiasing; None keeps the size."""
@@ -33,9 +37,9 @@ def task_seed(seed: int, *names: object) -> int:
 
 
 def draw_together(streams: Sequence["TaskBatches"]) -> Tensor:
-    """The next draws of all tasks, int64 [T, 4, B]; pinned for images on a GPU: one copy takes all there."""
+    """The next draws of all tasks, int64 [T, 4, B]; pinned where a GPU makes the batches: one copy takes all there."""
     drawn = torch.stack([stream.draw() for stream in streams])
-    return drawn.pin_memory() if streams[0].images.is_cuda else drawn
+    return drawn.pin_memory() if streams[0].device.type == "cuda" else drawn
 
 
 class TaskBatches:
@@ -47,47 +51,76 @@ class TaskBatches:
     All random numbers come from one CPU generator, so the batches depend on `seed` alone and not on the device, and
     `state_dict` is enough to go on exactly.
 
+    Images in memory are resized once and lie, padded, on the device. Of images that are not, only those of a batch are
+    read, and padded, cropped and flipped on the device; a GPU takes all of them into its memory if they are few.
+
     Args:
-        images: uint8 [N, C, H, W] with C 1 or 3; labels: int64 [N].
+        images: uint8 [N, C, H, W] with C 1 or 3, or `LazyImages`; labels: int64 [N].
+        part: numbers of the images that the stream draws from; None: all.
         size: side length S, or None for the images' own size; padding: None for 4 up to 32 pixels and 8 above.
     """
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | LazyImages,
         labels: Tensor,
         batch_size: int,
         *,
         seed: int,
+        part: Tensor | None = None,
         size: int | None = None,
         padding: int | None = None,
         flip: bool = False,
         device: torch.device | str = "cpu",
     ):
+        if part is not None:
+            labels = labels[part]
+            images = images[part] if isinstance(images, Tensor) else images.select(part)
         if len(images) == 0:
             raise ValueError("a task needs at least one image")
-        images = resize(images, size)
-        if padding is None:
-            padding = 4 if images.shape[-1] <= 32 else 8
-        images = F.pad(images, (padding,) * 4)
-        self.images = images.permute(0, 2, 3, 1).contiguous().to(device)  # [N, H, W, C]: crops come channels-last
-        self.labels = labels.to(device)
+        self.device = torch.device(device)
+        side = size or images.shape[-1]
+        self.padding = (4 if side <= 32 else 8) if padding is None else padding
+        self.size = size
+        self.shape = [size or length for length in images.shape[-2:]]
+        self.lazy: LazyImages | None = None
+        self.images = torch.empty(0)
+        if isinstance(images, Tensor):
+            self.images = self._padded(resize(images, size)).to(self.device)
+        elif self.device.type != "cpu" and len(images) * images.shape[1] * side * side <= RESIDENT:
+            self.images = torch.cat(
+                [self._padded(resize(images[i], size).to(self.device)) for i in _parts(len(images))]
+            )
+        else:
+            self.lazy = images
+        self.labels = labels.to(self.device)
         self.batch_size = batch_size
-        self.padding = padding
         self.flip = flip
-        self.shape = [side - 2 * padding for side in images.shape[-2:]]
         self.generator = torch.Generator().manual_seed(seed)
         self.order = torch.empty(0, dtype=torch.int64)
         self.cursor = 0
+        self.ahead: tuple[dict[str, Any], Tensor] | None = None  # the next draw, and the state before it
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def __iter__(self) -> "TaskBatches":
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        return self.batch(self.draw().to(self.images.device, non_blocking=True))
+        return self.batch(self.draw())
 
     def draw(self) -> Tensor:
         """What the next batch is made of, int64 [4, B] on the CPU: image numbers, crop's rows and columns, flips."""
+        if self.lazy is None:
+            return self._draw()
+        drawn = self._draw() if self.ahead is None else self.ahead[1]
+        self.ahead = None
+        self.ahead = self.state_dict(), self._draw()
+        self.lazy.prefetch(self.ahead[1][0])  # while the networks train on this one
+        return drawn
+
+    def _draw(self) -> Tensor:
         index = self._indices()
         n = len(index)
         offsets = torch.randint(2 * self.padding + 1, (2, n, 1), generator=self.generator)
@@ -95,23 +128,38 @@ class TaskBatches:
         return torch.cat([index[None], offsets.squeeze(2), flipped.squeeze(1)[None]])
 
     def batch(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch of a draw that lies on the images' device; waits for nothing, so that a CUDA graph may hold it."""
+        """The batch of a draw.
+
+        With images and draw on the device it waits for nothing, so that a CUDA graph may hold it. Images that are read
+        from a file want the draw on the CPU, which spares them a wait for the device.
+        """
+        source, place = self.images, None
+        if self.lazy is not None:
+            x = self.lazy[drawn[0].cpu()]
+            x = x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
+            source, place = self._padded(resize(x, self.size)), torch.arange(len(x), device=self.device)
+        drawn = drawn.to(self.device, non_blocking=True)
         index, top, left, flipped = drawn[..., None]
         rows, columns = (
-            offset + torch.arange(side, device=drawn.device)
+            offset + torch.arange(side, device=self.device)
             for offset, side in zip((top, left), self.shape, strict=True)
         )
         if self.flip:
             columns = torch.where(flipped > 0, columns.flip(1), columns)
-        x = self.images[index[:, None], rows[:, :, None], columns[:, None, :]]
+        place = index if place is None else place[:, None]
+        x = source[place[:, None], rows[:, :, None], columns[:, None, :]]
         return normalize(x.permute(0, 3, 1, 2)), self.labels[index[:, 0]]
+
+    def _padded(self, images: Tensor) -> Tensor:
+        """[N, C, H, W] to padded [N, H, W, C]: crops come channels-last."""
+        return F.pad(images, (self.padding,) * 4).permute(0, 2, 3, 1).contiguous()
 
     def _indices(self) -> Tensor:
         """The next `batch_size` image numbers; begins a new epoch as often as needed."""
         parts, missing = [], self.batch_size
         while missing:
             if self.cursor == len(self.order):
-                self.order = torch.randperm(len(self.images), generator=self.generator)
+                self.order = torch.randperm(len(self), generator=self.generator)
                 self.cursor = 0
             part = self.order[self.cursor : self.cursor + missing]
             self.cursor += len(part)
@@ -121,11 +169,18 @@ class TaskBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Generator, order and position; loads with `torch.load(weights_only=True)`."""
+        if self.ahead is not None:
+            return self.ahead[0]
         return {"generator": self.generator.get_state(), "order": self.order, "cursor": self.cursor}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on exactly where `state` was taken; raises ValueError if it is of another number of images."""
-        if len(state["order"]) not in (0, len(self.images)):
-            raise ValueError(f"the stream's state is of {len(state['order'])} images, this task has {len(self.images)}")
+        if len(state["order"]) not in (0, len(self)):
+            raise ValueError(f"the stream's state is of {len(state['order'])} images, this task has {len(self)}")
         self.generator.set_state(state["generator"])
-        self.order, self.cursor = state["order"], state["cursor"]
+        self.order, self.cursor, self.ahead = state["order"], state["cursor"], None
+
+
+def _parts(count: int) -> list[slice]:
+    """Numbers up to `count`, 1024 at a time."""
+    return [slice(start, start + 1024) for start in range(0, count, 1024)]

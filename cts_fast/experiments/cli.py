@@ -8,14 +8,17 @@ import importlib.util
 import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
 
 from cts_fast.capture import STREAMS
-from cts_fast.data import DamagedFile, Task, load_suite
+from cts_fast.data import DamagedFile, Storage, Task, load_suite, task_roles
+from cts_fast.data.cache import FOLDER as CACHE
+from cts_fast.data.cache import LIMIT
+from cts_fast.data.paper.suite import checked_root, listing
 from cts_fast.experiments.checkpoint import SAVE_EVERY, CheckpointError, is_out_of_memory
 from cts_fast.experiments.experiment import Diverged
 from cts_fast.experiments.files import first_line
@@ -32,6 +35,8 @@ class HasFolder(Protocol):
 
 
 Prepared = TypeVar("Prepared", bound=HasFolder)
+
+DATA_EXTRAS = ("PIL", "numpy", "scipy", "torchvision", "tqdm")  # what reading data sets needs
 
 # Types of arguments
 
@@ -97,9 +102,24 @@ def add_run_arguments(p: argparse.ArgumentParser, out: str, *, seed: int = 0, se
 
 
 def add_data_arguments(p: argparse.ArgumentParser) -> None:
-    """Of every program on images: the suite, and the preset of both phases."""
-    p.add_argument("--suite", default="builtin", help="builtin (default: comes with the package) or paper")
-    p.add_argument("--data-root", type=Path, metavar="DIR", help="where the suite's data are (paper)")
+    """Of every program on images: the suite and its data, and the preset of both phases."""
+    suite_help = (
+        "builtin (default: comes with the package), paper, imagenet, folder (every subfolder of --data-root is a "
+        "task), or several with commas between them"
+    )
+    p.add_argument("--suite", default="builtin", metavar="NAME", help=suite_help)
+    p.add_argument("--data-root", type=Path, metavar="DIR", help="where the suite's data are")
+    p.add_argument(
+        "--list-data", action="store_true", help="say which of the paper's data are in --data-root, and stop"
+    )
+    p.add_argument("--download", action="store_true", help="fetch data sets that are missing into --data-root")
+    p.add_argument("--partial", action="store_true", help="take data sets of which images are missing as they are")
+    held_help = "for tuning: fine-tuned nets are tested on a seeded tenth of the training images, never on test images"
+    p.add_argument("--validation", action="store_true", help=held_help)
+    cache_help = f"where decoded images are kept (default: {CACHE} in --data-root)"
+    p.add_argument("--cache-dir", type=Path, metavar="DIR", help=cache_help)
+    limit_help = "tasks with more decoded images than this are not kept but decoded for each batch (default: 20)"
+    p.add_argument("--cache-limit", type=float, default=LIMIT / 1e9, metavar="GB", help=limit_help)
     preset_help = "settings: quick (default; minutes on two CPU cores), long (up to an hour) or paper"
     p.add_argument("--preset", choices=PRESETS, default="quick", help=preset_help)
 
@@ -145,27 +165,83 @@ def check_device(name: str) -> None:
         raise ValueError(f"--device {name} cannot be used: {first_line(error)}") from None
 
 
+# Data
+
+
+def storage(args: argparse.Namespace, size: int | None) -> Storage:
+    """How images are held, by the arguments; `size`: the preset's."""
+    return Storage(size, args.cache_dir, args.cache_limit * 1e9, args.partial, args.download)
+
+
 def choose_tasks(args: argparse.Namespace) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
-    """The tasks to meta-train on and those to meta-test on, by `--tasks` and `--targets` or by their role."""
-    wanted = None if args.tasks is None or args.targets is None else [*args.tasks, *args.targets]
-    suite = load_suite(args.suite, args.data_root, wanted)
-    for name in (*(args.tasks or ()), *(args.targets or ())):
-        if name not in suite:
-            raise ValueError(f"suite {args.suite!r} has no task {name!r}; it has: {', '.join(suite)}")
+    """The tasks to meta-train on and those to meta-test on, by `--tasks` and `--targets` or by their role.
 
-    def chosen(asked_for: Sequence[str] | None, role: str) -> tuple[Task, ...]:
-        if asked_for is None:
-            return tuple(task for task in suite.values() if task.role == role)
-        return tuple(suite[name] for name in dict.fromkeys(asked_for))
-
-    tasks, targets = chosen(args.tasks, "train"), chosen(args.targets, "target")
-    both = {task.name for task in tasks} & {task.name for task in targets}
+    What is asked for as a target is not meta-trained on, unless `--tasks` asks for it too, which is refused.
+    """
+    if args.suite != "builtin":
+        check_extras(*DATA_EXTRAS)
+    roles = task_roles(args.suite, args.data_root)
+    targets = chosen_names(args.targets, roles, "target")
+    held = set(args.targets or ())
+    tasks = chosen_names(args.tasks, {name: role for name, role in roles.items() if name not in held}, "train")
+    both = sorted({*tasks} & {*targets})
     if both:
         raise ValueError(
-            f"{', '.join(sorted(both))}: a task is either meta-trained on or held out; "
-            "take it out of --tasks or --targets"
+            f"{', '.join(both)}: a task is either meta-trained on or held out; take it out of --tasks or --targets"
         )
-    return tasks, targets
+    preset = PRESETS[args.preset]
+    size = preset.train.size if preset.train.size == preset.test.size else None
+    loaded = load_tasks(args, [*tasks, *targets], size)
+    held_out = loaded[len(tasks) :]
+    return loaded[: len(tasks)], tuple(task.validation() for task in held_out) if args.validation else held_out
+
+
+def chosen_names(asked_for: Sequence[str] | None, roles: Mapping[str, str], role: str) -> list[str]:
+    """Names asked for, or else those of the role."""
+    names = list(dict.fromkeys(asked_for)) if asked_for else [name for name, its in roles.items() if its == role]
+    if not names:
+        argument = {"train": "--tasks", "target": "--targets"}[role]
+        raise ValueError(f"no task to {'hold out' if role == 'target' else 'meta-train on'}: give {argument} A,B,...")
+    return names
+
+
+def load_tasks(args: argparse.Namespace, names: Sequence[str], size: int | None) -> tuple[Task, ...]:
+    """Tasks of the suite by name; raises ValueError for one that it has not."""
+    return tuple(load_suite(args.suite, args.data_root, names, storage(args, size)).values())
+
+
+def about_data(args: argparse.Namespace, tasks: Sequence[Task]) -> dict:
+    """What a run's config says of data: images of each task that does not come with the package; whether it tunes."""
+    about: dict = {"validation": True} if args.validation else {}
+    if args.suite != "builtin":
+        about["images"] = {task.name: [len(task.train), len(task.test)] for task in tasks}
+    return about
+
+
+def list_data(args: argparse.Namespace) -> str:
+    """What `--list-data` prints: a line for every data set of the paper, and what to do about those not found whole."""
+    check_extras(*DATA_EXTRAS)
+    names = None
+    if getattr(args, "tasks", None) or getattr(args, "targets", None):
+        names = [*(args.tasks or ()), *(args.targets or ())]
+    rows = list(listing(checked_root(args.data_root, "paper"), names, storage(args, None)))
+    lines = [f"{'data set':16} {'state':8} training / test images / classes"]
+    lines += [f"{name:16} {state:8} {counts}" for name, state, counts, _ in rows]
+    lines += [f"\n{name}: {remedy}" for name, _, _, remedy in rows if remedy]
+    wanted = [name for name, state, _, remedy in rows if state == "missing" and "--download" in remedy]
+    if wanted:
+        command = ["python", "-m", "cts_fast.examples.resnet20", "--list-data", "--data-root", str(args.data_root)]
+        lines.append(f"\nTo fetch them: {shlex.join([*command, '--tasks', ','.join(wanted), '--download'])}")
+    return "\n".join(lines)
+
+
+def show_data(p: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """All of a program that was asked to list data; returns the exit status."""
+    try:
+        print(list_data(args))
+    except (ValueError, OSError) as error:
+        p.exit(2, f"{p.prog}: error: {error}\n")
+    return 0
 
 
 def choose_source(name: str | None, tasks: Sequence[Task]) -> Task:
@@ -198,11 +274,12 @@ def run_program(
     """
     prepared = None
     try:
-        with stop_on_signals(at_once) as stop:
+        with stop_on_signals(at_once=True):  # data are fetched and decoded there, and nobody asks in between
             try:
                 prepared = prepare()
             except (ValueError, DamagedFile) as error:
                 p.exit(2, f"{p.prog}: error: {error}\n")
+        with stop_on_signals(at_once) as stop:
             run(prepared, stop)
     except (CheckpointError, DamagedFile, OSError) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
@@ -212,8 +289,10 @@ def run_program(
         text = str(error) if isinstance(error, Diverged) else f"out of memory: {first_line(error)}"
         p.exit(1, f"{p.prog}: error: {text}\n")
     except Interrupted as stopped:
-        with contextlib.suppress(OSError):  # a hang-up may have closed the output
+        note = "\nstopped before the run began"
+        if prepared is not None:
             note = f"\nstopped; everything so far is in {out}. To go on:\n  {resume_command(p, argv)}"
+        with contextlib.suppress(OSError):  # a hang-up may have closed the output
             print(note, file=sys.stderr)
         return stopped.status
     finally:

@@ -295,7 +295,7 @@ def digest(task: Any) -> str:
     found = hashlib.blake2b(digest_size=8)
     for part in (task.train, task.test):
         found.update(repr((tuple(part.images.shape), tuple(task.classes))).encode())
-        stride = math.ceil(part.images.numel() / DIGESTED) or 1
+        stride = math.ceil(part.images.shape.numel() / DIGESTED) or 1
         for tensor in (part.labels, part.images[::stride]):
             found.update(memoryview(tensor.contiguous().numpy()).cast("B"))
     return found.hexdigest()

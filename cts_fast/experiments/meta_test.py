@@ -50,8 +50,11 @@ class MetaTester:
     ):
         self.task, self.settings, self.make_net = task, settings, make_net
         self.device, self.precision = device, precision
-        self.train_images = resize(task.train.images, settings.size)
-        self.test_images = resize(task.test.images, settings.size).to(device)
+        self.train_images, self.test_images = task.train.images, task.test.images
+        if isinstance(self.train_images, Tensor):
+            self.train_images = resize(self.train_images, settings.size)
+        if isinstance(self.test_images, Tensor):
+            self.test_images = resize(self.test_images, settings.size).to(device)
         self.test_labels = task.test.labels.to(device)
 
     def accuracy(self, initialization: Mapping[str, Tensor], seed: int) -> float:
@@ -72,9 +75,11 @@ class MetaTester:
         torch.manual_seed(task_seed(seed, "meta-test", name))  # what a network draws
         chosen = balanced_subset(self.task.train.labels, settings.images, task_seed(seed, "images", name))
         batches = TaskBatches(
-            self.train_images[chosen],
-            self.task.train.labels[chosen],
+            self.train_images,
+            self.task.train.labels,
             settings.batch_size,
+            part=chosen,
+            size=settings.size,
             padding=settings.padding,
             flip=self.task.flip,
             device=self.device,
@@ -101,8 +106,10 @@ class MetaTester:
     def _test(self, net: torch.nn.Module) -> float:
         net.eval()
         correct = 0
-        for images, labels in zip(self.test_images.split(500), self.test_labels.split(500), strict=True):
-            correct += (logits(net, normalize(images), self.precision).argmax(1) == labels).sum()
+        for start in range(0, len(self.test_labels), 500):
+            chosen = slice(start, start + 500)
+            images = resize(self.test_images[chosen].to(self.device), self.settings.size)
+            correct += (logits(net, normalize(images), self.precision).argmax(1) == self.test_labels[chosen]).sum()
         return int(correct) / len(self.test_labels)
 
 

@@ -117,6 +117,13 @@ class MetaTrainer:
         self.counts = BatchCounts(self.nets)
         self.captured = None
         if capture:
+            too_many = [
+                name for name, batches in zip(self.tasks, self.batches, strict=True) if batches.lazy is not None
+            ]
+            if too_many:
+                raise ValueError(
+                    f"{', '.join(too_many)}: a CUDA graph needs images on the GPU, which are too many there"
+                )
             prepare = [batches.batch for batches in self.batches]
             self.captured = CapturedStep(self.nets, self.optimizer, self.loss, prepare, streams)
 
@@ -134,10 +141,11 @@ class MetaTrainer:
 
     def inner_step(self, drawn: Tensor) -> Tensor:
         """T forward and backward passes on what `draw_together` drew, and the optimizer's step; reads nothing back."""
-        drawn = drawn.to(self.batches[0].images.device, non_blocking=True)
+        near = drawn.to(self.batches[0].device, non_blocking=True)  # one copy for all tasks
+        draws = [near[t] if batches.lazy is None else drawn[t] for t, batches in enumerate(self.batches)]
         self.optimizer.zero_grad()
         with self.counts.together():
-            losses = list(self.map_tasks(self._backward, self.nets, self.batches, drawn))
+            losses = list(self.map_tasks(self._backward, self.nets, self.batches, draws))
         needed: dict[str, Any] = {}
         if "losses" in self.needs:
             needed["losses"] = losses
@@ -200,12 +208,14 @@ def _split_batches(
     """The batches of every task's inner steps, and those of its images that are held back, where it has any."""
     inner, held_out = [], []
     for task in tasks:
-        images, labels = task.train.images, task.train.labels
+        labels = task.train.labels
         held = int(settings.held_back * len(labels))
         generator = torch.Generator().manual_seed(task_seed(seed, "held back", task.name))
         order = torch.randperm(len(labels), generator=generator)
         make = partial(
             TaskBatches,
+            task.train.images,
+            labels,
             batch_size=settings.batch_size,
             size=settings.size,
             padding=settings.padding,
@@ -214,7 +224,7 @@ def _split_batches(
         )
         for batches, part, use in ((inner, order[held:], "train"), (held_out, order[:held], "held out")):
             if len(part):
-                batches.append(make(images[part], labels[part], seed=task_seed(seed, use, task.name)))
+                batches.append(make(part=part, seed=task_seed(seed, use, task.name)))
     return inner, held_out
 
 

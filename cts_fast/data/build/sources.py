@@ -42,7 +42,7 @@ _PIP = [
 ]
 
 
-def fetch(folder: Path) -> Path:
+def fetch(folder: Path, wheels: dict[str, str] = WHEELS, debs: dict[str, str] = DEBS) -> Path:
     """Download what is not yet in ``folder`` and unpack it; returns the folder with the unpacked trees.
 
     Raises RuntimeError that names the package, the version and the command which failed.
@@ -50,17 +50,18 @@ def fetch(folder: Path) -> Path:
     downloads, trees = folder / "downloads", folder / "trees"
     downloads.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "-q", *_PIP, "-d", "."]
-    for package, version in WHEELS.items():
+    for package, version in wheels.items():
         tree = trees / package
         if not tree.is_dir():
             pattern = f"{package.replace('-', '_')}-{version}-*.whl"
             wheel = _download(f"{package} {version}", downloads, pattern, [*pip, f"{package}=={version}"])
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(tree)
-    for package, version in DEBS.items():
+    for package, version in debs.items():
         tree = trees / package
         if not tree.is_dir():
-            pattern, command = f"{package}_{version}_*.deb", ["apt-get", "download", f"{package}={version}"]
+            pattern = f"{package}_{version.replace(':', '%3a')}_*.deb"
+            command = ["apt-get", "download", f"{package}={version}"]
             _unpack_deb(_download(f"{package} {version}", downloads, pattern, command), tree)
     return trees
 

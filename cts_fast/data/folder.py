@@ -1,0 +1,118 @@
+"""``--suite folder``: every subfolder of the data root is a task; images lie in a folder for each class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from cts_fast.data.cache import FOLDER, Storage, hold
+from cts_fast.data.decode import EXTENSIONS
+from cts_fast.data.errors import DamagedFile, MissingData
+from cts_fast.data.images import Samples
+from cts_fast.data.suite import ImageSet, Suite, Task, split_by_class
+
+SIZES = (28, 32, 64, 84)  # the paper's; a task gets the one next to its images
+LOOKED_AT = 50  # images that its size is told by
+LAYOUT = "DIR/<task>/{train,test}/<class>/*.jpg, or DIR/<task>/<class>/*.jpg, which is split 80 to 20"
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted; hidden ones are not counted."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def images_below(folder: Path) -> list[str]:
+    """Paths of all image files in a folder and its subfolders, sorted."""
+    return sorted(
+        os.path.join(place, name)
+        for place, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+    )
+
+
+def by_class(folder: Path, classes: Iterable[str]) -> Samples:
+    """The images of these class folders; a class that has no folder has no images."""
+    items, labels = [], []
+    for label, name in enumerate(classes):
+        found = images_below(folder / name)
+        items += found
+        labels += [label] * len(found)
+    return Samples(items, torch.tensor(labels, dtype=torch.int64))
+
+
+class FolderSuite(Suite):
+    """Tasks of one's own, from folders of images; all are for meta-training unless they are asked for as targets."""
+
+    def roles(self, root: Path | None) -> dict[str, str]:
+        if root is None:
+            raise ValueError(f"the suite folder needs --data-root DIR with {LAYOUT}")
+        if not root.is_dir():
+            raise MissingData(f"the data root {root} does not exist; it must hold {LAYOUT}")
+        tasks = subfolders(root)
+        if not tasks:
+            raise MissingData(f"the data root {root} holds no folder; it must hold {LAYOUT}")
+        return dict.fromkeys(tasks, "train")
+
+    def load(self, root: Path | None, names: Sequence[str], storage: Storage) -> dict[str, Task]:
+        assert root is not None  # roles() has refused it
+        return {name: self._task(root, name, storage) for name in names}
+
+    def _task(self, root: Path, name: str, storage: Storage) -> Task:
+        train, test, classes = read_folder(root / name)
+        size = storage.size or usual_size(train.items)
+        sets = hold(name, (train, test), size, 3, storage.cache or root / FOLDER, storage.limit)
+        parts = [ImageSet(images, labels) for images, labels in sets]
+        return Task(name, parts[0], parts[1], tuple(classes), True, "train", name, str(root / name)).checked()
+
+
+def read_folder(folder: Path) -> tuple[Samples, Samples, list[str]]:
+    """Training images, test images and classes of a task; raises DamagedFile that names the folder which is wrong."""
+    parts = subfolders(folder)
+    if "train" in parts or "test" in parts:
+        lacking = [part for part in ("train", "test") if part not in parts]
+        if lacking:
+            raise DamagedFile(f"{folder} has no folder {lacking[0]!r} beside the other one: a task is {LAYOUT}")
+        if len(parts) > 2:
+            other = next(part for part in parts if part not in ("train", "test"))
+            raise DamagedFile(f"{folder / other} lies beside train and test: a task is {LAYOUT}")
+        classes = subfolders(folder / "train")
+        unknown = [name for name in subfolders(folder / "test") if name not in classes]
+        if unknown:
+            raise DamagedFile(
+                f"{folder / 'test' / unknown[0]} is a class that {folder / 'train'} has not: move it away"
+            )
+        train, test = by_class(folder / "train", classes), by_class(folder / "test", classes)
+        if not len(test):
+            raise DamagedFile(f"{folder / 'test'} holds no image: a task is {LAYOUT}")
+    else:
+        classes = parts
+        both = by_class(folder, classes)
+        kept, held = split_by_class(both.labels, 0.2, f"80/20/{folder.name}")
+        train, test = both.select(kept), both.select(held)
+    if len(classes) < 2:
+        raise DamagedFile(f"{folder} holds images of {len(classes)} classes, and a task needs two: {LAYOUT}")
+    empty = [name for label, name in enumerate(classes) if not bool((train.labels == label).any())]
+    if empty:
+        place = folder / "train" if "train" in parts else folder
+        raise DamagedFile(f"{place / empty[0]} holds no image to train on ({', '.join(EXTENSIONS)}): fill or remove it")
+    return train, test, classes
+
+
+def usual_size(paths: Sequence[str]) -> int:
+    """The paper's size next to the shorter side of the middle one of some images, looked at without decoding them."""
+    from PIL import Image
+
+    sides = []
+    for path in paths[:: max(1, len(paths) // LOOKED_AT)]:
+        try:
+            with Image.open(path) as picture:
+                sides.append(min(picture.size))
+        except (OSError, SyntaxError, ValueError):
+            continue  # the decoding names it
+    middle = sorted(sides)[len(sides) // 2] if sides else SIZES[-1]
+    return min(SIZES, key=lambda size: abs(size - middle))

@@ -1,0 +1,185 @@
+"""Data of one's own: folders of images, torch data sets, registered tasks, several suites at once."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from support import layouts
+from support.image_tasks import make_task
+
+import cts_fast.data
+from cts_fast.data import DamagedFile, MissingData, Storage, Task, load_suite, suite, task_roles
+from cts_fast.data.folder import usual_size
+from cts_fast.examples import resnet20
+
+
+def write(folder, counts, side=16):
+    """Class folders with so many images that show the class's number; the second image of each lies deeper."""
+    for label, (name, count) in enumerate(counts.items()):
+        for i in range(count):
+            layouts.jpeg(folder / name / ("more" if i == 1 else "") / f"{name}{i}.jpg", label, side)
+        (folder / name / "notes.txt").write_text("no image")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A task with a split of its own, and one without."""
+    write(tmp_path / "root/birds/train", {"crow": 3, "owl": 4, "wren": 3})
+    write(tmp_path / "root/birds/test", {"crow": 2, "wren": 1})
+    layouts.jpeg(tmp_path / "root/birds/test/wren/w.jpg", 2)
+    (tmp_path / "root/birds/test/wren/wren0.jpg").unlink()
+    write(tmp_path / "root/cars", {"old": 10, "new": 5}, side=70)
+    (tmp_path / "root/.hidden").mkdir()
+    return tmp_path / "root"
+
+
+def test_every_subfolder_is_a_task_with_its_own_split_or_a_seeded_one(root):
+    assert task_roles("folder", root) == {"birds": "train", "cars": "train"}
+    birds, cars = load_suite("folder", root).values()
+    assert birds.classes == ("crow", "owl", "wren") and cars.classes == ("new", "old")
+    assert birds.train.labels.tolist() == [0] * 3 + [1] * 4 + [2] * 3 == layouts.labels_of(birds.train.images[:])
+    assert birds.test.labels.tolist() == [0, 0, 2]
+    assert (cars.train.labels.bincount().tolist(), cars.test.labels.bincount().tolist()) == ([4, 8], [1, 2])
+    assert birds.train.images.shape[1:] == (3, 28, 28) and cars.train.images.shape[1:] == (3, 64, 64)
+    again = load_suite("folder", root, ["cars"], Storage(cache=root.parent / "other"))["cars"]
+    assert torch.equal(again.test.images[:], cars.test.images[:])
+    assert list(task_roles("folder", root)) == ["birds", "cars"]  # the cache is no task
+
+
+def test_a_folder_task_takes_the_papers_size_next_to_its_images(tmp_path):
+    for side, expected in ((10, 28), (30, 28), (40, 32), (60, 64), (500, 84)):
+        path = tmp_path / f"{side}.png"
+        Image.new("L", (side + 50, side)).save(path)
+        assert usual_size([str(path)]) == expected
+
+
+def test_what_is_wrong_with_a_folder_is_named(root, tmp_path):
+    def refused(words, error=DamagedFile):
+        with pytest.raises(error, match=words):
+            load_suite("folder", root, ["birds"])
+
+    (root / "birds/test/emu").mkdir()
+    refused("birds/test/emu is a class that .*birds/train has not")
+    (root / "birds/test/emu").rmdir()
+    (root / "birds/extra").mkdir()
+    refused("birds/extra lies beside train and test")
+    (root / "birds/extra").rmdir()
+    (root / "birds/train/emu").mkdir()
+    refused("birds/train/emu holds no image to train on")
+    (root / "birds/train/emu").rmdir()
+    shutil.rmtree(root / "birds/test/crow")
+    shutil.rmtree(root / "birds/test/wren")
+    refused("birds/test holds no image")
+    shutil.rmtree(root / "birds/test")
+    refused("birds has no folder 'test'")
+    shutil.rmtree(root / "birds")
+    refused("'birds'; it has: cars", ValueError)
+    shutil.rmtree(root / "cars/new")
+    with pytest.raises(DamagedFile, match="1 classes, and a task needs two"):
+        load_suite("folder", root)
+    with pytest.raises(MissingData, match="none does not exist; it must hold DIR"):
+        load_suite("folder", root / "none")
+    with pytest.raises(ValueError, match="--data-root"):
+        load_suite("folder")
+
+
+def test_the_program_meta_trains_on_folders_and_tests_on_the_one_held_out(root, tmp_path, capsys):
+    shutil.copytree(root / "cars", root / "vans")
+    arguments = ["--suite", "folder", "--data-root", str(root), "--horizon", "2", "--rounds", "1"]
+    arguments += ["--test-steps", "1", "--test-seeds", "2", "--methods", "cts", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        resnet20.main(arguments)
+    assert "give --targets" in capsys.readouterr().err
+    assert resnet20.main([*arguments, "--targets", "birds"]) == 0
+    told = json.loads((tmp_path / "out/results.json").read_text())["config"]
+    assert (told["tasks"], told["targets"]) == (["cars", "vans"], ["birds"])
+    assert told["images"] == {"cars": [12, 3], "vans": [12, 3], "birds": [10, 3]}
+
+
+def test_ctrl_c_while_images_are_decoded_stops_at_once_and_leaves_nothing_half_done(tmp_path):
+    photo = tmp_path / "photo.jpg"
+    Image.new("L", (6000, 6000)).save(photo)
+    for task in ("cars", "vans"):
+        for name in ("old", "new"):
+            (tmp_path / "root" / task / name).mkdir(parents=True)
+            for i in range(100):
+                (tmp_path / "root" / task / name / f"{i}.jpg").symlink_to(photo)
+    command = [sys.executable, "-m", "cts_fast.examples.resnet20", "--suite", "folder", "--data-root"]
+    command += [str(tmp_path / "root"), "--targets", "vans", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    told = ""
+    while "decoding cars-train" not in told:
+        told += process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    told += process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "stopped before the run began" in told and "Traceback" not in told
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in (tmp_path / "root/.cts-fast-cache").iterdir() if path.is_dir()]
+
+
+def test_several_suites_share_one_command(root):
+    tasks = load_suite("builtin,folder", root, ["cars", "greek"])
+    assert list(tasks) == ["cars", "greek"] and len(tasks["greek"].classes) > 8
+    roles = task_roles("folder,builtin", root)
+    assert list(roles)[:2] == ["birds", "cars"] and roles["scenes"] == "target"
+    with pytest.raises(ValueError, match="'builtin,folder' has no task 'none'; it has: .*cars"):
+        load_suite("builtin,folder", root, ["none"])
+    with pytest.raises(ValueError, match="no suite 'nope'"):
+        load_suite("builtin,nope", root)
+
+
+def test_a_registered_task_is_there_by_name_in_any_suite(monkeypatch):
+    monkeypatch.setattr(suite, "REGISTERED", {})
+    made = []
+
+    def factory():
+        made.append(1)
+        return make_task("later")
+
+    cts_fast.data.register("mine", make_task("mine"))
+    cts_fast.data.register("later", factory)
+    assert "mine" not in load_suite(names=["greek"])
+    tasks = load_suite(names=["later", "greek", "mine"])
+    assert list(tasks) == ["later", "greek", "mine"] and made == [1]
+    with pytest.raises(ValueError, match="no task 'nope'; it has: .*, mine, later"):
+        load_suite(names=["nope"])
+    with pytest.raises(ValueError, match="'mine' is registered already"):
+        cts_fast.data.register("mine", make_task("mine"))
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __init__(self, labels, side=8):
+        self.labels, self.side = labels, side
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return Image.fromarray(layouts.pixels(self.labels[i], self.side)), self.labels[i]
+
+
+def test_a_task_is_made_of_torch_data_sets():
+    task = Task.from_datasets("own", Pairs([0, 2, 1]), Pairs([1, 1]), size=16, flip=True, title="mine")
+    assert task.train.images.shape == (3, 3, 16, 16) and layouts.labels_of(task.train.images) == [0, 2, 1]
+    assert task.classes == ("0", "1", "2") and task.flip and task.title == "mine"
+    assert Task.from_datasets("own", Pairs([0, 1]), Pairs([1]), size=8, channels=1).train.images.shape == (2, 1, 8, 8)
+    with pytest.raises(DamagedFile, match="own-train: item 1 cannot be read .ValueError: .*'x'"):
+        Task.from_datasets("own", [(layouts.pixels(0), 0), (layouts.pixels(0), "x")], Pairs([0]), size=8)
+    with pytest.raises(ValueError, match="own-test: the data set is empty"):
+        Task.from_datasets("own", Pairs([0, 1]), Pairs([]), size=8)
+    with pytest.raises(ValueError, match=r"'own' has training labels from 0 to 2 and 2 classes.*0\.\.1"):
+        Task.from_datasets("own", Pairs([0, 2]), Pairs([1]), size=8, classes=["a", "b"])
+
+
+def test_a_validation_task_is_seeded_and_has_no_test_image():
+    task = make_task("a", images=80)
+    one, same, other = task.validation(), task.validation(), task.validation(seed=1)
+    assert len(one.train) + len(one.test) == 80 and one.test.labels.bincount().tolist() == [2, 2, 2, 2]
+    assert torch.equal(one.test.images, same.test.images) and not torch.equal(one.test.images, other.test.images)
+    pictures = {image.numpy().tobytes() for image in task.train.images}
+    assert {image.numpy().tobytes() for part in (one.train, one.test) for image in part.images} == pictures
