@@ -388,19 +388,26 @@ class Engine:
         """Raise RuntimeError, naming task and parameter, if the last step met a gradient that was not finite; clears
         the flags.
         """
+        found = self.find_nonfinite()
+        if found:
+            raise RuntimeError(found)
+
+    def find_nonfinite(self) -> str:
+        """Where the last step met a gradient that was not finite, in words; "" if it met none. Clears the flags."""
         if self.flags is None or (
             any(flags.is_cuda for flags in self.flags) and torch.cuda.is_current_stream_capturing()
         ):
-            return
+            return ""
         for flags, collector in zip(self.flags, self.collectors, strict=True):
             for i in flags.nonzero().flatten().tolist():
                 for seen in self.flags:
                     seen.zero_()
                 flat, n, row = collector.places[i]
-                raise RuntimeError(
+                return (
                     f"{flat.segments[n].where(row)}: the gradient of the last step held a NaN or an infinity; "
                     "that step was applied"
                 )
+        return ""
 
     def readable(self, groups: Sequence[dict]) -> list[dict]:
         """The groups with all that a layout needs, also where somebody edited them."""

@@ -108,6 +108,12 @@ class Cuda(Backend):
                 torch.cuda.current_stream().cuda_stream if on_gpu else 0,
             )
 
+    def partial_(self, gradients, hyper, control, total) -> None:
+        raise NotImplementedError
+
+    def finish_(self, hyper, control, total) -> None:
+        raise NotImplementedError
+
     def _started(self, hyper: Sequence[Hyper], counting: Counting | None) -> int:
         """Where the device reads the first-gradient flags; 0 where it need not."""
         if counting is not None:

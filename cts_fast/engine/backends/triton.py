@@ -134,6 +134,12 @@ class Triton(Backend):
                 enable_fp_fusion=False,
             )
 
+    def partial_(self, gradients, hyper, control, total) -> None:
+        raise NotImplementedError
+
+    def finish_(self, hyper, control, total) -> None:
+        raise NotImplementedError
+
     def _started(self, dampened: bool, control: Control) -> Tensor | None:
         """The first-gradient flags on the device; None where it need not read them."""
         if control.counting is not None:
