@@ -191,8 +191,8 @@ class Ranks:
         """The step with its meta-update over the tasks of all ranks, as two passes with the all-reduce in between."""
         totals = {backend: total for (backend, _), total in zip(engine.shared, self.totals, strict=True)}
 
-        def partial_(backend: Backend, *given) -> None:
-            backend.partial_(*given, totals[backend])
+        def partial_(backend: Backend, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
+            backend.partial_(gradients, hyper, control, totals[backend])
 
         shifting_step_(engine, gradients, hyper, control._replace(after=None), partial_)
         self.sum_(engine)

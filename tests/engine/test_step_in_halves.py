@@ -6,10 +6,9 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, settings
 from support.step_cases import Case, assert_as_exact_as_reference, cases, places, run
 
+QUICK = [place for place in places() if place[0] != "triton"]
 everywhere = pytest.mark.parametrize(("backend", "device"), places(), ids=["-".join(place) for place in places()])
-quickly = pytest.mark.parametrize(
-    ("backend", "device"), [place for place in places() if place[0] != "triton"], ids=lambda name: name
-)
+quickly = pytest.mark.parametrize(("backend", "device"), QUICK, ids=["-".join(place) for place in QUICK])
 QUIET = dict(deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
 
 
