@@ -331,6 +331,35 @@ def shifting_step_kernel(
                 _advance(counters, started, gradients, groups, hyper, count, shared_count, mode, counts, BLOCK)
 
 
+@triton.jit
+def _columns_partial(
+    buffers,
+    phi,
+    total,
+    inputs,
+    column,
+    start,
+    count,
+    mode,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WORK: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """The first half of a step in two, of `count` columns, at most BLOCK."""
+    gradients, first, flags, h, factor = inputs
+    numbers = tl.arange(0, BLOCK)
+    inside = numbers < count
+    p = tl.load(phi + column + numbers, mask=inside, other=0)
+    bits = tl.full([1], mode, tl.int32)
+    clear = ((bits & RESET) != 0) & ((bits & RESET_MOMENTUM) != 0)
+    own, columns = (gradients + first, flags, h, factor), (column, start, numbers, inside)
+    x = _inner_steps_in_turn(buffers, own, columns, p, clear, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
+    tl.store(total + column + numbers, x, mask=inside)
+
+
 @triton.jit(do_not_specialize=["mode", "shared_tiles"])
 def partial_step_kernel(
     tiles,  # these and the following as in `shifting_step_kernel`
@@ -362,21 +391,50 @@ def partial_step_kernel(
     mine = tiles + number.to(tl.int64) * TILE
     column, left, start = tl.multiple_of(tl.load(mine), 16), tl.load(mine + 1), tl.load(mine + 2)
     h, first = hyper + tl.load(mine + 3) * HYPER, tl.load(mine + 4)
-    start, factor = tl.multiple_of(start, BLOCK), tl.load(h + FACTOR)
+    start = tl.multiple_of(start, BLOCK)
     flags = (started + first if DAMPENED else None, None if nonfinite is None else nonfinite + first)
+    inputs, buffers = (gradients, first, flags, h, tl.load(h + FACTOR)), (theta, v, master, stride)
     if number < shared_tiles:
-        numbers = tl.arange(0, BLOCK)
-        inside = numbers < left
-        p = tl.load(phi + column + numbers, mask=inside, other=0)
-        bits = tl.full([1], mode, tl.int32)
-        clear = ((bits & RESET) != 0) & ((bits & RESET_MOMENTUM) != 0)
-        buffers, columns = (theta, v, master, stride), (column, start, numbers, inside)
-        inputs = (gradients + first, flags, h, factor)
-        x = _inner_steps_in_turn(buffers, inputs, columns, p, clear, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
-        tl.store(total + column + numbers, x, mask=inside)
+        if left >= BLOCK:  # with code of its own, as in `_tile_step`
+            _columns_partial(
+                buffers, phi, total, inputs, column, start, BLOCK, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN
+            )
+        else:
+            _columns_partial(
+                buffers, phi, total, inputs, column, start, left, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN
+            )
     elif head_theta is not None:
-        inputs, tile = (gradients, first, flags, h, factor), (column, start, left)
+        tile = (column, start, left)
         _tile_step((head_theta, head_v, head_master, 0), None, inputs, tile, mode, 1, 1, BLOCK, ALIGNED, WORK, PLAIN)
+
+
+@triton.jit
+def _columns_finish(
+    buffers,
+    phi,
+    total,
+    h,
+    column,
+    count,
+    mode,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WORK: tl.constexpr,
+):
+    """The second half of `count` columns, at most BLOCK."""
+    bits = tl.full([1], mode, tl.int32)
+    meta_update, reset = (bits & META_UPDATE) != 0, (bits & RESET) != 0
+    numbers = tl.arange(0, BLOCK)
+    inside = numbers < count
+    p = tl.load(phi + column + numbers, mask=inside, other=0)
+    x = tl.load(total + column + numbers, mask=inside, other=0)
+    meta_lr, shift = tl.load(h + META_LR), tl.load(h + SHIFT).to(WORK)
+    moves = meta_update & (tl.full([1], meta_lr, tl.float64) != 0)
+    delta = tl.where(moves, x * (meta_lr / tl.load(h + NUM_TASKS)).to(WORK), 0.0)
+    p = tl.where(moves, p + delta, p)
+    tl.store(phi + column + numbers, p, mask=inside & moves)
+    _shift_in_turn(buffers, column, numbers, inside, p, (delta, moves), shift, reset, T, ROWS, WORK)
 
 
 @triton.jit(do_not_specialize=["mode"])
@@ -394,20 +452,11 @@ def finish_step_kernel(
     BLOCK: tl.constexpr,
     WORK: tl.constexpr,
 ):
-    """The second half: the meta-update with a total over all tasks, shift and reset. Grid: one program a shared tile."""
+    """The second half: the meta-update with a total over all tasks, shift, reset. Grid: one program a shared tile."""
     mine = tiles + tl.program_id(0).to(tl.int64) * TILE
     column, left = tl.multiple_of(tl.load(mine), 16), tl.load(mine + 1)
-    h = hyper + tl.load(mine + 3) * HYPER
-    bits = tl.full([1], mode, tl.int32)
-    meta_update, reset = (bits & META_UPDATE) != 0, (bits & RESET) != 0
-    numbers = tl.arange(0, BLOCK)
-    inside = numbers < left
-    p = tl.load(phi + column + numbers, mask=inside, other=0)
-    x = tl.load(total + column + numbers, mask=inside, other=0)
-    meta_lr, shift = tl.load(h + META_LR), tl.load(h + SHIFT).to(WORK)
-    moves = meta_update & (tl.full([1], meta_lr, tl.float64) != 0)
-    delta = tl.where(moves, x * (meta_lr / tl.load(h + NUM_TASKS)).to(WORK), 0.0)
-    p = tl.where(moves, p + delta, p)
-    tl.store(phi + column + numbers, p, mask=inside & moves)
-    buffers, moved = (theta, None, master, stride), (delta, moves)
-    _shift_in_turn(buffers, column, numbers, inside, p, moved, shift, reset, T, ROWS, WORK)
+    h, buffers = hyper + tl.load(mine + 3) * HYPER, (theta, None, master, stride)
+    if left >= BLOCK:
+        _columns_finish(buffers, phi, total, h, column, BLOCK, mode, T, ROWS, BLOCK, WORK)
+    else:
+        _columns_finish(buffers, phi, total, h, column, left, mode, T, ROWS, BLOCK, WORK)
