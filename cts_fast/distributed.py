@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cts_fast._version import __version__
-from cts_fast.engine.plan import Control
+from cts_fast.engine.plan import OPTIONS, Control
+from cts_fast.engine.rules.sgd import Hyper
 from cts_fast.engine.state import COUNTERS
 from cts_fast.engine.step import any_nonfinite, shifting_step_
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from cts_fast.engine.backends.base import Backend
     from cts_fast.engine.engine import Engine
     from cts_fast.engine.gradients import Gradients
-    from cts_fast.engine.rules.sgd import Hyper
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Ranks:
         self._facts: Callable[[], dict[str, Any]] = dict
         self._layout: Any = None  # that part of the facts, as agreed
         self._identity = 0  # of this step
-        self._digest_due = True
+        self._digest_due = False
         self._error = ""  # what this rank raised, while it tells the others
         self._all_know = False  # whether the others raise too, so that this rank need not tell them
         self._voted = self._owes_sums = False  # where this step is
@@ -229,11 +229,17 @@ class Ranks:
         self._nonfinite = flags[NONFINITE] > 0
 
     def check(self, engine: Engine) -> None:
-        """Read the flags that are still on their way, and raise on every rank what is reported after a step."""
+        """At the start of a step: read the flags of the last one that are still on their way from a GPU."""
         if self._late is not None:
             (flags, event), self._late = self._late, None
             event.synchronize()
             self._read(flags.tolist())
+        self.report_nonfinite(engine)
+
+    def report_nonfinite(self, engine: Engine) -> None:
+        """Raise RuntimeError on every rank, naming rank, task and parameter, if the last sums came with a gradient that
+        was not finite.
+        """
         if self._nonfinite:
             self._nonfinite = False
             reports = self.gather(Report(nonfinite=engine.find_nonfinite()))
@@ -310,8 +316,8 @@ class Ranks:
         except RuntimeError as lost:
             self._all_know = True  # nobody can be told any more
             raise RuntimeError(
-                f"rank {self.rank} of {self.size}: {what} found no end: another rank is gone, or did not come within "
-                f"the group's timeout; start all ranks again from their last checkpoint ({lost})"
+                f"rank {self.rank} of {self.size}: {what} failed. Where another rank is gone, or did not come within "
+                f"the group's timeout, start all of them again from their last checkpoint. ({lost})"
             ) from lost
 
 
@@ -348,10 +354,9 @@ def facts_of_saved(
 def _options(groups: Sequence[Mapping]) -> dict[str, Any]:
     facts = {}
     for i, group in enumerate(group for group in groups if group["shared"] and group["params"]):
-        for name, value in group.items():
-            value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-            if isinstance(value, bool | int | float | str | None):
-                facts[f"{name} of shared group {i}"] = value
+        for name in (*Hyper._fields, *OPTIONS):
+            value = group[name]
+            facts[f"{name} of shared group {i}"] = value.item() if isinstance(value, Tensor) else value
     return facts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -183,9 +183,10 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
                 self._add_group(param_group)
                 self._fill_in(report)
         except Exception:
-            if len(self.param_groups) > count:  # another rank raised, or has added something else
+            added = [param for group in self.param_groups[count:] for param in group["params"]]
+            if added:  # another rank raised, or has added something else
                 del self.param_groups[count:]
-                self.engine.build(self.param_groups, self.state)
+                self.engine.forget_(added, self.param_groups, self.state)
             raise
         self.ranks.start_(self.engine)
 
@@ -257,11 +258,12 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
                 with torch.enable_grad():
                     loss = closure()
             given = (() if losses is None else losses, heldout or ())
+            step_ = self._step if self.ranks is None else self._step_over_ranks
             if torch.is_inference_mode_enabled():
                 with torch.inference_mode(False):  # what is made here is used by later steps
-                    self._step(*given)
+                    step_(*given)
             else:
-                self._step(*given)
+                step_(*given)
         except Exception as error:
             if self.ranks is not None:
                 self.ranks.share(error, self.engine, self._votes())
@@ -269,9 +271,6 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self, losses: Sequence, heldout: Sequence[Callable]) -> None:
-        if self.ranks is not None:
-            self._step_over_ranks(self.ranks, losses, heldout)
-            return
         engine = self.engine
         engine.report_nonfinite()
         self._sync()
@@ -302,9 +301,9 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         if engine.flags and all(flags.device.type == "cpu" for flags in engine.flags):
             engine.report_nonfinite()
 
-    def _step_over_ranks(self, ranks: Ranks, losses: Sequence, heldout: Sequence[Callable]) -> None:
+    def _step_over_ranks(self, losses: Sequence, heldout: Sequence[Callable]) -> None:
         """The step of this rank's tasks, with a gradient or without: all ranks do it, or none does."""
-        engine = self.engine
+        engine, ranks = self.engine, cast(Ranks, self.ranks)
         ranks.check(engine)
         self._sync()
         gradients = engine.collect(self.param_groups)
@@ -325,7 +324,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         values = (*after, skipped)
         self.apply_(Step(gradients, hyper, self._completed(control, values), losses, heldout))
         engine.counters.write(values)
-        ranks.check(engine)
+        ranks.report_nonfinite(engine)
 
     def _votes(self) -> bool:
         """Whether the ranks agree before each step on doing it."""

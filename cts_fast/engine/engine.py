@@ -194,6 +194,12 @@ class Engine:
         state.seen.clear()
         state.seen.update(p for p in handed_out if _references(state.entry(p) or {}, self.views[p]) > UNSEEN)
 
+    def forget_(self, params: Iterable[Tensor], groups: Sequence[dict], state: State) -> None:
+        """Lay out the groups anew without these parameters, which were laid out and have left them."""
+        for param in params:
+            state.pop(param, None)
+        self.build(groups, state)
+
     # One truth --------------------------------------------------------------------------------------------------------
 
     def sync_(self, groups: list[dict], state: Any) -> State:

@@ -168,6 +168,11 @@ def test_a_hyper_parameter_that_changes_on_one_rank_is_named_on_all(pool):
         assert error == "ValueError: process_group: lr of shared group 0 is 0.25 on rank 1, but 0.05 on rank 0"
 
 
+def test_ranks_whose_counters_part_hear_of_it(pool):
+    for ((error, _), _), _, _ in pool.values(2, checks.step_with, PAIR, (1, 1), checks.reset_alone):
+        assert error == "ValueError: process_group: inner_step is 0 on rank 1, but 2 on rank 0"
+
+
 def test_an_initialization_that_differs_is_found_in_the_next_round(pool):
     case = checks.replace(PAIR, options={**OPTIONS, "horizon": 3})
     for (now, next_round), _, _ in pool.values(2, checks.step_with, case, (1, 1), checks.other_phi):

@@ -219,6 +219,10 @@ def no_gradients(opt, params) -> None:
     opt.zero_grad()
 
 
+def reset_alone(opt, params) -> None:
+    opt.reset_tasks()
+
+
 def closure_that_raises(group, case: Case, layout) -> list[str]:
     """As a step whose closure raises on the last rank; then one more step of all."""
     opt, params = make(group, case, layout)
@@ -266,11 +270,10 @@ def added_group(group) -> tuple[list[str], list[float], int]:
     last = dist.get_rank(group) == dist.get_world_size(group) - 1
     opt = ShiftingMetaOptimizer([torch.nn.Parameter(torch.ones(2))], process_group=group)
     new = torch.nn.Parameter(torch.full((1,), 2.0 + dist.get_rank(group)))
-    errors = [
-        raised(opt.add_param_group, {"params": [new], "lr": -1.0 if last else 0.1}),
-        raised(opt.add_param_group, {"params": [new], "lr": 0.2 if last else 0.1}),
-        raised(opt.add_param_group, {"params": [new], "lr": 0.1}),
-    ]
+    errors = [raised(opt.add_param_group, {"params": [new], "lr": -1.0 if last else 0.1})]
+    errors += [raised(opt.add_param_group, {"params": [new], "lr": 0.2 if last else 0.1})]
+    assert len(opt.state) == len(opt.param_groups) == 1
+    errors += [raised(opt.add_param_group, {"params": [new], "lr": 0.1})]
     for group_ in opt.param_groups:
         for param in group_["params"]:
             param.grad = torch.ones_like(param)
