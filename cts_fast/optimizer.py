@@ -66,7 +66,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         reset_momentum: clear the shared momentum at a reset, so that a round depends on φ alone.
         heads: one iterable of parameters for each task; they take the inner step only and may differ between tasks.
         nonfinite: "ignore" NaN and infinite gradients as torch does, "raise" after the step that met one, or "skip" it.
-        process_group: not available in this version; give None.
+        process_group: a torch.distributed group whose ranks each hold tasks of their own, any number; every rank makes
+            the same calls. None talks to nobody.
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference"; the environment's CTS_FAST_BACKEND sets what
             "auto" is.
         capturable: keep counters on the device and decide nothing on the host, for steps inside a CUDA graph.

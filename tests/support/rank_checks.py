@@ -10,7 +10,6 @@ from itertools import accumulate
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from support.nets import backward, make_nets, make_optimizer
 from support.step_cases import Case, parameters, result, set_gradients
 from torch import Tensor
@@ -283,6 +282,8 @@ def added_group(group) -> tuple[list[str], list[float], int]:
 
 def round_trip(group, case: Case, layout, folder: str) -> bool:
     """Whether a checkpoint by torch.distributed.checkpoint of all ranks' parts continues bit for bit."""
+    import torch.distributed.checkpoint as dcp  # slow to import
+
     rank = dist.get_rank(group)
     opt, params = make(group, case, layout)
 
