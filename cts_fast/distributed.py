@@ -45,6 +45,14 @@ BLOCK = 1 << 18  # numbers that a digest takes at a time
 ODD = 0x1E35A7BD  # any odd number that is not small
 
 
+class RankError(RuntimeError):
+    """What every rank raises, because of one of them or because one cannot be reached; nobody is left to be told."""
+
+
+class RanksDiffer(ValueError, RankError):
+    """What every rank raises where something differs that must be the same on all of them."""
+
+
 @dataclass
 class Report:
     """What a rank tells the others."""
@@ -59,7 +67,7 @@ class Report:
 def together(ranks: Ranks | None) -> Iterator[Report]:
     """What runs inside succeeds on every rank or raises on every rank; it fills in this rank's report.
 
-    Raises ValueError where facts differ, RuntimeError where another rank raised. ranks: None talks to nobody.
+    Raises RanksDiffer where facts differ, RankError where another rank raised. ranks: None talks to nobody.
     """
     report = Report()
     try:
@@ -95,8 +103,9 @@ class Ranks:
         self._identity = 0  # of this step
         self._digest_due = False
         self._error = ""  # what this rank raised, while it tells the others
-        self._all_know = False  # whether the others raise too, so that this rank need not tell them
-        self._voted = self._owes_sums = False  # where this step is
+        self._due = self._voted = (
+            False  # whether this step has a meta-update, and whether its vote is through but not that
+        )
         self._nonfinite = False  # the last sums came with gradients that were not finite
         self._late: tuple[Tensor, torch.cuda.Event] | None = None  # flags on their way from a GPU
 
@@ -114,7 +123,6 @@ class Ranks:
         reports = self.gather(report)
         reason = _disagreement(reports)
         if reason is not None:
-            self._all_know = True
             raise reason
         self.num_tasks = sum(report.tasks for report in reports)
         self._layout = report.facts.get(LAYOUT, self._layout)
@@ -173,7 +181,7 @@ class Ranks:
         planned = (*counters, control.meta_update, control.reset, control.reset_momentum, self.num_tasks)
         self._identity = hash((*planned, *(hyper[group] for group in groups))) & 0xFFFFFFFF
         self._digest_due = self._digest_due or counters[0] == 0
-        self._voted, self._owes_sums = False, control.meta_update
+        self._due, self._voted = control.meta_update, False
 
     def vote(self, found_inf: Tensor | None, gradients: Sequence[Gradients]) -> tuple[bool, bool]:
         """Whether any rank's GradScaler found an infinity, and whether any of these gradients is not finite: then no
@@ -184,7 +192,7 @@ class Ranks:
         self._all_reduce(self._votes)
         flags = self._votes.tolist()
         self._judge(flags)
-        self._voted = True
+        self._voted = not flags[FOUND_INF] and not flags[NONFINITE]
         return flags[FOUND_INF] > 0, flags[NONFINITE] > 0
 
     def step_(self, engine: Engine, gradients: Sequence[Gradients], hyper: Sequence[Hyper], control: Control) -> None:
@@ -216,7 +224,7 @@ class Ranks:
         self._write_flags(flags, None if seen is None else torch.stack(seen).any(), None, phis)
         for buffer in self.buffers:
             self._all_reduce(buffer)
-        self._owes_sums = self._digest_due = False
+        self._voted = self._digest_due = False
         if flags.is_cuda:
             host = torch.empty(FLAGS, dtype=flags.dtype, pin_memory=True).copy_(flags, non_blocking=True)
             self._late = (host, torch.cuda.Event())
@@ -244,20 +252,18 @@ class Ranks:
             self._nonfinite = False
             reports = self.gather(Report(nonfinite=engine.find_nonfinite()))
             found = [f"rank {r}, {report.nonfinite}" for r, report in enumerate(reports) if report.nonfinite]
-            self._all_know = True
-            raise RuntimeError("; ".join(found))
+            raise RankError("; ".join(found))
 
     def share(self, error: Exception, engine: Engine, votes: bool) -> None:
         """This rank raised in a step: join the others' next collective with a flag, so that all of them raise.
 
-        votes: whether every step begins with a vote. Where all know already, nothing is done.
+        votes: whether every step begins with a vote. Where the others raise too, nothing is done.
         """
-        if self._all_know:
-            self._all_know = self._voted = self._owes_sums = False
+        next_is_vote, self._voted = votes and not (self._voted and self._due), False
+        if isinstance(error, RankError):
             return
         self._error = _in_words(error)
-        next_is_vote = votes and not (self._voted and self._owes_sums)
-        if self.size > 1 and not next_is_vote and not self._owes_sums:
+        if not next_is_vote and self.size > 1:
             logger.warning("rank %d waits for the others' next meta-update to tell: %s", self.rank, self._error)
         try:
             self.check(engine)
@@ -268,10 +274,11 @@ class Ranks:
                     total.zero_()
                 self.sum_(engine)
                 self.check(engine)
-        except Exception as told:
-            if _in_words(error) not in str(told):
+        except RankError as told:
+            if self._error not in str(told):
                 logger.warning("rank %d: %s", self.rank, told)
-        self._error, self._all_know, self._voted, self._owes_sums = "", False, False, False
+        finally:
+            self._error, self._voted = "", False
 
     # Flags ------------------------------------------------------------------------------------------------------------
 
@@ -301,8 +308,7 @@ class Ranks:
             return
         phi = int(digest([flat.phi for flat in self._flats], self.buffers[0].device))
         reason = _disagreement(self.gather(Report(facts={**self._facts(), PHI: phi}, error=self._error)))
-        self._all_know = True
-        raise reason or RuntimeError("the ranks are not at the same step; every rank makes the same calls in one order")
+        raise reason or RankError("the ranks are not at the same step; every rank makes the same calls in one order")
 
     def _all_reduce(self, tensor: Tensor) -> None:
         with self._collective("an all-reduce"):
@@ -314,8 +320,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as lost:
-            self._all_know = True  # nobody can be told any more
-            raise RuntimeError(
+            raise RankError(
                 f"rank {self.rank} of {self.size}: {what} failed. Where another rank is gone, or did not come within "
                 f"the group's timeout, start all of them again from their last checkpoint. ({lost})"
             ) from lost
@@ -360,8 +365,10 @@ def _options(groups: Sequence[Mapping]) -> dict[str, Any]:
     return facts
 
 
-def check_over_ranks(method: str, reason: str, capturable: bool) -> None:
+def check_over_ranks(ranks: Ranks | None, method: str, reason: str, capturable: bool) -> None:
     """Raise ValueError for what cannot run over ranks. reason: why the method does not; "" if it does."""
+    if ranks is None:
+        return
     if reason:
         raise ValueError(f"process_group: {method} runs in one process: {reason}; give process_group=None")
     if capturable:
@@ -382,11 +389,11 @@ def digest(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     return (total >> 32 ^ total) & 0xFFFFFFFF
 
 
-def _disagreement(reports: Sequence[Report]) -> Exception | None:
+def _disagreement(reports: Sequence[Report]) -> RankError | None:
     """What is wrong, the same words on every rank; None if nothing is."""
     for r, report in enumerate(reports):
         if report.error:
-            return RuntimeError(f"rank {r} raised, so that no rank goes on: {report.error}")
+            return RankError(f"rank {r} raised, so that no rank goes on: {report.error}")
     first = reports[0].facts
     for r, report in enumerate(reports[1:], 1):
         for name in {**first, **report.facts}:
@@ -394,10 +401,8 @@ def _disagreement(reports: Sequence[Report]) -> Exception | None:
             if here == there:
                 continue
             if name == PHI:
-                return RuntimeError(
-                    f"the initialization of rank {r} is not rank 0's; load the same weights on every rank"
-                )
-            return ValueError(f"process_group: {name} is {here!r} on rank {r}, but {there!r} on rank 0")
+                return RankError(f"the initialization of rank {r} is not rank 0's; load the same weights on every rank")
+            return RanksDiffer(f"process_group: {name} is {here!r} on rank {r}, but {there!r} on rank 0")
     return None
 
 

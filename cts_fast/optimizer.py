@@ -80,6 +80,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
     Raises:
         ValueError, TypeError: bad input, naming task, parameter and reason. RuntimeError: why a backend cannot run.
+        Over ranks also `cts_fast.distributed.RankError`, on all of them.
 
     Example:
         >>> opt = ShiftingMetaOptimizer([net.body.named_parameters() for net in nets], lr=0.01, momentum=0.9,
@@ -130,8 +131,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
                 raise ValueError(f'Invalid nonfinite: {nonfinite!r}; known: "ignore", "raise", "skip"')
             if backend != "auto" and backend not in BACKENDS:
                 raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
-            if self.ranks is not None:
-                check_over_ranks(type(self).__name__, self.one_process, capturable)
+            check_over_ranks(self.ranks, type(self).__name__, self.one_process, capturable)
             self.engine = Engine(backend, nonfinite == "raise", self.buffers)
             super().__init__(as_groups(tasks), defaults)
             self.state: Any = State()
@@ -157,7 +157,6 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             )
 
     def _fill_in(self, report: Report) -> None:
-        """What the other ranks are to know of this one."""
         if self.ranks is not None:
             report.tasks, report.facts = self.engine.num_tasks, self._facts()()
 

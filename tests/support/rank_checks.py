@@ -43,8 +43,9 @@ def trajectory(group, case: Case, layout, backend="reference", cls=ShiftingMetaO
     opt, params = make(group, case, layout, backend, cls, **more)
     assert opt.num_tasks == case.tasks
     phis = []
+    own = slice(0, None) if group is None else own_tasks(layout, dist.get_rank(group))
     for step in range(case.steps):
-        set_gradients(case, params, step)
+        set_gradients(case, params[own], step, own.start)
         opt.step(**_losses(opt, layout, group, step))
         phis.append(phi_of(opt).clone())
     return torch.stack(phis), result(opt), (opt.inner_step, opt.round, opt.meta_updates, opt.skipped_steps)
@@ -111,11 +112,11 @@ def _largest(opt, params, i: int) -> Tensor:
 def nets_trajectory(group, layout, backend="auto") -> list[Tensor]:
     """φ after 20 steps of real networks in float64, and their losses' gradients with it."""
     nets = make_nets(sum(layout), torch.float64)
-    own = slice(None) if group is None else own_tasks(layout, dist.get_rank(group))
+    own = slice(0, None) if group is None else own_tasks(layout, dist.get_rank(group))
     opt = make_optimizer(nets[own], backend=backend, process_group=group)
     for step in range(20):
         opt.zero_grad()
-        backward(nets, step)
+        backward(nets[own], step, first=own.start)
         opt.step()
     return [phi.clone() for phi in opt.initialization]
 
@@ -220,6 +221,25 @@ def no_gradients(opt, params) -> None:
 
 def reset_alone(opt, params) -> None:
     opt.reset_tasks()
+
+
+def faults_in_turn(group, case: Case, layout) -> tuple[list[str], list[int]]:
+    """What one rank causes on all, one fault after the other, with good steps of all in between; the counters."""
+    opt, params = make(group, case, layout, "auto", nonfinite="skip")
+    last, found = dist.get_rank(group) == len(layout) - 1, []
+    for step, fault in enumerate((put_nan, put_sparse, None, other_group, put_sparse, None)):
+        set_gradients(case, params, step)
+        if fault is other_group:
+            found.append(raised(other_group, opt, -1.0 if last else 0.1))
+            continue
+        if fault is not None and last:
+            fault(opt, params[own_tasks(layout, len(layout) - 1)])
+        found.append(raised(opt.step))
+    return found, opt.engine.counters.read()
+
+
+def other_group(opt, lr: float) -> None:
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr})
 
 
 def closure_that_raises(group, case: Case, layout) -> list[str]:

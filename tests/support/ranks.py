@@ -59,12 +59,6 @@ class RankPool:
             assert not outcome.error, f"rank {rank} of {size}: {outcome.trace}"
         return [outcome.value for outcome in outcomes]
 
-    def errors(self, size: int, check: Callable, *given: Any) -> list[str]:
-        """What the check raises on each rank; all must."""
-        outcomes = self.run(size, check, *given)
-        assert all(outcome.error for outcome in outcomes), outcomes
-        return [outcome.error for outcome in outcomes]
-
     def close(self) -> None:
         """End the processes."""
         for process in self.processes:

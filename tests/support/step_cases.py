@@ -81,9 +81,9 @@ def build(case: Case, backend: str, device="cpu", dtype: torch.dtype | None = No
     return opt, [a + b for a, b in zip(shared, heads, strict=True)]
 
 
-def set_gradients(case: Case, params: list[list[Tensor]], step: int) -> None:
-    """The drawn gradients of one step: the same values for every backend and dtype."""
-    for t, task in enumerate(params):
+def set_gradients(case: Case, params: list[list[Tensor]], step: int, first: int = 0) -> None:
+    """The drawn gradients of one step: the same values for every backend and dtype. first: of these tasks among all."""
+    for t, task in enumerate(params, first):
         for i, param in enumerate(task):
             draw = torch.Generator().manual_seed(case.seed * 1_000_003 + step * 10_007 + t * 101 + i)
             values = torch.randn(param.shape, generator=draw).to(case.dtype).to(param.device, param.dtype)
