@@ -113,10 +113,12 @@ class Ranks:
 
     def gather(self, report: Report) -> list[Report]:
         """The reports of all ranks, in their order."""
-        reports: list[Any] = [None] * self.size
+        found: list[Any] = [None] * self.size
+        own = vars(report)
         with self._collective("an exchange of reports"):
-            dist.all_gather_object(reports, report, group=self.group)
-        return reports
+            dist.all_gather_object(found, own, group=self.group)
+        # a rank may be of another version, which its facts then say
+        return [Report(**{name: given[name] for name in own if name in given}) for given in found]
 
     def agree(self, report: Report) -> None:
         """Raise the same error on every rank where one raised or facts differ; else take the number of all tasks."""

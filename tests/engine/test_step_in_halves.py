@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, settings
+from support.ranks import init
 from support.step_cases import Case, assert_as_exact_as_reference, cases, places, run
 
 QUICK = [place for place in places() if place[0] != "triton"]
@@ -15,8 +16,7 @@ QUIET = dict(deadline=None, print_blob=True, suppress_health_check=list(HealthCh
 @pytest.fixture(scope="module", autouse=True)
 def group(tmp_path_factory):
     """A group of one rank."""
-    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    init(0, 1, str(tmp_path_factory.mktemp("group") / "store"))
     yield dist.group.WORLD
     dist.destroy_process_group()
 

@@ -81,7 +81,12 @@ def test_the_script_over_processes_runs_under_torchrun(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", RANKS, re.DOTALL)
     (tmp_path / "train.py").write_text(PRELUDE + code)
     tests = str(Path(__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, tests])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.pathsep.join([*sys.path, tests]),
+    }
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     out = subprocess.run([*torchrun, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-4000:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 60  # seconds that a check may take, on a busy machine
+TIMEOUT = 180  # seconds that a check may take, on a busy machine
 
 
 class Outcome(NamedTuple):
@@ -48,7 +49,9 @@ class RankPool:
             pipe.send((size, check, given))
         outcomes = []
         for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(TIMEOUT), f"rank {rank} of {size} hangs in {check.__name__}"
+            if not pipe.poll(TIMEOUT):
+                self.close()
+                raise AssertionError(f"rank {rank} of {size} hangs in {check.__name__}")
             outcomes.append(pipe.recv())
         return outcomes[:size]
 
@@ -85,6 +88,7 @@ def _serve(pipe, rank: int, size: int, store: str) -> None:
 
 def init(rank: int, size: int, store: str, seconds: float = TIMEOUT) -> None:
     """The default group of this process and the others that name the same file."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # wherever this machine's name leads to
     method = dist.FileStore(store, size)
     dist.init_process_group("gloo", store=method, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))

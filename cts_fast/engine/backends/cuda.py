@@ -91,7 +91,8 @@ class Cuda(Backend):
             h._replace(lr=0.0 if a else h.lr, meta_lr=1.0 if b else h.meta_lr)
             for h, (a, b) in zip(hyper, rates, strict=True)
         ]
-        with self._on_device():
+        on_gpu = self.flats[0].device.type == "cuda"
+        with torch.cuda.device(self.index if on_gpu else -1):
             table = 0 if self.table is None else self.table(host_addresses(gradients), counting is not None).data_ptr()
             self.plan.step(
                 gradients.address,
@@ -104,7 +105,7 @@ class Cuda(Backend):
                 control[:CONTROL_FIELDS],
                 control.after,
                 (0,) * 8 if counting is None else self._counts(counting),
-                self._stream(),
+                torch.cuda.current_stream().cuda_stream if on_gpu else 0,
             )
 
     def partial_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
