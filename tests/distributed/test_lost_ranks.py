@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -30,8 +31,10 @@ class Dies(torch.autograd.Function):
 def step_until(rank: int, size: int, store: str, how: str, pipe) -> None:
     """Steps; the last rank ends in its third one, in some way. Says what the others raise, and after how long."""
     torch.set_num_threads(1)
-    init(rank, size, store, TIMEOUT)
-    opt, params = build(CASE, "auto", process_group=dist.group.WORLD)
+    init(rank, size, store)
+    dist.barrier()  # all have started, which may take long
+    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+    opt, params = build(CASE, "auto", process_group=group)
     began = 0.0
     try:
         for step in range(4):

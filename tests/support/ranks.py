@@ -86,9 +86,9 @@ def _serve(pipe, rank: int, size: int, store: str) -> None:
         pipe.send(outcome)
 
 
-def init(rank: int, size: int, store: str, seconds: float = TIMEOUT) -> None:
+def init(rank: int, size: int, store: str) -> None:
     """The default group of this process and the others that name the same file."""
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # wherever this machine's name leads to
     method = dist.FileStore(store, size)
-    dist.init_process_group("gloo", store=method, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
+    dist.init_process_group("gloo", store=method, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
