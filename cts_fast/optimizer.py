@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from functools import partial
 from operator import itemgetter
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from cts_fast.distributed import Ranks, Report, check_over_ranks, facts_of, facts_of_saved, together
 from cts_fast.engine.arguments import (
     as_groups,
     check_initialization,
     check_needs,
-    check_parameters,
-    drop_duplicates,
     named_heads,
+    new_group,
     plain_number,
-    refuse_spawning,
-    split_tasks,
+    read_group,
+    refuse_copying,
 )
 from cts_fast.engine.engine import Engine
 from cts_fast.engine.gradients import Gradients
-from cts_fast.engine.plan import NEVER, OPTIONS, Control, Counters, Counting, check_options, next_step
+from cts_fast.engine.plan import OPTIONS, Control, Counters, Counting, check_options, counted_step, next_step
 from cts_fast.engine.rules.sgd import Hyper, check_hyper
-from cts_fast.engine.saved import saved_state
+from cts_fast.engine.saved import load_, packed, saved_state, with_clones
 from cts_fast.engine.state import State, check_state_dict
 from cts_fast.engine.step import BACKENDS, any_nonfinite, shifting_step_
-from cts_fast.engine.torch_hooks import with_torchs_hooks
+from cts_fast.engine.torch_hooks import after_hooks, with_torchs_hooks
 
 values_of = itemgetter(*Hyper._fields)
 
@@ -67,7 +66,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         reset_momentum: clear the shared momentum at a reset, so that a round depends on φ alone.
         heads: one iterable of parameters for each task; they take the inner step only and may differ between tasks.
         nonfinite: "ignore" NaN and infinite gradients as torch does, "raise" after the step that met one, or "skip" it.
-        process_group: not available in this version; give None.
+        process_group: a torch.distributed group whose ranks each hold tasks of their own, any number; every rank makes
+            the same calls. None talks to nobody.
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference"; the environment's CTS_FAST_BACKEND sets what
             "auto" is.
         capturable: keep counters on the device and decide nothing on the host, for steps inside a CUDA graph.
@@ -80,6 +80,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
     Raises:
         ValueError, TypeError: bad input, naming task, parameter and reason. RuntimeError: why a backend cannot run.
+        Over ranks also `cts_fast.distributed.RankError`, on all of them.
 
     Example:
         >>> opt = ShiftingMetaOptimizer([net.body.named_parameters() for net in nets], lr=0.01, momentum=0.9,
@@ -91,6 +92,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     needs: frozenset[str] = frozenset()  # what `step` must be given beside gradients: "losses", "heldout"
     buffers: Mapping[str, str] = {}  # what a method keeps beside φ, θ and momentum; see `Engine`
+    own_values: Mapping[str, Any] = {}  # a method's further options
+    one_process = ""  # why it takes no process group; "" if it does
 
     def __init__(
         self,
@@ -119,19 +122,28 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         )
         defaults = {**hyper._asdict(), "shared": True, **options}
         defaults = {name: plain_number(value) for name, value in defaults.items()}
-        check_hyper(defaults)
-        check_options(defaults)
-        if nonfinite not in ("ignore", "raise", "skip"):
-            raise ValueError(f'Invalid nonfinite: {nonfinite!r}; known: "ignore", "raise", "skip"')
-        if process_group is not None:
-            raise ValueError("process_group: this version runs all tasks in one process; give process_group=None")
-        if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
-        self._nonfinite = nonfinite
-        self.engine = Engine(backend, nonfinite == "raise", self.buffers)
-        self._built = False
-        super().__init__(as_groups(tasks), defaults)
-        self.state: Any = State()
+        self._nonfinite, self._built = nonfinite, False
+        self.ranks = None if process_group is None else Ranks(process_group)
+        with together(self.ranks) as report:
+            check_hyper(defaults)
+            check_options(defaults)
+            if nonfinite not in ("ignore", "raise", "skip"):
+                raise ValueError(f'Invalid nonfinite: {nonfinite!r}; known: "ignore", "raise", "skip"')
+            if backend != "auto" and backend not in BACKENDS:
+                raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+            check_over_ranks(self.ranks, type(self).__name__, self.one_process, capturable)
+            self.engine = Engine(backend, nonfinite == "raise", self.buffers)
+            super().__init__(as_groups(tasks), defaults)
+            self.state: Any = State()
+            self._add_heads(heads)
+            self.engine.build(self.param_groups, self.state)
+            self._fill_in(report)
+        self._built = True
+        if self.ranks is not None:
+            self.ranks.start_(self.engine)
+
+    def _add_heads(self, heads: Iterable | None) -> None:
+        """The last group, if there are any. Raises ValueError where no task has a parameter, or none is shared."""
         if not any(group["params"] for group in self.param_groups):
             raise ValueError("optimizer got an empty parameter list: no task has a parameter")
         if heads is not None:
@@ -143,8 +155,15 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 "every group is a head group (shared=False) or empty; an initialization needs shared parameters"
             )
-        self.engine.build(self.param_groups, self.state)
-        self._built = True
+
+    def _fill_in(self, report: Report) -> None:
+        if self.ranks is not None:
+            report.tasks, report.facts = self.engine.num_tasks, self._facts()()
+
+    def _facts(self) -> Callable[[], dict]:
+        """What must be the same on every rank, to be called when it is asked for; it does not hold the optimizer."""
+        further = {"the method": type(self).__name__, "nonfinite": self._nonfinite, **self.own_values}
+        return partial(facts_of, self.engine, self.param_groups, **further)
 
     # Groups -----------------------------------------------------------------------------------------------------------
 
@@ -153,39 +172,38 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
         ``"shared": False`` makes it a head group. The flat buffers are laid out anew.
         Raises ValueError or TypeError, naming task, parameter and reason, and leaves the optimizer as it was.
+        Over ranks every rank adds one.
         """
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        for name in (*OPTIONS, "heads", "nonfinite", "process_group", "backend"):
-            if name in param_group:
-                raise ValueError(f"{name} belongs to the whole optimizer and cannot be set for a group")
-        check_hyper({**self.defaults, **param_group})
-        shared = param_group.get("shared", True)
-        known = self.engine.num_tasks or None
-        tasks = drop_duplicates(split_tasks(param_group["params"], known))
-        check_parameters(tasks, shared)
-        group = {
-            **{name: plain_number(value) for name, value in param_group.items()},
-            "params": list(chain.from_iterable(tasks)),
-            "shared": shared,
-            "sizes": [len(task) for task in tasks],
-        }
+        if not self._built or self.ranks is None:
+            self._add_group(param_group)
+            return
+        count = len(self.param_groups)
+        try:
+            with together(self.ranks) as report:
+                self._add_group(param_group)
+                self._fill_in(report)
+        except Exception:
+            added = [param for group in self.param_groups[count:] for param in group["params"]]
+            if added:  # another rank raised, or has added something else
+                del self.param_groups[count:]
+                self.engine.forget_(added, self.param_groups, self.state)
+            raise
+        self.ranks.start_(self.engine)
+
+    def _add_group(self, param_group: dict) -> None:
+        group = new_group(param_group, self.defaults, self.engine.num_tasks or None)
         if self._built:
             self._sync()
             self.engine.rebind_(self.param_groups)
         super().add_param_group(group)
         if self._built:
-            self._inherit_options(self.param_groups[-1])
+            group.update({name: self.param_groups[0][name] for name in OPTIONS})  # as they are now
             try:
                 self.engine.build(self.param_groups, self.state)
             except Exception:  # nothing was written yet
                 self.param_groups.pop()
                 raise
-        self.engine.num_tasks = len(tasks) or self.engine.num_tasks
-
-    def _inherit_options(self, group: dict) -> None:
-        """The options of the whole optimizer as they are now, not as they were at its construction."""
-        group.update({name: self.param_groups[0][name] for name in OPTIONS})
+        self.engine.num_tasks = len(group["sizes"]) or self.engine.num_tasks
 
     def _sync(self) -> None:
         """Take over what was exchanged in `param_groups` and `state` from outside."""
@@ -194,7 +212,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             self.state = state
 
     def __getstate__(self) -> dict:
-        refuse_spawning()
+        refuse_copying(over_ranks=self.ranks is not None)
         names = self.engine.backend, self._nonfinite, self.engine.num_tasks
         groups = self.engine.readable(self.param_groups)
         saved = saved_state(self.engine, self.param_groups, self.state)
@@ -208,7 +226,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         self.engine = Engine(backend, self._nonfinite == "raise", self.buffers)
         self.engine.num_tasks = num_tasks
         self.engine.build(self.param_groups, self.state)
-        self._built = True
+        self.ranks, self._built = None, True
 
     def __copy__(self) -> ShiftingMetaOptimizer:
         """A second handle of the same buffers, groups and state, as a copied torch optimizer is."""
@@ -233,18 +251,23 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         losses, heldout: for the methods of `cts_fast.baselines` that name them in `needs`; not read by this one.
         Under torch.compile this is a graph break. Raises ValueError for sparse gradients, before anything moved.
         """
-        engine = self.engine
-        check_needs(self.needs, engine.num_tasks, losses, heldout)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        given = (() if losses is None else losses, heldout or ())
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):  # what is made here is used by later steps
-                self._step(*given)
-        else:
-            self._step(*given)
+        try:
+            check_needs(self.needs, self.engine.num_tasks, losses, heldout)
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            given = (() if losses is None else losses, heldout or ())
+            step_ = self._step if self.ranks is None else self._step_over_ranks
+            if torch.is_inference_mode_enabled():
+                with torch.inference_mode(False):  # what is made here is used by later steps
+                    step_(*given)
+            else:
+                step_(*given)
+        except Exception as error:
+            if self.ranks is not None:
+                self.ranks.share(error, self.engine, self._votes())
+            raise
         return loss
 
     def _step(self, losses: Sequence, heldout: Sequence[Callable]) -> None:
@@ -273,18 +296,49 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         if counters[0] == 0:
             engine.begin_round_()
         engine.warn_of_differing_replicas()
-        scale = getattr(self, "grad_scale", None)
         values = (*after, skipped)
-        control = control._replace(
-            inverse_scale=1.0 if scale is None else 1.0 / scale.item(),
-            after=(engine.counters.tensor.data_ptr(), values) if engine.counters.on_host else None,
-        )
-        self.apply_(Step(gradients, hyper, control, losses, heldout))
+        self.apply_(Step(gradients, hyper, self._completed(control, values), losses, heldout))
         engine.counters.write(values)
         if engine.flags_on_host:
             engine.report_nonfinite()
         else:
             engine.send_flags()
+
+    def _step_over_ranks(self, losses: Sequence, heldout: Sequence[Callable]) -> None:
+        """The step of this rank's tasks, with a gradient or without: all ranks do it, or none does."""
+        engine, ranks = self.engine, cast(Ranks, self.ranks)
+        ranks.check(engine)
+        self._sync()
+        gradients = engine.collect(self.param_groups)
+        hyper = self.read_hyper()
+        *counters, skipped = engine.counters.read()
+        control, after = self.plan(Counters(*counters))
+        if counters[0] == 0:
+            engine.begin_round_()
+        engine.warn_of_differing_replicas()
+        ranks.begin(engine, self._facts(), counters, control, hyper)
+        if self._votes():
+            looked_at = gradients if self._nonfinite == "skip" else ()
+            found_inf, nonfinite = ranks.vote(engine, getattr(self, "found_inf", None), looked_at)
+            if found_inf or nonfinite:
+                engine.counters.write((*counters, skipped + (not found_inf)))
+                return
+        values = (*after, skipped)
+        self.apply_(Step(gradients, hyper, self._completed(control, values), losses, heldout))
+        engine.counters.write(values)
+        ranks.report_nonfinite(engine)
+
+    def _votes(self) -> bool:
+        """Whether the ranks agree before each step on doing it."""
+        return self._nonfinite == "skip" or getattr(self, "found_inf", None) is not None
+
+    def _completed(self, control: Control, values: tuple) -> Control:
+        """With the gradients' scale, and the counters after the step."""
+        scale, counters = getattr(self, "grad_scale", None), self.engine.counters
+        return control._replace(
+            inverse_scale=1.0 if scale is None else 1.0 / scale.item(),
+            after=(counters.tensor.data_ptr(), values) if counters.on_host else None,
+        )
 
     @torch.no_grad()
     def _step_on_device(self, step: Step, counting: Counting) -> None:
@@ -302,58 +356,38 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         """What the next step does, and the counters after it. A method whose meta-updates come at other times decides
         here.
         """
-        return next_step(self.param_groups[0], counters, self.engine.num_tasks)
+        return next_step(self.param_groups[0], counters, self.num_tasks)
 
     def plan_on_device(self) -> tuple[Control, Counting]:
         """As `plan`, where the device decides by its own counters (capturable)."""
-        options = self.param_groups[0]
-        check_options(options)
-        horizon = NEVER if options["horizon"] is None else options["horizon"]
-        counting = Counting(
-            self.engine.counters.tensor,
-            horizon,
-            options["meta_interval"],
-            getattr(self, "found_inf", None),
-            getattr(self, "grad_scale", None),
-        )
-        return Control(False, False, options["reset_momentum"], self.engine.num_tasks), counting
+        amp = (getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        return counted_step(self.param_groups[0], self.engine.counters.tensor, *amp, self.engine.num_tasks)
 
     def read_hyper(self) -> list[Hyper]:
         """Hyper-parameters of each param group, as they are now. Raises ValueError for those that no step can use."""
         engine = self.engine
         values = [value for group in self.param_groups for value in values_of(group)]
         if any(isinstance(value, Tensor) for value in values):  # it may change in place
-            return [self._checked(group) for group in self.param_groups]
+            device = engine.counters.tensor.device if engine.counting else None
+            return [read_group(group, device) for group in self.param_groups]
         if values != engine.hyper_values:
-            engine.hyper = [self._checked(group) for group in self.param_groups]
+            engine.hyper = [read_group(group) for group in self.param_groups]
             engine.hyper_values = [value for group in self.param_groups for value in values_of(group)]
         return engine.hyper
 
-    def _checked(self, group: dict) -> Hyper:
-        group.update({name: plain_number(group[name]) for name in Hyper._fields})
-        values = {name: self._read(name, group[name]) for name in Hyper._fields}
-        check_hyper(values)
-        return Hyper(**values)
-
-    def _read(self, name: str, value: Any) -> Any:
-        """The number that a tensor hyper-parameter holds; the device reads its own rates in a captured step, where the
-        host takes no part.
-        """
-        on_device = self.engine.counting and name in ("lr", "meta_lr")
-        if isinstance(value, Tensor) and not (on_device and value.device == self.engine.counters.tensor.device):
-            return value.item()
-        return value
-
     def apply_(self, step: Step) -> None:
-        """The step itself, one fused pass; in a method also what belongs to its own meta-update."""
-        shifting_step_(self.engine, step.gradients, step.hyper, step.control)
+        """The step itself, one fused pass, or two over ranks; in a method also what belongs to its own meta-update."""
+        if self.ranks is not None and step.control.meta_update:
+            self.ranks.step_(self.engine, step.gradients, step.hyper, step.control)
+        else:
+            shifting_step_(self.engine, step.gradients, step.hyper, step.control)
 
     # What users read and set ------------------------------------------------------------------------------------------
 
     @property
     def num_tasks(self) -> int:
-        """T, the number of tasks."""
-        return self.engine.num_tasks
+        """T, the number of tasks, of all ranks."""
+        return self.engine.num_tasks if self.ranks is None else self.ranks.num_tasks
 
     @property
     def initialization(self) -> tuple[Tensor, ...]:
@@ -435,22 +469,11 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
         It shows what parameters, `param_groups` and `state` hold now, and writes to none of them.
         """
-        self.engine.report_nonfinite()
-        for hook in self._optimizer_state_dict_pre_hooks.values():  # they see, and may edit, the live state
-            hook(self)
-        saved: Any = SimpleNamespace(
-            param_groups=self.param_groups,
-            state=saved_state(self.engine, self.param_groups, self.state),
-            _optimizer_state_dict_pre_hooks={},
-            _optimizer_state_dict_post_hooks={},
-        )
-        state_dict = torch.optim.Optimizer.state_dict(saved)
-        for group in state_dict["param_groups"]:
-            group.update({name: plain_number(value) for name, value in group.items()})
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            changed = hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        return state_dict
+        if self.ranks is None:
+            self.engine.report_nonfinite()
+        after_hooks(self._optimizer_state_dict_pre_hooks, self)  # they see, and may edit, the live state
+        state_dict = packed(self.param_groups, saved_state(self.engine, self.param_groups, self.state))
+        return after_hooks(self._optimizer_state_dict_post_hooks, self, state_dict)
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -458,32 +481,20 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         """Continue from `state_dict`: θ, φ, momentum, counters and hyper-parameters, in place.
 
         Raises ValueError, before anything changed, for another number of tasks or groups, other names, shapes or
-        dtypes.
+        dtypes. Over ranks each one loads its own, all at the same time; where one raises, or they do not fit together,
+        all do.
         """
-        if isinstance(state_dict, Mapping):
-            state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
         engine = self.engine
-        self.state = engine.restored_state(self.param_groups, self.state)  # whatever it was, it is replaced
-        saved_groups, saved = check_state_dict(self.param_groups, engine.segments, engine.views, state_dict)
-        # references to what is about to be written, perhaps in another order
-        values = [{name: entry[name].detach().clone() for name in engine.views[param]} for param, entry in saved]
-        self._prepare_to_write()
-        for (param, entry), own in zip(saved, values, strict=True):
-            views = engine.views[param]
-            for name, view in views.items():
-                view.copy_(own[name])
-            engine.state.show(param, {name: value for name, value in entry.items() if name not in views})
-        engine.unchecked = True
-        for flat in chain.from_iterable(engine.flats):
-            flat.all_started = False
-            if flat.master is not None:
-                flat.theta.copy_(flat.master)
-            flat.note_write()
-        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            kept = ("params", "param_names", "capturable", "shared", "sizes")
-            group.update({name: plain_number(value) for name, value in saved_group.items() if name not in kept})
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        with together(self.ranks) as report:
+            if isinstance(state_dict, Mapping):
+                state_dict = dict(state_dict)
+            state_dict = after_hooks(self._optimizer_load_state_dict_pre_hooks, self, state_dict)
+            self.state = engine.restored_state(self.param_groups, self.state)  # whatever it was, it is replaced
+            groups, saved = check_state_dict(self.param_groups, engine.segments, engine.views, state_dict)
+            # references to what is about to be written, perhaps in another order
+            saved = [(param, with_clones(entry, engine.views[param])) for param, entry in saved]
+            self._prepare_to_write()
+            if self.ranks is not None:
+                report.tasks, report.facts = engine.num_tasks, facts_of_saved(groups, self.param_groups, saved)
+        load_(engine, self.param_groups, groups, saved)
+        after_hooks(self._optimizer_load_state_dict_post_hooks, self)

@@ -125,6 +125,48 @@ def _inner_step(
 
 
 @triton.jit
+def _inner_steps_in_turn(
+    buffers,
+    inputs,
+    columns,
+    p,
+    clear,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WORK: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """Σ_t (θ′_t − φ) [BLOCK]; θ′ of ROWS tasks after the other is stored."""
+    theta, v, master, stride = buffers
+    rows = tl.arange(0, ROWS)
+    total = tl.full([BLOCK], 0, WORK)
+    for t in range(0, T, ROWS):  # not unrolled: 128 tasks would compile for a minute
+        here = t + rows < T
+        x, offsets, mask = _inner_step(buffers, inputs, columns, t + rows, here, clear, ALIGNED, WORK, PLAIN)
+        total += tl.sum(tl.where(here[:, None], x - p[None, :], 0.0), axis=0)
+        _store(theta, master, offsets, mask, x)
+    return total
+
+
+@triton.jit
+def _shift_in_turn(
+    buffers, column, numbers, inside, p, moved, shift, reset, T: tl.constexpr, ROWS: tl.constexpr, WORK: tl.constexpr
+):
+    """θ ← θ′ + shift · Δ, or φ at a reset, of ROWS stored tasks after the other. moved: Δ, and whether anything moves."""
+    theta, v, master, stride = buffers
+    delta, moves = moved
+    rows = tl.arange(0, ROWS)
+    for t in range(0, T, ROWS):
+        offsets = (t + rows).to(tl.int64)[:, None] * stride + (column + numbers)[None, :]
+        mask = (t + rows < T)[:, None] & inside[None, :]
+        x = _stored(theta, master, offsets, mask, WORK)
+        x = tl.where(moves, tl.fma(shift, delta[None, :], x), x)
+        _store(theta, master, offsets, mask, tl.where(reset, p[None, :], x))
+
+
+@triton.jit
 def _columns_step(
     buffers,
     phi,
@@ -162,12 +204,7 @@ def _columns_step(
             x, offsets, mask = _inner_step(buffers, inputs, columns, rows, rows < T, clear, ALIGNED, WORK, PLAIN)
             total = tl.sum(tl.where((rows < T)[:, None], x - p[None, :], 0.0), axis=0)
         else:
-            total = tl.full([BLOCK], 0, WORK)
-            for t in range(0, T, ROWS):  # not unrolled: 128 tasks would compile for a minute
-                here = t + rows < T
-                x, offsets, mask = _inner_step(buffers, inputs, columns, t + rows, here, clear, ALIGNED, WORK, PLAIN)
-                total += tl.sum(tl.where(here[:, None], x - p[None, :], 0.0), axis=0)
-                _store(theta, master, offsets, mask, x)
+            total = _inner_steps_in_turn(buffers, inputs, columns, p, clear, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
             tl.debug_barrier()  # what is read back below may have been stored by another thread
         moves = meta_update & (tl.full([1], meta_lr, tl.float64) != 0)
         delta = tl.where(moves, total * (meta_lr / num_tasks).to(WORK), 0.0)
@@ -177,12 +214,7 @@ def _columns_step(
             x = tl.where(moves, tl.fma(shift, delta[None, :], x), x)
             _store(theta, master, offsets, mask, tl.where(reset, p[None, :], x))
         else:
-            for t in range(0, T, ROWS):
-                offsets = (t + rows).to(tl.int64)[:, None] * stride + (column + numbers)[None, :]
-                mask = (t + rows < T)[:, None] & inside[None, :]
-                x = _stored(theta, master, offsets, mask, WORK)
-                x = tl.where(moves, tl.fma(shift, delta[None, :], x), x)
-                _store(theta, master, offsets, mask, tl.where(reset, p[None, :], x))
+            _shift_in_turn(buffers, column, numbers, inside, p, (delta, moves), shift, reset, T, ROWS, WORK)
 
 
 @triton.jit
@@ -297,3 +329,134 @@ def shifting_step_kernel(
             tl.store(ticket, 0)
             if works:
                 _advance(counters, started, gradients, groups, hyper, count, shared_count, mode, counts, BLOCK)
+
+
+@triton.jit
+def _columns_partial(
+    buffers,
+    phi,
+    total,
+    inputs,
+    column,
+    start,
+    count,
+    mode,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WORK: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """The first half of a step in two, of `count` columns, at most BLOCK."""
+    gradients, first, flags, h, factor = inputs
+    numbers = tl.arange(0, BLOCK)
+    inside = numbers < count
+    p = tl.load(phi + column + numbers, mask=inside, other=0)
+    bits = tl.full([1], mode, tl.int32)
+    clear = ((bits & RESET) != 0) & ((bits & RESET_MOMENTUM) != 0)
+    own, columns = (gradients + first, flags, h, factor), (column, start, numbers, inside)
+    x = _inner_steps_in_turn(buffers, own, columns, p, clear, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
+    tl.store(total + column + numbers, x, mask=inside)
+
+
+@triton.jit(do_not_specialize=["mode", "shared_tiles"])
+def partial_step_kernel(
+    tiles,  # these and the following as in `shifting_step_kernel`
+    gradients,
+    hyper,
+    started,
+    nonfinite,
+    theta,
+    v,
+    master,
+    phi,
+    stride,
+    head_theta,
+    head_v,
+    head_master,
+    total,  # [stride], as phi
+    shared_tiles,
+    mode,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WORK: tl.constexpr,
+    DAMPENED: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """The first half of a step in two: θ_t ← θ′_t and total ← Σ_t (θ′_t − φ). Grid: one program a tile."""
+    number = tl.program_id(0)
+    mine = tiles + number.to(tl.int64) * TILE
+    column, left, start = tl.multiple_of(tl.load(mine), 16), tl.load(mine + 1), tl.load(mine + 2)
+    h, first = hyper + tl.load(mine + 3) * HYPER, tl.load(mine + 4)
+    start = tl.multiple_of(start, BLOCK)
+    flags = (started + first if DAMPENED else None, None if nonfinite is None else nonfinite + first)
+    inputs, buffers = (gradients, first, flags, h, tl.load(h + FACTOR)), (theta, v, master, stride)
+    if number < shared_tiles:
+        if left >= BLOCK:  # with code of its own, as in `_tile_step`
+            _columns_partial(
+                buffers, phi, total, inputs, column, start, BLOCK, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN
+            )
+        else:
+            _columns_partial(
+                buffers, phi, total, inputs, column, start, left, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN
+            )
+    elif head_theta is not None:
+        tile = (column, start, left)
+        _tile_step((head_theta, head_v, head_master, 0), None, inputs, tile, mode, 1, 1, BLOCK, ALIGNED, WORK, PLAIN)
+
+
+@triton.jit
+def _columns_finish(
+    buffers,
+    phi,
+    total,
+    h,
+    column,
+    count,
+    mode,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WORK: tl.constexpr,
+):
+    """The second half of `count` columns, at most BLOCK."""
+    bits = tl.full([1], mode, tl.int32)
+    meta_update, reset = (bits & META_UPDATE) != 0, (bits & RESET) != 0
+    numbers = tl.arange(0, BLOCK)
+    inside = numbers < count
+    p = tl.load(phi + column + numbers, mask=inside, other=0)
+    x = tl.load(total + column + numbers, mask=inside, other=0)
+    meta_lr, shift = tl.load(h + META_LR), tl.load(h + SHIFT).to(WORK)
+    moves = meta_update & (tl.full([1], meta_lr, tl.float64) != 0)
+    delta = tl.where(moves, x * (meta_lr / tl.load(h + NUM_TASKS)).to(WORK), 0.0)
+    p = tl.where(moves, p + delta, p)
+    tl.store(phi + column + numbers, p, mask=inside & moves)
+    _shift_in_turn(buffers, column, numbers, inside, p, (delta, moves), shift, reset, T, ROWS, WORK)
+
+
+@triton.jit(do_not_specialize=["mode"])
+def finish_step_kernel(
+    tiles,
+    hyper,
+    theta,
+    master,
+    phi,
+    stride,
+    total,
+    mode,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WORK: tl.constexpr,
+):
+    """The second half: the meta-update with a total over all tasks, shift, reset. Grid: one program a shared tile."""
+    mine = tiles + tl.program_id(0).to(tl.int64) * TILE
+    column, left = tl.multiple_of(tl.load(mine), 16), tl.load(mine + 1)
+    h, buffers = hyper + tl.load(mine + 3) * HYPER, (theta, None, master, stride)
+    if left >= BLOCK:
+        _columns_finish(buffers, phi, total, h, column, BLOCK, mode, T, ROWS, BLOCK, WORK)
+    else:
+        _columns_finish(buffers, phi, total, h, column, left, mode, T, ROWS, BLOCK, WORK)

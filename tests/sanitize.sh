@@ -21,6 +21,7 @@ export OMP_NUM_THREADS=2 CTS_FAST_EXAMPLES=${CTS_FAST_EXAMPLES:-10}
 python -c 'import cts_fast._cpu as module, os; assert module.__file__.startswith(os.getcwd()), module.__file__'
 python -m pytest -q -p no:cacheprovider -c "$checkout/pyproject.toml" "$@" \
     "$checkout"/tests/engine/test_{cpu_backend,method_ops,native}.py
+python -m pytest -q -p no:cacheprovider -c "$checkout/pyproject.toml" -k cpu-cpu "$checkout"/tests/engine/test_step_in_halves.py
 # groups popped, parameters exchanged, state moved: no address of what is gone is read
 python -m pytest -q -p no:cacheprovider -c "$checkout/pyproject.toml" -k "cpu or not (torch or triton or reference)" \
     "$checkout"/tests/engine/test_outside_{state,parameters,memory,orders}.py

@@ -172,6 +172,12 @@ bool Plan::any_nonfinite(const Step& step, int threads) const {
   return found.load();
 }
 
+void Plan::partial(const Step& step, void* total, int threads) const {
+  threads = team_for(threads, tiles_.list.size());
+  Queue queue(tiles_, threads);
+  run_on_all(threads, [&] { kernel_.partial(flats_.data(), tiles_.list.data(), queue, step, total); });
+}
+
 template <class Body> void Plan::over_spans(int threads, Body body) const {
   threads = team_for(threads, spans_.list.size());
   Queue queue(spans_, threads);
@@ -182,6 +188,10 @@ template <class Body> void Plan::over_spans(int threads, Body body) const {
         body(i, *span, i + 1 < range.last ? span + 1 : nullptr);
       }
   });
+}
+
+void Plan::finish(const Step& step, const void* total, int threads) const {
+  over_spans(threads, [&](int64_t, const Tile& span, const Tile*) { kernel_.finish(flats_[0], span, step, total); });
 }
 
 void Plan::add_gradients(const void* const* gradients, void* target, double weight, int threads) const {

@@ -93,6 +93,10 @@ struct MethodOps {
 struct Kernel {
   void (*step)(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const MethodOps& method_ops,
                const PathSum* path, double* moved);
+  // The halves of a step whose sum over the tasks is completed elsewhere. total: [S] of phi's type; the first half
+  // leaves there what the rows of a flat that has a phi come to; the second one reads it.
+  void (*partial)(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, void* total);
+  void (*finish)(const Flat& flat, const Tile& span, const Step& step, const void* total);
   // Whether so many rows are stepped together in the usual kinds of step, in registers; else in turn.
   bool (*fits_registers)(int32_t rows);
   // Whether a gradient holds a NaN or an infinity in a tile; sets its entry of step.nonfinite if there is one.
@@ -111,6 +115,13 @@ class Plan {
   // One step in place, after the path's sum if there is one; returns, if measure_phi, the square of the way that phi
   // moves. At most `threads` threads; the result does not depend on how many.
   double step(const Step& step, const PathSum* path, bool measure_phi, int threads) const;
+
+  // The inner step, and total <- sum over the rows of theta - phi, [S] as phi; at a reset that clears momentum, it
+  // does.
+  void partial(const Step& step, void* total, int threads) const;
+
+  // What of the step is left, with a total that may come from more tasks than there are rows.
+  void finish(const Step& step, const void* total, int threads) const;
 
   // Whether any gradient holds a NaN or an infinity; reads gradients and inverse_scale of the step alone.
   bool any_nonfinite(const Step& step, int threads) const;

@@ -189,6 +189,29 @@ CTS_HD void shift_rows(const Flat& flat, const Tile& tile, int32_t first_row, co
   }
 }
 
+// phi's part of a step, after which moves hold what the rows need: phi itself at a reset, else delta. moves may be
+// sums. Returns the squares of what phi moves by.
+template <class C> CTS_HD Vec<C> move_phi(C* phi, const C* sums, C* moves, int64_t n, const Rule<Vec<C>>& rule) {
+  Vec<C> squares{};
+  for (int64_t i = 0; i < n; i += Vec<C>::size) {
+    const Vec<C> before = load(phi + i);
+    Vec<C> value = before, delta = value;
+    if (rule.meta_update) delta = meta_update(value, load(sums + i), rule), store(phi + i, value);
+    store(moves + i, rule.reset ? value : delta);
+    squares = squares + (value - before) * (value - before);
+  }
+  return squares;
+}
+
+// The rows' part, the last ones first: they are still near.
+template <class S, class C>
+CTS_HD void move_rows(const Flat& flat, const Tile& tile, const C* moves, const Rule<Vec<C>>& rule) {
+  constexpr int abreast = 4;  // rows that share their visits to the moves; one row alone waits for the second cache
+  int32_t t = flat.rows;
+  for (; t >= abreast; t -= abreast) shift_rows<abreast, S>(flat, tile, t - abreast, moves, rule);
+  while (t-- > 0) shift_rows<1, S>(flat, tile, t, moves, rule);
+}
+
 // A tile of any number of rows: some or one at a time, with the sum over them in the first cache; then the meta-update,
 // the shift and the reset, with theta' in the second cache still, unless rows are very many.
 template <Kind kind, class S, class C>
@@ -208,19 +231,35 @@ double step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const 
   for (; t < flat.rows; ++t) step_rows<1, false, kind>(flat, tile, t, step, general, phi, sums, prefetcher);
   if (!rule.meta_update && !rule.reset) return 0;
 
-  V squares{};
-  for (int64_t i = 0; i < n; i += N) {
-    const V before = load(phi + i);
-    V value = before, delta = value;
-    if (rule.meta_update) delta = meta_update(value, load(sums + i), rule), store(phi + i, value);
-    store(sums + i, rule.reset ? value : delta);
-    squares = squares + (value - before) * (value - before);
-  }
-  constexpr int abreast = 4;  // rows that share their visits to the deltas; one row alone waits for the second cache
-  for (; t >= abreast; t -= abreast)
-    shift_rows<abreast, S>(flat, tile, t - abreast, sums, rule);  // the last rows are the ones still near
-  while (t-- > 0) shift_rows<1, S>(flat, tile, t, sums, rule);
+  const V squares = move_phi(phi, sums, sums, n, rule);
+  move_rows<S>(flat, tile, sums, rule);
   return sum_of(squares);
+}
+
+// The first half of a step in two: the inner step of a tile, and sums <- the sum over the rows of theta - phi. The rule
+// has no reset.
+template <Kind kind, class S, class C>
+void first_half(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule, C* phi, C* sums,
+                Prefetcher<S, C>& prefetcher) {
+  constexpr bool has_master = Prefetcher<S, C>::has_master;
+  constexpr int64_t N = Vec<C>::size;
+  const int64_t n = tile.end - tile.begin;
+  prefetcher.allow(prefetcher.lines(tile));
+  memset(sums, 0, size_t((n + N - 1) / N * N) * sizeof(C));
+  int32_t t = 0;
+  const auto take = [&](auto count) {
+    for (; t + count <= flat.rows; t += count)
+      step_rows<count, false, kind>(flat, tile, t, step, rule, phi, sums, prefetcher);
+  };
+  if constexpr (kind != Kind::any && !has_master) {
+    if constexpr (!kInTurn) take(std::integral_constant<int, 8>()), take(std::integral_constant<int, 4>());
+    take(std::integral_constant<int, 2>());
+  }
+  take(std::integral_constant<int, 1>());
+  for (t = 0; has_master && t < flat.rows; ++t) {  // the parameter is the master's rounding, whatever comes next
+    const auto row = row_at<S, C>(flat, flat.segments[tile.segment].offset + tile.begin, t);
+    for (int64_t i = 0; i < n; i += N) row.store_theta(i, row.load_work(i));
+  }
 }
 
 template <Kind kind, class S, class C>
@@ -316,18 +355,56 @@ void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& 
   }
 }
 
+template <class S, class C>
+void partial_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, void* total) {
+  Prefetcher<S, C> prefetcher(flats, tiles, queue, step);
+  while (const Tile* tile = prefetcher.follow()) {
+    const Flat& flat = flats[tile->flat];
+    const Segment& segment = flat.segments[tile->segment];
+    Rule<C> rule = make_rule<C>(step.groups[segment.group], step, flat.phi != nullptr);
+    if (!flat.phi) {
+      if (kind_of(rule, step, segment, flat.rows) == Kind::inner)
+        step_tile<Kind::inner>(flat, *tile, step, rule, prefetcher);
+      else step_tile<Kind::any>(flat, *tile, step, rule, prefetcher);
+      if (step.nonfinite) nonfinite<S, C>(flat, *tile, step);
+      continue;
+    }
+    C *const phi = static_cast<C*>(flat.phi) + segment.offset + tile->begin, *const sums = static_cast<C*>(total) +
+                                                                                           segment.offset + tile->begin;
+    rule.meta_update = true, rule.reset = false;  // the sum is asked for whatever it is multiplied with
+    if (!rule.reset_momentum && kind_of(rule, step, segment, flat.rows) == Kind::meta)
+      first_half<Kind::meta>(flat, *tile, step, rule, phi, sums, prefetcher);
+    else first_half<Kind::any>(flat, *tile, step, rule, phi, sums, prefetcher);
+    if (step.nonfinite) nonfinite<S, C>(flat, *tile, step);
+  }
+}
+
+template <class S, class C> void finish(const Flat& flat, const Tile& span, const Step& step, const void* total) {
+  const Segment& segment = flat.segments[span.segment];
+  const Rule<Vec<C>> rule = broadcast<Kind::any>(make_rule<C>(step.groups[segment.group], step, true));
+  if (!rule.meta_update && !rule.reset) return;
+  alignas(64) C moves[kSpanElements + Vec<C>::size];
+  const int64_t first = segment.offset + span.begin;
+  move_phi(static_cast<C*>(flat.phi) + first, static_cast<const C*>(total) + first, moves, span.end - span.begin, rule);
+  move_rows<S>(flat, span, moves, rule);
+}
+
+template <class S, class C> constexpr Kernel kernel_of() {
+  return {step_tiles<S, C>, partial_tiles<S, C>, finish<S, C>, fits_registers<S, C>, nonfinite<S, C>};
+}
+
 }  // namespace
 
 Kernel kernel(DType dtype) {
   switch (dtype) {
     case DType::float64:
-      return {step_tiles<double, double>, fits_registers<double, double>, nonfinite<double, double>};
+      return kernel_of<double, double>();
     case DType::bfloat16:
-      return {step_tiles<BFloat16, float>, fits_registers<BFloat16, float>, nonfinite<BFloat16, float>};
+      return kernel_of<BFloat16, float>();
     case DType::float16:
-      return {step_tiles<Half, float>, fits_registers<Half, float>, nonfinite<Half, float>};
+      return kernel_of<Half, float>();
     default:
-      return {step_tiles<float, float>, fits_registers<float, float>, nonfinite<float, float>};
+      return kernel_of<float, float>();
   }
 }
 

@@ -92,18 +92,23 @@ int driver_version();
 // Queues the step on the stream. Throws std::runtime_error with what CUDA said.
 void launch(const Launch& l, const Step& step, const Counting& counting);
 
-// What `launch` calls: one for each dtype that csrc/cuda/shifting_step.cu is compiled for.
-namespace float32 {
-void launch(const Launch&, const Step&, const Counting&);
-}
-namespace float64 {
-void launch(const Launch&, const Step&, const Counting&);
-}
-namespace bfloat16 {
-void launch(const Launch&, const Step&, const Counting&);
-}
-namespace float16 {
-void launch(const Launch&, const Step&, const Counting&);
-}
+// The same in two halves, whose sum over the tasks is completed in between. total: [S] of phi's type on the device; the
+// first half writes the sum over the rows of theta - phi, the second one reads that over all tasks. The rates are
+// numbers.
+void launch_partial(const Launch& l, const Step& step, void* total);
+void launch_finish(const Launch& l, const Step& step, const void* total);
+
+// What these call: one for each dtype that csrc/cuda/shifting_step.cu is compiled for.
+#define CTS_LAUNCHES(dtype)                                    \
+  namespace dtype {                                            \
+  void launch(const Launch&, const Step&, const Counting&);    \
+  void launch_partial(const Launch&, const Step&, void*);      \
+  void launch_finish(const Launch&, const Step&, const void*); \
+  }
+CTS_LAUNCHES(float32)
+CTS_LAUNCHES(float64)
+CTS_LAUNCHES(bfloat16)
+CTS_LAUNCHES(float16)
+#undef CTS_LAUNCHES
 
 }  // namespace cts

@@ -9,11 +9,15 @@
 // gradient there) has lean kernels without a choice for each number; others go through the general kernels. In both, a
 // tile whose gradients are not aligned goes column by column.
 //
+// Where other processes hold further tasks, the step comes in two launches, partial_step and finish_step, each with one
+// general kernel for any number of tasks.
+//
 // Compiled once for each dtype, -DCTS_DTYPE=float32 and so on.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cuda/launch.h"
 #include "cuda/memory.h"
@@ -202,10 +206,9 @@ __device__ __forceinline__ void step_head(const Launch& p, const Tile& tile, con
   store_theta(p.heads, tile.column, column, theta[0], p.streams);
 }
 
-// All of a tile. Its columns up to `packed` go 16 bytes (of phi) at a time, by way of the gradients' alignment; the
-// rest one by one.
-template <bool LEAN, int N, bool SLICED, class P, class C, class Launch>
-__device__ __forceinline__ void step_tile(const Launch& p, const Tile& tile, const Rule<C>& rule) {
+// Columns of a tile that go 16 bytes (of phi) at a time, by way of the gradients' alignment; the rest go one by one.
+template <class P, class C, class Launch>
+__device__ __forceinline__ int packed_columns(const Launch& p, const Tile& tile) {
   constexpr int W = 16 / sizeof(C);
   bool wide = p.wide;
   if (!wide) {
@@ -214,14 +217,25 @@ __device__ __forceinline__ void step_tile(const Launch& p, const Tile& tile, con
       addresses |= reinterpret_cast<uintptr_t>(p.gradient(tile.first + t));
     wide = addresses % (W * sizeof(P)) == 0;
   }
-  const int packed = wide ? tile.columns / W * W : 0;
-  if (tile.head) {
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
-    if (thread * W < packed) step_head<LEAN, W, P>(p, tile, rule, thread * W);
-    for (int column = packed + thread; column < tile.columns; column += threads)
-      step_head<LEAN, 1, P>(p, tile, rule, column);
-    return;
-  }
+  return wide ? tile.columns / W * W : 0;
+}
+
+// A head's tile, whose columns all threads of the block share.
+template <bool LEAN, class P, class C, class Launch>
+__device__ __forceinline__ void step_head_tile(const Launch& p, const Tile& tile, const Rule<C>& rule, int packed) {
+  constexpr int W = 16 / sizeof(C);
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  if (thread * W < packed) step_head<LEAN, W, P>(p, tile, rule, thread * W);
+  for (int column = packed + thread; column < tile.columns; column += threads)
+    step_head<LEAN, 1, P>(p, tile, rule, column);
+}
+
+// All of a tile.
+template <bool LEAN, int N, bool SLICED, class P, class C, class Launch>
+__device__ __forceinline__ void step_tile(const Launch& p, const Tile& tile, const Rule<C>& rule) {
+  constexpr int W = 16 / sizeof(C);
+  const int packed = packed_columns<P, C>(p, tile);
+  if (tile.head) return step_head_tile<LEAN, P>(p, tile, rule, packed);
   constexpr bool EXACT = !SLICED && (LEAN || N <= 2);  // there are N tasks
   const int lane = threadIdx.x, lanes = blockDim.x;
   const bool active = lane * W < packed;
@@ -325,6 +339,111 @@ __global__ void __launch_bounds__(SLICED ? MAX_SLICES * 32 : THREADS, MIN_BLOCKS
     advance_flag(p, p.rules[c.groups[i]], i, decision.reset && p.reset_momentum && i < p.shared_count);
 }
 
+// The first half of a step in two, of W columns: the inner steps, and total <- the sum over all rows of theta - phi.
+// Slices, and threads that are not active, are as in step_shared.
+template <int W, class P, class C, class Launch>
+__device__ __forceinline__ void sum_shared(const Launch& p, const Tile& tile, const Rule<C>& rule, C* total,
+                                           unsigned column, bool active) {
+  const Buffers<P>& b = p.shared;
+  constexpr int BATCH = LOADED<P, true>;
+  const int from = threadIdx.y * p.share, to = min(from + p.share, p.tasks);
+  C sum[W] = {};
+  if (active) {
+    C theta[BATCH][W], phi[W];
+    load(phi, b.phi + tile.column + column);
+    for (int begin = from; begin < to; begin += BATCH) {
+      inner_steps<false, BATCH>(theta, p, b, rule, tile.first + begin, to - begin, begin * b.stride + tile.column,
+                                tile.at, column);
+      CTS_UNROLL
+      for (int t = 0; t < BATCH; ++t) {
+        if (begin + t >= to) continue;
+        CTS_UNROLL
+        for (int i = 0; i < W; ++i) sum[i] = sum[i] + (theta[t][i] - phi[i]);
+        store_theta(b, (begin + t) * b.stride + tile.column, column, theta[t], p.streams);
+      }
+    }
+  }
+  if (blockDim.y > 1) add_slices(sum);
+  if (active && threadIdx.y == 0) store(total + tile.column + column, sum, false);
+}
+
+// The second half of W columns: the meta-update with a total over all tasks, shift and reset.
+template <int W, class P, class C, class Launch>
+__device__ __forceinline__ void finish_shared(const Launch& p, const Tile& tile, const Rule<C>& rule, unsigned column,
+                                              bool active) {
+  const Buffers<P>& b = p.shared;
+  C phi[W], sum[W], delta[W] = {};
+  if (active) {
+    load(phi, b.phi + tile.column + column);
+    load(sum, p.total + tile.column + column);
+    CTS_UNROLL
+    for (int i = 0; i < W; ++i)
+      if (rule.meta_update) delta[i] = meta_update(phi[i], sum[i], rule);
+  }
+  if (blockDim.y > 1) __syncthreads();  // all slices have read phi
+  if (!active) return;
+  if (rule.meta_update && threadIdx.y == 0) store(b.phi + tile.column + column, phi, p.streams);
+  for (int t = threadIdx.y * p.share; t < min(int(threadIdx.y + 1) * p.share, p.tasks); ++t) {
+    C theta[W];
+    load_theta(theta, b, t * b.stride + tile.column, column);
+    CTS_UNROLL
+    for (int i = 0; i < W; ++i) {
+      if (rule.meta_update) shift(theta[i], delta[i], rule);
+      if (rule.reset) theta[i] = phi[i];
+    }
+    store_theta(b, t * b.stride + tile.column, column, theta, p.streams);
+  }
+}
+
+// body(columns at a time, a constant; column; whether it is active) for what the calling thread visits of a shared
+// tile; all threads of a block come equally often.
+template <int W, class Body>
+__device__ __forceinline__ void over_columns(const Tile& tile, int packed, const Body& body) {
+  const int lane = threadIdx.x, lanes = blockDim.x;
+  if (packed > 0) body(std::integral_constant<int, W>(), lane * W, lane * W < packed);
+  for (int column = packed + lane; column - lane < tile.columns; column += lanes)
+    body(std::integral_constant<int, 1>(), column, column < tile.columns);
+}
+
+template <class P, int POINTERS, int GROUPS> struct Partial {
+  Params<P, POINTERS, GROUPS> step;
+  typename Work<P>::type* total;
+};
+
+template <class P, int POINTERS, int GROUPS>
+__global__ void __launch_bounds__(MAX_SLICES * 32)
+    partial_step(const __grid_constant__ Partial<P, POINTERS, GROUPS> p) {
+  using C = typename Work<P>::type;
+  const Tile tile = p.step.tiles[blockIdx.x];
+  const Rule<C> rule = rule_of<false, C>(p.step, tile, Decision{});
+  const int packed = packed_columns<P, C>(p.step, tile);
+  if (tile.head) return step_head_tile<false, P>(p.step, tile, rule, packed);
+  over_columns<16 / sizeof(C)>(tile, packed, [&](auto width, unsigned column, bool active) {
+    sum_shared<decltype(width)::value, P>(p.step, tile, rule, p.total, column, active);
+  });
+}
+
+template <class P, int GROUPS> struct Finish {
+  Buffers<P> shared;
+  const Tile* tiles;
+  const typename Work<P>::type* total;
+  int32_t tasks, share;
+  bool streams;
+  Rule<typename Work<P>::type> rules[GROUPS];
+};
+
+template <class P, int GROUPS>
+__global__ void __launch_bounds__(MAX_SLICES * 32) finish_step(const __grid_constant__ Finish<P, GROUPS> p) {
+  using C = typename Work<P>::type;
+  constexpr int W = 16 / sizeof(C);
+  const Tile tile = p.tiles[blockIdx.x];
+  if (tile.head) return;
+  const Rule<C> rule = p.rules[tile.group];
+  over_columns<W>(tile, tile.columns / W * W, [&](auto width, unsigned column, bool active) {
+    finish_shared<decltype(width)::value, P>(p, tile, rule, column, active);
+  });
+}
+
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
@@ -336,17 +455,17 @@ bool are_aligned(const Launch& l, const Step& step, size_t bytes) {
   return addresses % bytes == 0;
 }
 
-template <bool LEAN, int N, bool SLICED, class P, int POINTERS, int GROUPS>
-void launch_kernel(const Launch& l, const Step& step, const Counting& counting) {
+template <class P> Buffers<P> buffers(const Flat& f) {
   using C = typename Work<P>::type;
-  static_assert(sizeof(Params<P, POINTERS, GROUPS>) <= MAX_PARAMETER_BYTES, "a kernel takes no more");
-  auto buffers = [](const Flat& f) {
-    return Buffers<P>{static_cast<C*>(f.phi), static_cast<P*>(f.theta), static_cast<P*>(f.momentum),
-                      static_cast<float*>(f.master), f.stride};
-  };
+  return {static_cast<C*>(f.phi), static_cast<P*>(f.theta), static_cast<P*>(f.momentum), static_cast<float*>(f.master),
+          f.stride};
+}
+
+template <class P, int POINTERS, int GROUPS>
+void fill(Params<P, POINTERS, GROUPS>& p, const Launch& l, const Step& step, const Counting& counting) {
+  using C = typename Work<P>::type;
   const Shape shape = shape_of(l.shared.rows);
-  Params<P, POINTERS, GROUPS> p;
-  p.shared = buffers(l.shared), p.heads = buffers(l.heads);
+  p.shared = buffers<P>(l.shared), p.heads = buffers<P>(l.heads);
   p.tiles = l.tiles, p.table = static_cast<const P* const*>(l.table), p.counting = counting;
   p.started = l.started, p.nonfinite = step.nonfinite;
   p.tasks = l.shared.rows, p.num_tasks = step.num_tasks, p.share = shape.share, p.count = l.count,
@@ -359,11 +478,23 @@ void launch_kernel(const Launch& l, const Step& step, const Counting& counting) 
     p.lr[i] = l.rates[i].lr, p.meta_lr[i] = l.rates[i].meta_lr;
   }
   if (l.table == nullptr) memcpy(p.gradients, step.gradients, l.count * sizeof(void*));
-  void* arguments[] = {&p};
-  check(cudaLaunchKernel(shifting_step<LEAN, N, SLICED, P, POINTERS, GROUPS>, dim3(l.num_tiles),
-                         dim3(shape.lanes, shape.slices), arguments,
+}
+
+// One block a tile.
+template <class P> void queue(void (*kernel)(P), P& parameters, const Launch& l) {
+  static_assert(sizeof(P) <= MAX_PARAMETER_BYTES, "a kernel takes no more");
+  const Shape shape = shape_of(l.shared.rows);
+  void* arguments[] = {&parameters};
+  check(cudaLaunchKernel(kernel, dim3(l.num_tiles), dim3(shape.lanes, shape.slices), arguments,
                          shape.slices > 1 ? shape.lanes * shape.slices * 16 : 0, static_cast<cudaStream_t>(l.stream)),
         "launch of the step");
+}
+
+template <bool LEAN, int N, bool SLICED, class P, int POINTERS, int GROUPS>
+void launch_kernel(const Launch& l, const Step& step, const Counting& counting) {
+  Params<P, POINTERS, GROUPS> p;
+  fill(p, l, step, counting);
+  queue(shifting_step<LEAN, N, SLICED, P, POINTERS, GROUPS>, p, l);
 }
 
 // Whether all groups have the rule that lean kernels are made for, of N tasks or any number.
@@ -412,6 +543,26 @@ void CTS_DTYPE::launch(const Launch& l, const Step& step, const Counting& counti
   else if (tasks <= 4) launch_sized<P, 4>(l, step, counting);
   else if (tasks <= 8) launch_sized<P, 8>(l, step, counting);
   else launch_sized<P, HELD, true>(l, step, counting);
+}
+
+void CTS_DTYPE::launch_partial(const Launch& l, const Step& step, void* total) {
+  using P = Parameter;
+  check(cudaSetDevice(l.device), "choice of the device");
+  Partial<P, MAX_POINTERS, MAX_GROUPS> p;
+  fill(p.step, l, step, Counting{});
+  p.total = static_cast<Work<P>::type*>(total);
+  queue(partial_step<P, MAX_POINTERS, MAX_GROUPS>, p, l);
+}
+
+void CTS_DTYPE::launch_finish(const Launch& l, const Step& step, const void* total) {
+  using P = Parameter;
+  using C = Work<P>::type;
+  check(cudaSetDevice(l.device), "choice of the device");
+  Finish<P, MAX_GROUPS> p;
+  p.shared = buffers<P>(l.shared), p.tiles = l.tiles, p.total = static_cast<const C*>(total);
+  p.tasks = l.shared.rows, p.share = shape_of(l.shared.rows).share, p.streams = l.streams;
+  for (int i = 0; i < l.num_groups; ++i) p.rules[i] = make_rule<C>(step.groups[i], step, true);
+  queue(finish_step<P, MAX_GROUPS>, p, l);
 }
 
 }  // namespace cts

@@ -72,6 +72,25 @@ bool any_nonfinite(const Plan& plan, uintptr_t gradients, int threads) {
   return plan.any_nonfinite(step, threads);
 }
 
+void partial(const Plan& plan, uintptr_t gradients, uintptr_t started, bool all_started, uintptr_t nonfinite,
+             const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control, uintptr_t total,
+             int threads) {
+  const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
+  const cts::Step step = cts::step_of(gradients, all_started ? 0 : started, nonfinite, groups, control);
+  py::gil_scoped_release release;
+  plan.partial(step, pointer<void>(total), threads);
+  plan.notes.write(step, pointer<uint8_t>(started), all_started, std::nullopt);
+}
+
+void finish(const Plan& plan, const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control,
+            const cts::AfterTuple& after, uintptr_t total, int threads) {
+  const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
+  const cts::Step step = cts::step_of(0, 0, 0, groups, control);
+  py::gil_scoped_release release;
+  plan.finish(step, pointer<const void>(total), threads);
+  plan.notes.write(step, nullptr, true, after);
+}
+
 void add_gradients(const Plan& plan, uintptr_t gradients, uintptr_t target, double weight, int threads) {
   py::gil_scoped_release release;
   plan.add_gradients(pointer<const void* const>(gradients), pointer<void>(target), weight, threads);
@@ -116,6 +135,13 @@ PYBIND11_MODULE(_cpu, m) {
           "along the tasks' paths that takes place before the step (total, theta, gradient, stride of the last two, "
           "weights, loss changes, scale, whether to keep the point): the sum takes in the segment that ends here "
           "(weights empty: none); then this point is kept. Returns |phi - phi before|^2 if measure_phi, else 0.")
+      .def(
+          "partial", &partial, "gradients"_a, "started"_a, "all_started"_a, "nonfinite"_a, "hyper"_a, "control"_a,
+          "total"_a, "threads"_a,
+          "As `step` up to the inner step; total [S] <- the sum over the rows of theta - phi. The flags are brought up "
+          "to date, and at a reset that clears momentum it is cleared.")
+      .def("finish", &finish, "hyper"_a, "control"_a, "after"_a, "total"_a, "threads"_a,
+           "Meta-update with a total over all tasks, shift and reset; then the counters are brought up to date.")
       .def("any_nonfinite", &any_nonfinite, "gradients"_a, "threads"_a,
            "Whether any gradient holds a NaN or an infinity.")
       .def("add_gradients", &add_gradients, "gradients"_a, "target"_a, "weight"_a, "threads"_a,

@@ -49,12 +49,35 @@ struct Plan {
                                horizon,
                                meta_interval,
                                advances};
-    cts::Launch now = launch;
-    now.num_groups = static_cast<int>(groups.size());
-    now.table = pointer<void>(table), now.started = pointer<uint8_t>(started), now.stream = pointer<void>(stream);
-    now.rates = addresses.data();
-    cts::launch(now, step, counts);
+    cts::launch(completed(groups.size(), addresses.data(), table, started, stream), step, counts);
     notes.write(step, pointer<uint8_t>(host_started), false, after);
+  }
+
+  void partial(uintptr_t gradients, uintptr_t table, uintptr_t started, uintptr_t host_started, uintptr_t nonfinite,
+               const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control, uintptr_t total,
+               uintptr_t stream) const {
+    const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
+    const cts::Step step = cts::step_of(gradients, started, nonfinite, groups, control);
+    const std::vector<cts::RateAddresses> none(groups.size());
+    cts::launch_partial(completed(groups.size(), none.data(), table, started, stream), step, pointer<void>(total));
+    notes.write(step, pointer<uint8_t>(host_started), false, std::nullopt);
+  }
+
+  void finish(const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control, const cts::AfterTuple& after,
+              uintptr_t total, uintptr_t stream) const {
+    const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
+    const cts::Step step = cts::step_of(0, 0, 0, groups, control);
+    cts::launch_finish(completed(groups.size(), nullptr, 1, 0, stream), step, pointer<const void>(total));
+    notes.write(step, nullptr, true, after);
+  }
+
+ private:
+  cts::Launch completed(size_t num_groups, const cts::RateAddresses* rates, uintptr_t table, uintptr_t started,
+                        uintptr_t stream) const {
+    cts::Launch now = launch;
+    now.num_groups = static_cast<int>(num_groups), now.rates = rates;
+    now.table = pointer<void>(table), now.started = pointer<uint8_t>(started), now.stream = pointer<void>(stream);
+    return now;
   }
 };
 
@@ -97,5 +120,12 @@ PYBIND11_MODULE(_cuda, m) {
           "to date once the step is queued, or 0. rates: for each group, addresses of lr and meta_lr where they are "
           "tensors, or 0. control: (meta_update, reset, reset_momentum, num_tasks, inverse_scale). after: None, or "
           "(address of the host's counters, their values after the step). counting: (counters, ticket, found_inf, "
-          "grad_scale, groups, horizon, meta_interval, advances), 0 for none.");
+          "grad_scale, groups, horizon, meta_interval, advances), 0 for none.")
+      .def(
+          "partial", &Plan::partial, "gradients"_a, "table"_a, "started"_a, "host_started"_a, "nonfinite"_a, "hyper"_a,
+          "control"_a, "total"_a, "stream"_a,
+          "Queue the first half of a step, as `step` up to the inner step; total [S] on the device <- the sum over the "
+          "rows of theta - phi. At a reset that clears momentum it is cleared.")
+      .def("finish", &Plan::finish, "hyper"_a, "control"_a, "after"_a, "total"_a, "stream"_a,
+           "Queue the second half: meta-update with a total over all tasks, shift and reset.");
 }

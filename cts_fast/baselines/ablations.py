@@ -43,6 +43,7 @@ class RandomShifting(NoShifting):
 
     own_options = {"seed": 0}
     on_host = True
+    one_process = "the length of its shifts is measured in one process"
 
     def check_own_options(self, own: dict) -> None:
         """Raise ValueError for a seed that is no whole number."""
@@ -83,6 +84,7 @@ class ShiftingAccurate(Method):
     """
 
     on_host = True
+    one_process = "it is the paper's measure of what shifting approximates, for small problems"
 
     def plan(self, counters: Counters) -> tuple[Control, Counters]:
         options = self.param_groups[0]

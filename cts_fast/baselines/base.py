@@ -37,6 +37,7 @@ class Method(ShiftingMetaOptimizer):
     def __init__(self, tasks, lr: float | Tensor = 1e-3, **options) -> None:
         own = {name: options.pop(name, default) for name, default in self.own_options.items()}
         self.check_own_options(own)
+        self.own_values = own
         name = type(self).__name__
         if self.on_host and options.get("capturable"):
             raise ValueError(f"{name}: takes its decisions on the host; use capturable=False")
@@ -119,6 +120,10 @@ class Method(ShiftingMetaOptimizer):
     def task_gradients(self, heldout: Callable[[], Tensor], row: int) -> Sequence[Tensor | None]:
         """∇ of one task's held-out loss by its shared parameters; None where it does not depend on one."""
         return torch.autograd.grad(evaluate(heldout, row), self.task_params(row), allow_unused=True)
+
+    def over_ranks(self, total: list[Tensor]) -> list[Tensor]:
+        """The sums over all ranks of what this one has summed over its tasks: [S] for each shared buffer."""
+        return total if self.ranks is None else self.ranks.summed(self.engine, total)
 
     def end_round_(
         self,

@@ -21,6 +21,7 @@ class FOMAML(Method):
     needs = frozenset({"heldout"})
     once_a_round = True
     on_host = True
+    one_process = "the gradients of its held-out losses are summed over the tasks of one process"
 
     def apply_(self, step: Step) -> None:
         self.inner_step_(step)
@@ -43,6 +44,7 @@ class FOMAMLPlusPlus(Method):
     needs = frozenset({"heldout"})
     once_a_round = True
     on_host = True
+    one_process = "its held-out gradients along the way are summed over the tasks of one process"
     buffers = {"meta_gradient": "shared"}
 
     @torch.no_grad()

@@ -43,6 +43,7 @@ class IMAML(Method):
     needs = frozenset({"heldout"})
     once_a_round = True
     on_host = True
+    one_process = "the solutions of its linear systems are summed over the tasks of one process"
     own_options = {"cg_steps": 5, "lam": 1.0}
     _room: tuple[Flat, Tensor] | None = None
 

@@ -60,7 +60,8 @@ class Leap(Method):
 
         self.inner_step_(step, leave_point_)
         if step.control.reset:
-            self.end_round_(step.hyper, step.control, [flat.own["meta_gradient"] for flat in self.shared_flats()])
+            total = self.over_ranks([flat.own["meta_gradient"] for flat in self.shared_flats()])
+            self.end_round_(step.hyper, step.control, total)
             self.clear_buffers_()
 
     def _weights(self, loss_changes: list[float]) -> list[float]:
@@ -69,7 +70,7 @@ class Leap(Method):
         parts = [backend.squared_distances(flat.own["previous_theta"]) for backend, flat in self.engine.shared]
         squared = [change * change + sum(moved) for change, *moved in zip(loss_changes, *parts, strict=True)]
         # a path that stands still has no direction
-        return [p * s ** (p / 2 - 1) / len(squared) if s > 0 else 0.0 for s in squared]
+        return [p * s ** (p / 2 - 1) / self.num_tasks if s > 0 else 0.0 for s in squared]
 
 
 def _point(flat: Flat, weights: list[float], changes: list[float], control: Control) -> PathPoint:

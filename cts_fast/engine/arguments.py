@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from cts_fast.engine.backends.base import DTYPES
 from cts_fast.engine.layout import Segment, is_without_memory, only_looks_dense, plain_name, refuse_shared
 from cts_fast.engine.plan import OPTIONS
-from cts_fast.engine.rules.sgd import Hyper
+from cts_fast.engine.rules.sgd import Hyper, check_hyper
 
 ALIKE = "shared parameters are the same in every task"
 
@@ -80,6 +80,28 @@ def _refuse_containers(item: Any, where: str) -> None:
         )
 
 
+def new_group(param_group: Any, defaults: Mapping, num_tasks: int | None) -> dict:
+    """A group that a user gives, with a flat task-major list as "params" and their numbers by task as "sizes".
+
+    Raises TypeError or ValueError, naming task, parameter and reason.
+    """
+    if not isinstance(param_group, dict):
+        raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+    for name in (*OPTIONS, "heads", "nonfinite", "process_group", "backend"):
+        if name in param_group:
+            raise ValueError(f"{name} belongs to the whole optimizer and cannot be set for a group")
+    check_hyper({**defaults, **param_group})
+    shared = param_group.get("shared", True)
+    tasks = drop_duplicates(split_tasks(param_group["params"], num_tasks))
+    check_parameters(tasks, shared)
+    return {
+        **{name: plain_number(value) for name, value in param_group.items()},
+        "params": [item for task in tasks for item in task],
+        "shared": shared,
+        "sizes": [len(task) for task in tasks],
+    }
+
+
 def split_tasks(params, num_tasks: int | None) -> list[list]:
     """A group's `params` as one list of parameters a task.
 
@@ -141,7 +163,7 @@ def drop_duplicates(tasks: list[list]) -> list[list]:
         warnings.warn(
             "optimizer contains a parameter group with duplicate parameters; in future, this will cause an error; "
             "see github.com/pytorch/pytorch/issues/40967 for more information",
-            stacklevel=5,
+            stacklevel=7,
         )
     return result
 
@@ -263,15 +285,33 @@ def named_heads(heads: Iterable, num_tasks: int, named: bool) -> list[list]:
     return pairs if named else [[tensor for _, tensor in head] for head in pairs]
 
 
-def refuse_spawning() -> None:
-    """Raise RuntimeError where an optimizer is about to be sent to a process that is being spawned: its tensors would
-    be shared.
+def refuse_copying(over_ranks: bool) -> None:
+    """Raise RuntimeError for an optimizer that belongs to a process group, and where one is about to be sent to a
+    process that is being spawned: its tensors would be shared.
     """
+    if over_ranks:
+        raise RuntimeError(
+            "an optimizer with a process_group is neither copied nor pickled, since a group is not; "
+            "make another one with a process_group and give it this one's state_dict()"
+        )
     if get_spawning_popen() is not None:
         raise RuntimeError(
             "a ShiftingMetaOptimizer cannot be sent to another process: its parameters would move into shared memory, "
             "which the flat buffers cannot follow; make it in that process, and send state_dict() of clones"
         )
+
+
+def read_group(group: dict, device: torch.device | None = None) -> Hyper:
+    """A param group's hyper-parameters as numbers, checked. device: reads its own rates in a captured step, where the
+    host takes no part: a tensor lr or meta_lr on it stays one.
+    """
+    group.update({name: plain_number(group[name]) for name in Hyper._fields})
+    values = {name: group[name] for name in Hyper._fields}
+    for name, value in values.items():
+        if isinstance(value, Tensor) and not (name in ("lr", "meta_lr") and value.device == device):
+            values[name] = value.item()
+    check_hyper(values)
+    return Hyper(**values)
 
 
 def check_initialization(values: Any, initialization: Mapping[str, Tensor]) -> list[Tensor]:

@@ -198,6 +198,12 @@ class Engine:
         state.seen.clear()
         state.seen.update(p for p in handed_out if _references(state.entry(p) or {}, self.views[p]) > UNSEEN)
 
+    def forget_(self, params: Iterable[Tensor], groups: Sequence[dict], state: State) -> None:
+        """Lay out the groups anew without these parameters, which were laid out and have left them."""
+        for param in params:
+            state.pop(param, None)
+        self.build(groups, state)
+
     # One truth --------------------------------------------------------------------------------------------------------
 
     def sync_(self, groups: list[dict], state: Any) -> State:
@@ -404,8 +410,14 @@ class Engine:
 
         Waits for a step on a GPU whose flags were sent, and not for what was queued after it.
         """
+        found = self.find_nonfinite()
+        if found is not None:
+            raise found
+
+    def find_nonfinite(self) -> NonFiniteGradient | None:
+        """As `report_nonfinite`, but returned and not raised; None if there was none."""
         if self.flags is None or not self.flags_on_host and torch.cuda.is_current_stream_capturing():
-            return
+            return None
         copies, arrived = self.sent or ([flags.cpu() for flags in self.flags], [])
         self.sent = None
         for event in arrived:
@@ -417,7 +429,8 @@ class Engine:
                     seen.zero_()
                 flat, n, row = collector.places[i]
                 segment = flat.segments[n]
-                raise NonFiniteGradient(row if segment.task is None else segment.task, segment.name)
+                return NonFiniteGradient(row if segment.task is None else segment.task, segment.name)
+        return None
 
     def readable(self, groups: Sequence[dict]) -> list[dict]:
         """The groups with all that a layout needs, also where somebody edited them."""

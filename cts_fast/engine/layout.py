@@ -272,6 +272,17 @@ class Flat:
         segment = self.segments[n]
         return row == 0 and torch.empty_like(segment.params[0], device="meta").stride() != segment.stride
 
+    def start_at_(self, phi: Tensor) -> list[Segment]:
+        """φ ← phi [S], and θ ← φ in every row of the tensors that differ from it in a bit, which are returned."""
+        changed = []
+        for segment in self.segments:
+            columns = slice(segment.offset, segment.offset + segment.numel)
+            if not torch.equal(self.phi[columns].view(torch.int32), phi[columns].view(torch.int32)):
+                for buffer in (self.phi, self.work_theta, self.theta):
+                    buffer[..., columns] = phi[columns]
+                changed.append(segment)
+        return changed
+
     def follow_parameters_(self, columns: slice = slice(None)) -> None:
         """Low precision: where somebody wrote a parameter since it was rounded from its master, the master follows."""
         if self.master is not None:

@@ -81,3 +81,13 @@ def next_step(options: Mapping, now: Counters, num_tasks: int) -> tuple[Control,
     reset = options["horizon"] is not None and inner_step >= options["horizon"]
     after = Counters(0 if reset else inner_step, now.round + reset, now.meta_updates + meta_update)
     return Control(meta_update, reset, options["reset_momentum"], num_tasks), after
+
+
+def counted_step(
+    options: Mapping, counters: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, num_tasks: int
+) -> tuple[Control, Counting]:
+    """As `next_step`, where the device decides by its own counters."""
+    check_options(options)
+    horizon = NEVER if options["horizon"] is None else options["horizon"]
+    counting = Counting(counters, horizon, options["meta_interval"], found_inf, grad_scale)
+    return Control(False, False, options["reset_momentum"], num_tasks), counting

@@ -1,14 +1,18 @@
-"""What state dicts and copies say: what parameters, groups and `opt.state` hold now; nothing is written."""
+"""What state dicts and copies say: what parameters, groups and `opt.state` hold now; nothing is written.
+`load_` is the way back.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cts_fast.engine.arguments import regroup
+from cts_fast.engine.arguments import plain_number, regroup
 from cts_fast.engine.layout import MOMENTUM, Segment, make_segments
 from cts_fast.engine.state import State
 
@@ -43,6 +47,48 @@ def saved_state(engine: Engine, groups: Sequence[dict], given: Any) -> dict[Tens
     counters = (shown or {}).get("counters", engine.counters.tensor)
     saved[segments[0].params[0]]["counters"] = counters.detach()
     return saved
+
+
+def packed(groups: Sequence[dict], state: Mapping) -> dict:
+    """Groups and state as torch.optim.Optimizer.state_dict packs them, hyper-parameters as plain numbers."""
+    optimizer: Any = SimpleNamespace(
+        param_groups=groups,
+        state=state,
+        _optimizer_state_dict_pre_hooks={},
+        _optimizer_state_dict_post_hooks={},
+    )
+    state_dict = torch.optim.Optimizer.state_dict(optimizer)
+    for group in state_dict["param_groups"]:
+        group.update({name: plain_number(value) for name, value in group.items()})
+    return state_dict
+
+
+def with_clones(entry: Mapping[str, Any], views: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A saved entry with tensors of its own in the place of `views`."""
+    return {**entry, **{name: entry[name].detach().clone() for name in views}}
+
+
+def load_(
+    engine: Engine,
+    groups: Sequence[dict],
+    saved_groups: Sequence[dict],
+    saved: Sequence[tuple[Tensor, Mapping[str, Tensor]]],
+) -> None:
+    """Write what `check_state_dict` returned into the buffers, the state and the groups; no entry is one of them."""
+    for param, entry in saved:
+        views = engine.views[param]
+        for name, view in views.items():
+            view.copy_(entry[name])
+        engine.state.show(param, {name: value for name, value in entry.items() if name not in views})
+    engine.unchecked = True
+    for flat in chain.from_iterable(engine.flats):
+        flat.all_started = False
+        if flat.master is not None:
+            flat.theta.copy_(flat.master)
+        flat.note_write()
+    for group, saved_group in zip(groups, saved_groups, strict=True):
+        kept = ("params", "param_names", "capturable", "shared", "sizes")
+        group.update({name: plain_number(value) for name, value in saved_group.items() if name not in kept})
 
 
 def _save(engine: Engine, param: Tensor, entry: dict[str, Any]) -> None:

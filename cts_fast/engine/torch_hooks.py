@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
+from typing import Any
 
 import torch
 from torch.autograd import profiler
@@ -35,3 +36,13 @@ def with_torchs_hooks(step: Callable) -> Callable:
 
     setattr(hooked, "hooked", True)  # noqa: B010 - by this mark torch.optim.Optimizer knows that it need not wrap it
     return hooked
+
+
+def after_hooks(hooks: Mapping[int, Callable], optimizer: torch.optim.Optimizer, *given: Any) -> Any:
+    """Call an optimizer's hooks in turn with it and, if there is one, a state dict, which each may replace; the last
+    state dict.
+    """
+    for hook in hooks.values():
+        changed = hook(optimizer, *given)
+        given = given if changed is None or not given else (changed,)
+    return given[0] if given else None

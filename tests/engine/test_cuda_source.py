@@ -24,7 +24,9 @@ needs_gcc = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "l
 
 @needs_gcc
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["test_shifting_step.py", "test_counted_steps.py", "test_cuda_backend.py"])
+@pytest.mark.parametrize(
+    "file", ["test_shifting_step.py", "test_step_in_halves.py", "test_counted_steps.py", "test_cuda_backend.py"]
+)
 def test_the_step_is_right_under_sanitizers(shim, file):
     named = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
     libraries = [subprocess.run(command, capture_output=True, text=True).stdout.strip() for command in named]
@@ -95,8 +97,21 @@ TYPES = {"f": "float32", "d": "float64", "13__nv_bfloat16": "bfloat16", "6__half
 KINDS = [(1, False), (2, False), (4, False), (8, False), (8, True)]  # (tasks a thread holds, sliced)
 
 
+class Half(NamedTuple):
+    """Which of the kernels that do half a step, each for any number of tasks."""
+
+    architecture: int
+    name: str
+    dtype: str
+
+    @classmethod
+    def of(cls, architecture: int, name: str) -> Half | None:
+        kind = re.search(r"\d(partial_step|finish_step)I(f|d|13__nv_bfloat16|6__half)L", name)
+        return cls(architecture, kind[1], TYPES[kind[2]]) if kind else None
+
+
 @pytest.fixture(scope="module")
-def usage(module) -> dict[Kernel, tuple[int, int, int]]:
+def resources(module) -> dict[Kernel | Half, tuple[int, int, int]]:
     """Kernel → (registers, stack bytes, local bytes)."""
     found, architecture = {}, None
     for line in cuobjdump("--dump-resource-usage", module).splitlines():
@@ -105,8 +120,23 @@ def usage(module) -> dict[Kernel, tuple[int, int, int]]:
         elif match := re.search(r"Function (\S+):", line):
             name = match[1]
         elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
-            found[Kernel.of(architecture, name)] = tuple(map(int, match.groups()))
+            kernel = Half.of(architecture, name) or Kernel.of(architecture, name)
+            found[kernel] = tuple(map(int, match.groups()))
     return found
+
+
+@pytest.fixture(scope="module")
+def usage(resources) -> dict[Kernel, tuple[int, int, int]]:
+    """Those of the whole step."""
+    return {kernel: value for kernel, value in resources.items() if isinstance(kernel, Kernel)}
+
+
+def test_both_halves_have_a_kernel_for_every_dtype_and_spill_nothing(resources):
+    architectures = {kernel.architecture for kernel in resources}
+    halves = {kernel: value for kernel, value in resources.items() if isinstance(kernel, Half)}
+    every = itertools.product(architectures, ("partial_step", "finish_step"), TYPES.values())
+    assert set(halves) == {Half(*one) for one in every}
+    assert all(value[1:] == (0, 0) and value[0] <= 128 for value in halves.values()), halves
 
 
 def test_every_architecture_dtype_and_number_of_tasks_has_its_kernels(usage):
@@ -151,7 +181,8 @@ def code(request, module, usage) -> dict[Kernel, list[str]]:
         pytest.skip(f"not built for sm_{architecture}")
     text = cuobjdump("--dump-sass", "--gpu-architecture", f"sm_{architecture}", module)
     _, *parts = re.split(r"\n\s*Function : ", text)
-    return {Kernel.of(architecture, part.split()[0]): instructions(part) for part in parts}
+    whole = [part for part in parts if Half.of(architecture, part.split()[0]) is None]
+    return {Kernel.of(architecture, part.split()[0]): instructions(part) for part in whole}
 
 
 def widths(found: list[str], kinds: str) -> list[int]:

@@ -73,6 +73,9 @@ VARIANTS = {
     "T = 17, bf16": dict(capability=90, T=17, dtype="bf16"),
     **{dtype: dict(capability=90, T=8, dtype=dtype) for dtype in ("fp64", "bf16", "fp16")},
     "every option": dict(capability=90, T=8, dampened=True, counting=True, nonfinite=True),
+    "first half": dict(capability=90, T=8, kernel="partial_step"),
+    "second half": dict(capability=90, T=8, kernel="finish_step"),
+    "halves of many, bf16": dict(capability=90, T=17, dtype="bf16", kernel="partial_step"),
     "unaligned": dict(capability=90, T=8, aligned=False),
 }
 
@@ -104,6 +107,12 @@ def test_full_tiles_move_16_bytes_at_a_time(compiled, name):
     widths = compiled[name]["widths"]
     assert widths["load"].count(16) >= 3 * 8 + 1  # theta, momentum and gradient of 8 tasks, and phi
     assert widths["store"].count(16) >= 2 * 8 + 1
+
+
+def test_both_halves_move_16_bytes_at_a_time(compiled):
+    first, second = compiled["first half"]["widths"], compiled["second half"]["widths"]
+    assert first["load"].count(16) >= 3 * 8 + 1 and first["store"].count(16) >= 2 * 8 + 1
+    assert second["load"].count(16) >= 8 + 2 and second["store"].count(16) >= 8 + 1
 
 
 def test_unaligned_gradients_are_not_read_16_bytes_at_a_time(compiled):

@@ -1,7 +1,10 @@
 """The README's snippets run as they stand."""
 
 import copy
+import os
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -17,10 +20,22 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 KEYS = ["GradScaler", "compile", "AveragedModel", "checkpoint", "lightning", "accelerate"]
 
 
+RANKS = README.partition("## Tasks over processes")[2].partition("\n## ")[0]
+PRELUDE = """
+import torch
+from torch import nn
+from cts_fast import ShiftingMetaOptimizer
+from integrations.test_readme import Net
+torch.manual_seed(0)
+classes, make_net, loss_fn = [3, 2, 5], Net, nn.functional.cross_entropy
+loader = [[(torch.randn(5, 4), torch.randint(2, (5,))) for _ in classes] for _ in range(3)]
+"""
+
+
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, num_classes=3):
         super().__init__()
-        self.body, self.head = nn.Sequential(nn.Linear(4, 6), nn.ReLU()), nn.Linear(6, 3)
+        self.body, self.head = nn.Sequential(nn.Linear(4, 6), nn.ReLU()), nn.Linear(6, num_classes)
 
     def forward(self, x):
         return self.head(self.body(x))
@@ -60,3 +75,19 @@ def test_a_snippet_of_the_readme(key, code, tmp_path, monkeypatch):
         exec(code.replace("torch.compile(net)", 'torch.compile(net, backend="aot_eager")'), found)
     after = [p for net in found["nets"] for p in net.parameters()]
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) or key == "checkpoint"
+
+
+def test_the_script_over_processes_runs_under_torchrun(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", RANKS, re.DOTALL)
+    (tmp_path / "train.py").write_text(PRELUDE + code)
+    tests = str(Path(__file__).parents[1])
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.pathsep.join([*sys.path, tests]),
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    out = subprocess.run([*torchrun, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-4000:]
+    assert set(torch.load(tmp_path / "phi.pt")) == {"0.weight", "0.bias"}

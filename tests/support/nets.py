@@ -30,8 +30,9 @@ def make_optimizer(nets, **options):
     )
 
 
-def backward(nets, step=0, scale=1.0):
-    for t, net in enumerate(nets):
+def backward(nets, step=0, scale=1.0, first=0):
+    """first: of these tasks among all, whose data depend on it."""
+    for t, net in enumerate(nets, first):
         draw = torch.Generator().manual_seed(1000 * step + t)
         dtype = net[0].weight.dtype
         x = torch.randn(4, 3, 6, 6, generator=draw).to(dtype)

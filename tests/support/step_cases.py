@@ -60,25 +60,30 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return values.clone()
 
 
-def build(case: Case, backend: str, device="cpu", dtype: torch.dtype | None = None, cls=ShiftingMetaOptimizer, **more):
-    """(optimizer, parameters of each task, shared ones first); every task starts at the first one's values."""
-    dtype = dtype or case.dtype
+def parameters(case: Case, device="cpu", dtype: torch.dtype | None = None) -> tuple[list[list], list[list]]:
+    """(shared parameters, heads) of each task; every task starts at the first one's values."""
     draw = torch.Generator().manual_seed(case.seed)
     start = [torch.randn(shape, generator=draw).to(case.dtype) for shape in case.shapes]
     own = [[torch.randn(shape, generator=draw).to(case.dtype) for shape in shapes] for shapes in case.heads]
 
     def parameter(values: Tensor) -> torch.nn.Parameter:
-        return torch.nn.Parameter(laid_out(values.to(device, dtype), case.layout))
+        return torch.nn.Parameter(laid_out(values.to(device, dtype or case.dtype), case.layout))
 
     shared = [[parameter(values) for values in start] for _ in range(case.tasks)]
     heads = [[parameter(values) for values in own[t]] if t < len(own) else [] for t in range(case.tasks)]
+    return shared, heads
+
+
+def build(case: Case, backend: str, device="cpu", dtype: torch.dtype | None = None, cls=ShiftingMetaOptimizer, **more):
+    """(optimizer, parameters of each task, shared ones first)."""
+    shared, heads = parameters(case, device, dtype)
     opt = cls(shared, **case.options, heads=heads if case.heads else None, backend=backend, **more)
     return opt, [a + b for a, b in zip(shared, heads, strict=True)]
 
 
-def set_gradients(case: Case, params: list[list[Tensor]], step: int) -> None:
-    """The drawn gradients of one step: the same values for every backend and dtype."""
-    for t, task in enumerate(params):
+def set_gradients(case: Case, params: list[list[Tensor]], step: int, first: int = 0) -> None:
+    """The drawn gradients of one step: the same values for every backend and dtype. first: of these tasks among all."""
+    for t, task in enumerate(params, first):
         for i, param in enumerate(task):
             draw = torch.Generator().manual_seed(case.seed * 1_000_003 + step * 10_007 + t * 101 + i)
             values = torch.randn(param.shape, generator=draw).to(case.dtype).to(param.device, param.dtype)
@@ -101,14 +106,14 @@ def run(case: Case, backend: str, device: str = "cpu", dtype: torch.dtype | None
     return result(opt)
 
 
-def assert_as_exact_as_reference(case: Case, backend: str, device: str = "cpu") -> None:
+def assert_as_exact_as_reference(case: Case, backend: str, device: str = "cpu", **more) -> None:
     """|out − ref64| ≤ 2 |ref − ref64| + a few units in the last place, coordinate by coordinate.
 
-    ref is the reference in the case's dtype, ref64 in float64.
+    ref is the reference in the case's dtype, ref64 in float64. more: options of the backend's optimizer.
     """
     exact = run(case, "reference", dtype=torch.float64)
     reference = run(case, "reference")
-    out = run(case, backend, device)
+    out = run(case, backend, device, **more)
     eps = torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps
     low = torch.finfo(case.dtype).eps
     names = [f"phi[{i}]" for i in range(len(case.shapes))]

@@ -25,8 +25,9 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, 
 WORK = {"fp32": "float32", "fp64": "float64"}
 
 
-def source(T, dtype="fp32", aligned=True, dampened=False, counting=False, nonfinite=False):
-    """The kernel as the launcher would specialize it."""
+def source(T, dtype="fp32", aligned=True, dampened=False, counting=False, nonfinite=False, kernel="shifting_step"):
+    """The kernel as the launcher would specialize it. kernel: the whole step, or a half of it."""
+    function = getattr(step, f"{kernel}_kernel")
     work = "fp64" if dtype == "fp64" else "fp32"
     pointers = dict(tiles="i64", gradients="i64", groups="i32", hyper="fp64", theta=dtype, v=dtype, phi=work)
     pointers |= dict(head_theta=dtype, head_v=dtype)
@@ -40,11 +41,14 @@ def source(T, dtype="fp32", aligned=True, dampened=False, counting=False, nonfin
     if counting:
         pointers |= dict(counters="i64", ticket="i32", found_inf="fp32", grad_scale="fp32")
         numbers |= dict(horizon="i64", meta_interval="i32", counts="i32")
-    types = {name: "*" + kind for name, kind in pointers.items()} | numbers
     plain = T <= 8 and not (dampened or counting or nonfinite)
     given = dict(T=T, PLAIN=plain, ALIGNED=aligned, WORK=getattr(tl, WORK[work]), DAMPENED=dampened)
     given |= tile_shape(T, DTYPES[work])
-    names = step.shifting_step_kernel.arg_names
+    if kernel != "shifting_step":
+        pointers |= dict(total=work)
+    names = function.arg_names
+    types = {name: "*" + kind for name, kind in pointers.items()} | numbers
+    types = {name: kind for name, kind in types.items() if name in names}
     constants = {name: given.get(name) for name in names if name not in types}
     attributes = {
         (i,): [["tt.divisibility", 16]]
@@ -52,7 +56,7 @@ def source(T, dtype="fp32", aligned=True, dampened=False, counting=False, nonfin
         if types.get(name, "").startswith("*") or name == "stride"
     }
     signature = {name: types.get(name, "constexpr") for name in names}
-    return ASTSource(step.shifting_step_kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def facts(capability, **variant):

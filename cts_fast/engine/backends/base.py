@@ -27,8 +27,8 @@ def packed_flat(flat: Flat) -> tuple:
 class Backend(MethodOps, ABC):
     """Steps the buffers of one device and dtype: flats[0] the shared parameters, then heads (or heads alone).
 
-    Over ranks a step comes in two halves, a partial_ that returns Σ_t (θ′_t − φ) of the local tasks after the inner
-    step and a finish_ that takes the sum over all ranks; `control.num_tasks` is T of the mean, never a buffer's number
+    Where other processes hold further tasks, a step with a meta-update comes in two halves, `partial_` and `finish_`,
+    and whoever calls them adds the totals up in between. `control.num_tasks` is T of the mean, never a buffer's number
     of rows.
     """
 
@@ -45,6 +45,21 @@ class Backend(MethodOps, ABC):
     @abstractmethod
     def step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         """Inner step, meta-update, shift and, if control.reset, reset, in one pass; hyper: one a param group."""
+
+    @abstractmethod
+    def partial_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
+        """The first half: θ_t ← θ′_t, the inner step, heads included; total ← Σ_t (θ′_t − φ) over the rows.
+
+        total: [S] in phi's dtype, overwritten. Momentum that the reset of this step clears is cleared here. Only where
+        flats[0] is shared.
+        """
+
+    @abstractmethod
+    def finish_(self, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
+        """The second half: Δ = β/T total; φ ← φ + Δ; θ_t ← θ′_t + shift · Δ; if control.reset, θ_t ← φ.
+
+        total: [S], summed over all tasks; it is only read.
+        """
 
     def any_nonfinite(self, gradients: Gradients) -> Tensor:
         """Whether a gradient holds a NaN or an infinity: bool, on the device, not waited for."""

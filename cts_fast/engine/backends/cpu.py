@@ -55,6 +55,22 @@ class Cpu(Backend):
     def step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         self._step_(gradients, hyper, control)
 
+    def partial_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
+        self.plan.partial(
+            gradients.address,
+            self.started.data_ptr(),
+            all(flat.all_started for flat in self.flats),
+            0 if control.nonfinite is None else control.nonfinite.data_ptr(),
+            hyper,
+            control[:CONTROL_FIELDS],
+            total.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def finish_(self, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
+        settled = (control[:CONTROL_FIELDS], control.after)
+        self.plan.finish(hyper, *settled, total.data_ptr(), torch.get_num_threads())
+
     def measured_step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> float:
         return self._step_(gradients, hyper, control, measure_phi=True)
 

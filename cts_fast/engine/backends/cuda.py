@@ -108,6 +108,36 @@ class Cuda(Backend):
                 torch.cuda.current_stream().cuda_stream if on_gpu else 0,
             )
 
+    def partial_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
+        if not self.num_tiles:
+            return
+        with self._on_device():
+            table = 0 if self.table is None else self.table(host_addresses(gradients)).data_ptr()
+            self.plan.partial(
+                gradients.address,
+                table,
+                self._started(hyper, None),
+                self.flats[0].started.data_ptr(),
+                0 if control.nonfinite is None else control.nonfinite.data_ptr(),
+                hyper[: self.num_groups],
+                control[:CONTROL_FIELDS],
+                total.data_ptr(),
+                self._stream(),
+            )
+
+    def finish_(self, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
+        if not self.num_tiles:
+            return
+        with self._on_device():
+            settled = (hyper[: self.num_groups], control[:CONTROL_FIELDS], control.after)
+            self.plan.finish(*settled, total.data_ptr(), self._stream())
+
+    def _on_device(self):
+        return torch.cuda.device(self.index if self.flats[0].device.type == "cuda" else -1)
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream().cuda_stream if self.flats[0].device.type == "cuda" else 0
+
     def _started(self, hyper: Sequence[Hyper], counting: Counting | None) -> int:
         """Where the device reads the first-gradient flags; 0 where it need not."""
         if counting is not None:

@@ -6,7 +6,7 @@ torch.optim.SGD's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,26 @@ from cts_fast.engine.plan import Control
 from cts_fast.engine.rules.sgd import Hyper, inner_step_
 
 
-def meta_update(phi: Tensor, theta: Sequence[Tensor], h: Hyper, num_tasks: int) -> Tensor:
-    """Δ = β (mean_t theta_t − phi): minus β times the Reptile gradient, averaged over the tasks in their order; [n]."""
-    delta = sum((theta_t - phi for theta_t in theta[1:]), start=theta[0] - phi)
-    return delta * (h.meta_lr / num_tasks) if h.meta_lr else torch.zeros_like(phi)
+def sum_of_differences(phi: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    """Σ_t (theta_t − phi): minus T times the Reptile gradient, summed over the tasks in their order; [n]."""
+    return sum((theta_t - phi for theta_t in theta[1:]), start=theta[0] - phi)
+
+
+def meta_update_(phi: Tensor, theta: Sequence[Tensor], total: Tensor, h: Hyper, num_tasks: int) -> None:
+    """Δ = β/T total;  phi ← phi + Δ;  theta_t ← theta_t + shift · Δ; total: [n], over all T tasks."""
+    delta = total * (h.meta_lr / num_tasks) if h.meta_lr else torch.zeros_like(phi)
+    phi.add_(delta)
+    for theta_t in theta:
+        theta_t.add_(delta, alpha=h.shift)
+
+
+def inner_steps_(
+    theta: Sequence[Tensor], v: Sequence[Tensor], g: Sequence[Tensor | None], started: Sequence[bool], h: Hyper
+) -> None:
+    """The inner step of every task with a gradient, of one tensor: T tensors of [n] each."""
+    for t, gradient in enumerate(g):
+        if gradient is not None:
+            inner_step_(theta[t], v[t], gradient, started[t], h)
 
 
 def shifting_step_(
@@ -36,16 +52,11 @@ def shifting_step_(
 
     phi: [n], or None for a head. theta, v, g: T tensors of [n]; a missing gradient leaves that task's inner step out.
     """
-    for t, gradient in enumerate(g):
-        if gradient is not None:
-            inner_step_(theta[t], v[t], gradient, started[t], h)
+    inner_steps_(theta, v, g, started, h)
     if phi is None:
         return
     if c.meta_update:
-        delta = meta_update(phi, theta, h, c.num_tasks)
-        phi.add_(delta)
-        for theta_t in theta:
-            theta_t.add_(delta, alpha=h.shift)
+        meta_update_(phi, theta, sum_of_differences(phi, theta), h, c.num_tasks)
     if c.reset:
         for theta_t, v_t in zip(theta, v, strict=True):
             theta_t.copy_(phi)
@@ -66,9 +77,39 @@ class Reference(Backend):
         return None
 
     def step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
+        def whole_(phi: Tensor | None, theta, v, g, started, h: Hyper, _columns: slice) -> None:
+            shifting_step_(phi, theta, v, g, started, h, control)
+
+        self._step_segments_(gradients, hyper, control, whole_)
+
+    def partial_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
+        def first_half_(phi: Tensor | None, theta, v, g, started, h: Hyper, columns: slice) -> None:
+            inner_steps_(theta, v, g, started, h)
+            if phi is not None:
+                total[columns] = sum_of_differences(phi, theta)
+                for v_t in v if control.reset and control.reset_momentum else ():
+                    v_t.zero_()
+
+        self._step_segments_(gradients, hyper, control, first_half_)
+
+    def finish_(self, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
+        flat = self.flats[0]
+        for segment in flat.segments:
+            columns = slice(segment.offset, segment.offset + segment.numel)
+            phi, theta = flat.phi[columns], [row[columns] for row in flat.work_theta]
+            meta_update_(phi, theta, total[columns], hyper[segment.group], control.num_tasks)
+            for theta_t in theta if control.reset else ():
+                theta_t.copy_(phi)
+        if flat.master is not None:
+            flat.theta.copy_(flat.master)
+
+    def _step_segments_(
+        self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, step_: Callable[..., None]
+    ) -> None:
+        """step_(phi, theta, v, g, started, h, columns) of every tensor of all rows, in working precision."""
         i = 0
         for flat in self.flats:
-            work = flat.theta if flat.master is None else flat.master
+            work = flat.work_theta
             flat.follow_parameters_()
             for n, segment in enumerate(flat.segments):
                 columns = slice(segment.offset, segment.offset + segment.numel)
@@ -80,7 +121,7 @@ class Reference(Backend):
                 v = [row[columns].to(flat.work_dtype) for row in flat.momentum]
                 phi = None if flat.phi is None else flat.phi[columns]
                 theta, started = [row[columns] for row in work], flat.started[n].tolist()
-                shifting_step_(phi, theta, v, g, started, hyper[segment.group], control)
+                step_(phi, theta, v, g, started, hyper[segment.group], columns)
                 for row, v_t in zip(flat.momentum, v, strict=True):
                     row[columns].copy_(v_t)
                 i += flat.rows

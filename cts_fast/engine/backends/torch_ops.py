@@ -57,6 +57,14 @@ class TorchOps(Backend):
         for block in self.blocks:
             block.step_(gradients, hyper[block.group], control)
 
+    def partial_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
+        for block in self.blocks:
+            block.partial_(gradients, hyper[block.group], control, total)
+
+    def finish_(self, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
+        for block in self.blocks:
+            block.finish_(hyper[block.group], control, total)
+
 
 class _Block:
     """A run of columns of one `Flat`, all of one param group; padding between its tensors comes along as zeros."""
@@ -65,6 +73,7 @@ class _Block:
         self.flat, self.group = flat, flat.segments[pieces[0][0]].group
         offsets = [flat.segments[n].offset + start for n, start, _ in pieces]
         self.begin, self.end = offsets[0], offsets[-1] + pieces[-1][2] - pieces[-1][1]
+        self.columns = slice(self.begin, self.end)
         self.pieces = [
             (first + n * flat.rows + row, n, row, start, stop, offset - self.begin)
             for (n, start, stop), offset in zip(pieces, offsets, strict=True)
@@ -72,12 +81,43 @@ class _Block:
         ]
 
     def step_(self, gradients: Sequence[Tensor | None], h: Hyper, c: Control) -> None:
-        flat, columns = self.flat, slice(self.begin, self.end)
+        phi, theta, v = self._inner_step_(gradients, h, c)
+        if phi is not None and c.meta_update and h.meta_lr:
+            self._meta_update_(phi, theta, self._sum_of_differences(phi, theta), h, c)
+        if phi is not None and c.reset:
+            theta.copy_(phi)
+            if c.reset_momentum:
+                v.zero_()
+        self._store_(theta, v)
+
+    def partial_(self, gradients: Sequence[Tensor | None], h: Hyper, c: Control, total: Tensor) -> None:
+        phi, theta, v = self._inner_step_(gradients, h, c)
+        if phi is not None:
+            total[self.columns] = self._sum_of_differences(phi, theta)
+            if c.reset and c.reset_momentum:
+                v.zero_()
+        self._store_(theta, v)
+
+    def finish_(self, h: Hyper, c: Control, total: Tensor) -> None:
+        flat = self.flat
+        if not flat.shared:
+            return
+        phi, theta = flat.phi[self.columns], flat.work_theta[:, self.columns]
+        if h.meta_lr:
+            self._meta_update_(phi, theta, total[self.columns].clone(), h, c)
+        if c.reset:
+            theta.copy_(phi)
+        self._store_(theta)
+
+    def _inner_step_(
+        self, gradients: Sequence[Tensor | None], h: Hyper, c: Control
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """φ [B] and, after the inner step, θ and v [R, B], in working precision."""
+        flat, columns = self.flat, self.columns
         phi = None if flat.phi is None else flat.phi[columns]
-        stored, momentum = flat.theta[:, columns], flat.momentum[:, columns]
-        theta, v = stored, momentum
+        theta, v = flat.work_theta[:, columns], flat.momentum[:, columns]
         if flat.master is not None:
-            theta, v = flat.master[:, columns], momentum.float()
+            v = v.float()
             flat.follow_parameters_(columns)
 
         d, missing, fresh = self._gather(gradients, h, c)
@@ -97,21 +137,29 @@ class _Block:
         theta.add_(u, alpha=-float(h.lr))
         for at, row, theta_before, v_before in kept:
             theta[row, at], v[row, at] = theta_before, v_before
+        return phi, theta, v
 
-        if phi is not None and c.meta_update and h.meta_lr:
-            delta = theta[0] - phi
-            for row in theta[1:]:
-                delta += row - phi
-            delta *= h.meta_lr / c.num_tasks
-            phi.add_(delta)
-            theta.add_(delta, alpha=h.shift)
-        if phi is not None and c.reset:
-            theta.copy_(phi)
-            if c.reset_momentum:
-                v.zero_()
-        if flat.master is not None:
-            stored.copy_(theta)
-            momentum.copy_(v)
+    @staticmethod
+    def _sum_of_differences(phi: Tensor, theta: Tensor) -> Tensor:
+        """Σ_t (θ_t − φ), in the tasks' order."""
+        total = theta[0] - phi
+        for row in theta[1:]:
+            total += row - phi
+        return total
+
+    @staticmethod
+    def _meta_update_(phi: Tensor, theta: Tensor, total: Tensor, h: Hyper, c: Control) -> None:
+        """Δ = β/T total, in its place; φ ← φ + Δ; θ_t ← θ_t + shift · Δ."""
+        delta = total.mul_(h.meta_lr / c.num_tasks)
+        phi.add_(delta)
+        theta.add_(delta, alpha=h.shift)
+
+    def _store_(self, theta: Tensor, v: Tensor | None = None) -> None:
+        """Low precision: the parameters, and momentum where it is given, from what was computed in float32."""
+        if self.flat.master is not None:
+            self.flat.theta[:, self.columns].copy_(theta)
+            if v is not None:
+                self.flat.momentum[:, self.columns].copy_(v)
 
     def _gather(self, gradients: Sequence[Tensor | None], h: Hyper, c: Control):
         """The block's gradients [R, B]; its (row, columns) without one; those whose momentum takes its first, where

@@ -95,6 +95,7 @@ class Triton(Backend):
         self.num_groups = max(groups) + 1
         self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.table, self.flags = DeviceTable(self.device), DeviceTable(self.device)
+        self.rates = DeviceTable(self.device)  # what of the table the second half of a step reads
 
     def step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         counting = control.counting
@@ -134,6 +135,58 @@ class Triton(Backend):
                 enable_fp_fusion=False,
             )
 
+    def partial_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
+        if not self.num_tiles:
+            return
+        hyper = hyper[: self.num_groups]
+        addresses = host_addresses(gradients)
+        dampened = any(h.dampening and h.momentum for h in hyper)
+        shared, head = self.flats[0], self.head
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            started = self._started(dampened, control)
+            table = self._table(addresses, hyper, control)
+            launch: Any = kernel.partial_step_kernel[(self.num_tiles,)]
+            launch(
+                self.tiles,
+                table[: self.count],
+                table[self.count :].view(torch.float64),
+                started,
+                control.nonfinite,
+                *(shared.theta, shared.momentum, shared.master, shared.phi, shared.theta.stride(0)),
+                *((head.theta, head.momentum, head.master) if head else NONE[:3]),
+                total,
+                self.shared_tiles,
+                _mode(control),
+                T=self.tasks,
+                **self.shape,
+                ALIGNED=not (addresses & 15).any(),
+                WORK=tl.float64 if self.work_dtype == torch.float64 else tl.float32,
+                DAMPENED=dampened and started is not None,
+                PLAIN=_plain(self.tasks, self.shape["ROWS"], hyper, control),
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
+
+    def finish_(self, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
+        if not self.shared_tiles:
+            return
+        flat = self.flats[0]
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            numbers = self.rates(_numbers(hyper[: self.num_groups], control).flatten()).view(torch.float64)
+            launch: Any = kernel.finish_step_kernel[(self.shared_tiles,)]
+            launch(
+                self.tiles,
+                numbers,
+                *(flat.theta, flat.master, flat.phi, flat.theta.stride(0)),
+                total,
+                _mode(control),
+                T=self.tasks,
+                **self.shape,
+                WORK=tl.float64 if self.work_dtype == torch.float64 else tl.float32,
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
+
     def _started(self, dampened: bool, control: Control) -> Tensor | None:
         """The first-gradient flags on the device; None where it need not read them."""
         if control.counting is not None:
@@ -154,10 +207,16 @@ class Triton(Backend):
 
     def _table(self, addresses: Tensor, hyper: Sequence[Hyper], control: Control) -> Tensor:
         """The device's table: int64 [count + groups · HYPER], gradients, then the hyper-parameters' bits."""
-        rates = [[rate_address(rate) for rate in (h.lr, h.meta_lr)] for h in hyper]
-        numbers = [[0.0 if isinstance(value, Tensor) else float(value) for value in h] for h in hyper]
-        last = torch.full((len(hyper), 1), float(control.num_tasks), dtype=torch.float64, device="cpu")
-        scaled = [[*values, control.inverse_scale] for values in numbers]
-        bits = torch.tensor(scaled, dtype=torch.float64, device="cpu").view(torch.int64)
-        parts = (bits, torch.tensor(rates, dtype=torch.int64, device="cpu"), last.view(torch.int64))
-        return self.table(torch.cat([addresses, torch.cat(parts, dim=1).flatten()]), control.counting is not None)
+        rows = torch.cat([addresses, _numbers(hyper, control).flatten()])
+        return self.table(rows, control.counting is not None)
+
+
+def _numbers(hyper: Sequence[Hyper], control: Control) -> Tensor:
+    """The hyper-parameters' bits as the kernels read them, int64 [groups, HYPER]."""
+    rates = [[rate_address(rate) for rate in (h.lr, h.meta_lr)] for h in hyper]
+    numbers = [[0.0 if isinstance(value, Tensor) else float(value) for value in h] for h in hyper]
+    last = torch.full((len(hyper), 1), float(control.num_tasks), dtype=torch.float64, device="cpu")
+    scaled = [[*values, control.inverse_scale] for values in numbers]
+    bits = torch.tensor(scaled, dtype=torch.float64, device="cpu").view(torch.int64)
+    parts = (bits, torch.tensor(rates, dtype=torch.int64, device="cpu"), last.view(torch.int64))
+    return torch.cat(parts, dim=1)
