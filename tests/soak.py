@@ -65,6 +65,15 @@ def finish(arguments: list[str]) -> None:
         raise RuntimeError(f"{' '.join(arguments)} ended with status {process.returncode}:\n{errors}")
 
 
+def wait_for_the_end_of_training(process: subprocess.Popen, each: int) -> None:
+    """Until it says that the last method has taken all its steps."""
+    for line in process.stdout or ():
+        if line.startswith(
+            (f"meta-train {METHODS[-1]}: goes on from step {each} ", f"meta-train {METHODS[-1]}: {each}/")
+        ):
+            return
+
+
 def place(out: Path) -> str:
     """Where a killed run stood, by what is in its folder."""
     kept = out / "checkpoints"
@@ -113,10 +122,14 @@ def soak(work: Path, steps: int, kills: int, seed: int) -> dict:
     places: Counter[str] = Counter()
     killed, out = 0, work / "killed"
     while killed < kills:
+        late = killed >= 0.75 * kills  # what is left is for the meta-test and the report
         more = ["--save-every", str(generator.choice((0, 0.05, 0.2)))]
         more += ["--resume"] if (out / "config.json").exists() else []
         process = start(command(out, steps, *more))
-        if generator.random() < 0.8:  # past the start, where most of a process' life is spent
+        if late:
+            wait_for_the_end_of_training(process, steps // len(METHODS))
+            delay = generator.uniform(0, 3)
+        elif generator.random() < 0.8:  # past the start, where most of a process' life is spent
             process.stdout.readline()
             delay = generator.expovariate(1 / mean)
         else:
