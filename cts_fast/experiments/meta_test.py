@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cts_fast.data.suite import stratified_order
 from cts_fast.experiments.batches import TaskBatches, normalize, resize, task_seed
-from cts_fast.experiments.meta_train import MakeNet, logits, loss, new_net
+from cts_fast.experiments.meta_train import MakeNet, logits, loss, new_net, seed_draws
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class MetaTester:
                 f"the initialization holds tensors that {type(net).__name__} has not: {', '.join(unexpected)}"
             )
         net.to(self.device)
-        torch.manual_seed(task_seed(seed, "meta-test", name))  # what a network draws
+        seed_draws(task_seed(seed, "meta-test", name))
         chosen = balanced_subset(self.task.train.labels, settings.images, task_seed(seed, "images", name))
         batches = TaskBatches(
             self.train_images,

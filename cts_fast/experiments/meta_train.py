@@ -46,6 +46,12 @@ class MetaTrainSettings:
         return self.horizon * self.rounds
 
 
+def seed_draws(seed: int) -> None:
+    """Seed what networks draw while they train; waits while another thread makes a network."""
+    with _GLOBAL_GENERATOR:
+        torch.manual_seed(seed)
+
+
 def new_net(make_net: MakeNet, num_classes: int, *, seed: int, head: object) -> TaskNet:
     """A network whose body depends on `seed` alone, and whose head on `seed` and the name `head`."""
     with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):

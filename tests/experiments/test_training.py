@@ -2,6 +2,7 @@
 
 import math
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +12,7 @@ from support.image_tasks import make_task
 from cts_fast.baselines import METHODS
 from cts_fast.experiments.batches import TaskBatches, draw_together, normalize, resize, task_seed
 from cts_fast.experiments.meta_test import MetaTester, MetaTestSettings, balanced_subset
-from cts_fast.experiments.meta_train import MetaTrainer, MetaTrainSettings, logits, loss, new_net
+from cts_fast.experiments.meta_train import MetaTrainer, MetaTrainSettings, logits, loss, new_net, seed_draws
 from cts_fast.experiments.parallel import task_map
 from cts_fast.experiments.statistics import mean_and_interval
 from cts_fast.models.batch_counts import BatchCounts
@@ -129,6 +130,21 @@ def test_bf16_keeps_parameters_gradients_and_statistics_in_float32_and_learns_ab
     assert logits(half.nets[0], x, "bf16").dtype == torch.float32
     assert not torch.equal(logits(half.nets[0], x, "bf16"), logits(half.nets[0], x))
     assert loss(half.nets[0], x, torch.tensor([0, 1]), "bf16").requires_grad
+
+
+def test_a_network_is_made_alike_while_another_thread_seeds_what_its_own_draws():
+    threads = []
+
+    def disturbed(classes):
+        threads.append(threading.Thread(target=seed_draws, args=(5,)))
+        threads[-1].start()
+        threads[-1].join(0.1)
+        return ResNet20(classes)
+
+    net, alone = new_net(disturbed, 3, seed=0, head="x"), new_net(ResNet20, 3, seed=0, head="x")
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in alone.state_dict().items())
 
 
 def test_a_stream_goes_on_exactly_from_its_state():
