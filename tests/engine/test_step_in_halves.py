@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from support.ranks import init
 from support.step_cases import Case, assert_as_exact_as_reference, cases, places, run
 
@@ -21,10 +21,18 @@ def group(tmp_path_factory):
     dist.destroy_process_group()
 
 
+def assume_gradients(case: Case) -> None:
+    """Every step has one: over ranks a step without any counts, alone it does not."""
+    sizes = [len(case.shapes) + (len(case.heads[t]) if case.heads else 0) for t in range(case.tasks)]
+    for step in range(case.steps):
+        assume(any((step, t, i) not in case.missing for t, size in enumerate(sizes) for i in range(size)))
+
+
 @quickly
 @settings(max_examples=60, **QUIET)
 @given(case=cases())
 def test_two_halves_are_as_exact_as_the_reference_step(backend, device, case):
+    assume_gradients(case)
     assert_as_exact_as_reference(case, backend, device, process_group=dist.group.WORLD)
 
 
@@ -32,6 +40,7 @@ def test_two_halves_are_as_exact_as_the_reference_step(backend, device, case):
 @given(case=cases())
 @pytest.mark.skipif(("triton", "cpu") not in places(), reason="Triton's interpreter does not run here")
 def test_two_halves_in_triton_are_as_exact_as_the_reference_step(case):
+    assume_gradients(case)
     assert_as_exact_as_reference(case, "triton", process_group=dist.group.WORLD)
 
 
