@@ -293,7 +293,8 @@ void launch_kernel(const Launch& l, const Step& step, const Counting& counting) 
 }
 
 // Whether all groups have the rule that lean kernels are made for, of N tasks or any number.
-template <int N, bool SLICED> bool is_usual(const Launch& l, const Step& step, const Counting& counting) {
+template <class P, int N, bool SLICED> bool is_usual(const Launch& l, const Step& step, const Counting& counting) {
+  if (step.nonfinite != nullptr && !LEAN_FLAGS<P, true, SLICED>) return false;
   if ((!SLICED && l.shared.rows != N) || step.inverse_scale != 1 || counting.grad_scale != nullptr) return false;
   if (std::find(step.gradients, step.gradients + l.count, nullptr) != step.gradients + l.count) return false;
   return std::all_of(step.groups, step.groups + l.num_groups, [&](const SgdGroup& g) {
@@ -303,7 +304,7 @@ template <int N, bool SLICED> bool is_usual(const Launch& l, const Step& step, c
 
 template <class P, int N, bool SLICED = false>
 void launch_sized(const Launch& l, const Step& step, const Counting& counting) {
-  const bool usual = is_usual<N, SLICED>(l, step, counting);
+  const bool usual = is_usual<P, N, SLICED>(l, step, counting);
   if constexpr (sizeof(P) == 4) {  // small nets count microseconds; the other types do without these kernels
     if (usual && l.num_groups <= SMALL_GROUPS && (l.table != nullptr || l.count <= SMALL_POINTERS))
       return launch_kernel<true, N, SLICED, P, SMALL_POINTERS, SMALL_GROUPS>(l, step, counting);

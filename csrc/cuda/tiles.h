@@ -124,6 +124,10 @@ template <int W, class C> __device__ __forceinline__ void add_slices(C (&sum)[W]
   __syncthreads();  // the next columns' parts go to the same place
 }
 
+// Whether a lean kernel looks for gradients that are not finite; slices of 16-bit tasks have no register left for that,
+// and such a step is a general kernel's.
+template <class P, bool LEAN, bool SLICED> constexpr bool LEAN_FLAGS = LEAN && (!SLICED || sizeof(P) >= 4);
+
 // Whether it is worth a look which gradients hold a NaN or an infinity: one that does makes what follows from it so.
 template <int W, class C, class Launch>
 __device__ __forceinline__ bool asks_for_flags(const Launch& p, const C (&follows)[W]) {
@@ -176,7 +180,7 @@ __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, c
       CTS_UNROLL
       for (int t = 0; t < N; ++t) store_theta(b, (begin + t) * b.stride + tile.column, column, theta[t], p.streams);
     }
-    if (LEAN) bad = asks_for_flags(p, sum);
+    if (LEAN_FLAGS<P, LEAN, SLICED>) bad = asks_for_flags(p, sum);
   }
   C delta[W] = {};
   if (rule.meta_update) {
@@ -204,7 +208,7 @@ __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, c
       finish(one, t);
     }
   }
-  if (LEAN && bad) flag_nonfinite<W>(p, tile, from, to, column);
+  if (bad) flag_nonfinite<W>(p, tile, from, to, column);
 }
 
 // The inner step of W columns of a head.
