@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -159,7 +160,7 @@ class Ranks:
                 for i, (key, count) in enumerate(columns.items())
             }
             self.buffers, self.totals = list(buffers.values()), [buffers[key][at] for key, at in places]
-            self._votes = torch.zeros(FLAGS, device=self.buffers[0].device)
+            self._votes = torch.zeros(FLAGS, dtype=torch.float32, device=self.buffers[0].device)
 
     # A step -----------------------------------------------------------------------------------------------------------
 
@@ -181,7 +182,7 @@ class Ranks:
                 self.start_(engine)
         groups = dict.fromkeys(segment.group for flat in self._flats for segment in flat.segments)
         planned = (*counters, control.meta_update, control.reset, control.reset_momentum, self.num_tasks)
-        self._identity = hash((*planned, *(hyper[group] for group in groups))) & 0xFFFFFFFF
+        self._identity = crc32(repr((*planned, *(hyper[group] for group in groups))).encode())
         self._digest_due = self._digest_due or counters[0] == 0
         self._due, self._voted = control.meta_update, False
 
@@ -293,7 +294,7 @@ class Ranks:
         flags.copy_(torch.tensor(on_host, dtype=flags.dtype, device="cpu"), non_blocking=True)
         for place, value in ((NONFINITE, nonfinite), (FOUND_INF, found_inf)):
             if value is not None:
-                flags[place] = value.reshape(())
+                flags[place] = torch.as_tensor(value, device=flags.device).reshape(())  # a GradScaler's may be a number
         if phis:
             d = digest(phis, flags.device) >> torch.arange(0, 32, 4, device=flags.device) & 15
             flags[-WORD:] = torch.cat([d, d * d])

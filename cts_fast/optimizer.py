@@ -184,8 +184,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
                 self._fill_in(report)
         except Exception:
             added = [param for group in self.param_groups[count:] for param in group["params"]]
+            del self.param_groups[count:]
             if added:  # another rank raised, or has added something else
-                del self.param_groups[count:]
                 self.engine.forget_(added, self.param_groups, self.state)
             raise
         self.ranks.start_(self.engine)
@@ -277,7 +277,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         self._sync()
         gradients = engine.collect(self.param_groups)
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and not engine.counting and found_inf.item():
+        if found_inf is not None and not engine.counting and float(found_inf):
             return
         if not any(collected.present for collected in gradients):
             return

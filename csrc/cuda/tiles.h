@@ -132,17 +132,19 @@ template <class P, bool LEAN, bool SLICED> constexpr bool LEAN_FLAGS = LEAN && (
 template <int W, class C, class Launch>
 __device__ __forceinline__ bool asks_for_flags(const Launch& p, const C (&follows)[W]) {
   if (p.nonfinite == nullptr) return false;
-  C zero = 0;
+  C all = follows[0];
   CTS_UNROLL
-  for (int i = 0; i < W; ++i) zero += follows[i] - follows[i];
-  return !(zero == 0);
+  for (int i = 1; i < W; ++i) all += follows[i];
+  return !(all - all == 0);
 }
 
 // Sets the flags of the tasks from ... to whose gradients hold a NaN or an infinity within W columns.
 template <int W, class Launch>
 __device__ void flag_nonfinite(const Launch& p, const Tile& tile, int from, int to, unsigned column) {
+#pragma unroll 1
   for (int t = from; t < to; ++t) {
     const auto* gradient = p.gradient(tile.first + t) + tile.at + column;
+#pragma unroll 1
     for (int i = 0; i < W; ++i) {
       const auto g = widen<typename Work<std::decay_t<decltype(*gradient)>>::type>(gradient[i]);
       if (!(g - g == 0)) p.nonfinite[tile.first + t] = 1;
