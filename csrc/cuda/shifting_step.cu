@@ -294,7 +294,7 @@ void launch_kernel(const Launch& l, const Step& step, const Counting& counting) 
 
 // Whether all groups have the rule that lean kernels are made for, of N tasks or any number.
 template <class P, int N, bool SLICED> bool is_usual(const Launch& l, const Step& step, const Counting& counting) {
-  if (step.nonfinite != nullptr && !LEAN_FLAGS<P, true, SLICED>) return false;
+  if (step.nonfinite != nullptr && !LEAN_FLAGS<P, true>) return false;
   if ((!SLICED && l.shared.rows != N) || step.inverse_scale != 1 || counting.grad_scale != nullptr) return false;
   if (std::find(step.gradients, step.gradients + l.count, nullptr) != step.gradients + l.count) return false;
   return std::all_of(step.groups, step.groups + l.num_groups, [&](const SgdGroup& g) {

@@ -124,9 +124,9 @@ template <int W, class C> __device__ __forceinline__ void add_slices(C (&sum)[W]
   __syncthreads();  // the next columns' parts go to the same place
 }
 
-// Whether a lean kernel looks for gradients that are not finite; slices of 16-bit tasks have no register left for that,
+// Whether a lean kernel looks for gradients that are not finite; those of 16-bit types have no register left for that,
 // and such a step is a general kernel's.
-template <class P, bool LEAN, bool SLICED> constexpr bool LEAN_FLAGS = LEAN && (!SLICED || sizeof(P) >= 4);
+template <class P, bool LEAN> constexpr bool LEAN_FLAGS = LEAN && sizeof(P) >= 4;
 
 // Whether it is worth a look which gradients hold a NaN or an infinity: one that does makes what follows from it so.
 template <int W, class C, class Launch>
@@ -182,7 +182,7 @@ __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, c
       CTS_UNROLL
       for (int t = 0; t < N; ++t) store_theta(b, (begin + t) * b.stride + tile.column, column, theta[t], p.streams);
     }
-    if (LEAN_FLAGS<P, LEAN, SLICED>) bad = asks_for_flags(p, sum);
+    if (LEAN_FLAGS<P, LEAN>) bad = asks_for_flags(p, sum);
   }
   C delta[W] = {};
   if (rule.meta_update) {
@@ -219,7 +219,7 @@ __device__ __forceinline__ void step_head(const Launch& p, const Tile& tile, con
   C theta[1][W];
   inner_steps<LEAN, 1>(theta, p, p.heads, rule, tile.first, 1, tile.column, tile.at, column);
   store_theta(p.heads, tile.column, column, theta[0], p.streams);
-  if (LEAN && asks_for_flags(p, theta[0])) flag_nonfinite<W>(p, tile, 0, 1, column);
+  if (LEAN_FLAGS<P, LEAN> && asks_for_flags(p, theta[0])) flag_nonfinite<W>(p, tile, 0, 1, column);
 }
 
 // Columns of a tile that go 16 bytes (of phi) at a time, by way of the gradients' alignment; the rest go one by one.
