@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--test-seeds", type=int, default=1, help="fine-tuning runs per task (default: 1)")
     p.add_argument("--folds", type=int, default=2)
     cli.add_run_arguments(p, "runs/tune", seed=1000, seed_help="default: 1000, apart from the seeds of final runs")
+    cli.add_save_every(p)
     return p
 
 
@@ -102,6 +103,7 @@ def fold_experiment(args: argparse.Namespace, fold: int, tuning: Tuning) -> Expe
         device=args.device,
         resume=args.resume and out.exists(),
         overwrite=args.overwrite,
+        save_every=args.save_every,
     )
 
 
