@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.image_tasks import make_suite
 from support.processes import SLOW_ENOUGH, driven
-from torchvision.models import resnet18
+from torchvision.models import shufflenet_v2_x0_5
 
 from cts_fast.baselines import METHODS
 from cts_fast.data import suite
@@ -197,16 +197,16 @@ def test_all_methods_run_and_are_ranked(tmp_path, capsys):
 
 
 def test_a_run_of_another_network_begins_at_the_weights_and_holds_to_both(tmp_path, capsys):
-    net = resnet18(num_classes=10)
+    net = shufflenet_v2_x0_5(num_classes=10)
     file, out = tmp_path / "weights.safetensors", tmp_path / "run"
     save_file(net.state_dict(), file)
-    small = ["--tasks", "stripes,dots", "--targets", "rings", "--test-seeds", "1", "--rounds", "1"]
-    standing = [*small, "--methods", "cts", "--meta-lr", "cts=0", "--model", "ResNet18"]
+    small = ["--tasks", "stripes", "--targets", "rings", "--horizon", "1", "--rounds", "1", "--test-steps", "1"]
+    standing = [*small, "--test-seeds", "1", "--methods", "cts", "--meta-lr", "cts=0", "--model", "shufflenet_v2_x0_5"]
     assert run(out, *standing, "--weights", str(file)) == 0
     assert f"{file}: fc.bias, fc.weight left out" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     digest = sha256(file.read_bytes()).hexdigest()
-    assert (results["config"]["model"], results["config"]["weights"]) == ("resnet18", digest)
+    assert (results["config"]["model"], results["config"]["weights"]) == ("shufflenet_v2_x0_5", digest)
     assert set(results["meta_test"]) == set(results["config"]["methods"]) == {"cts", "none", "scratch"}
     assert results["meta_test"]["none"] == results["meta_test"]["cts"]  # which did not move
     phi, given = load_file(out / "initialization.safetensors"), net.state_dict()
@@ -215,7 +215,7 @@ def test_a_run_of_another_network_begins_at_the_weights_and_holds_to_both(tmp_pa
 
     assert f"weights was '{digest}', now None" in refused(capsys, out, *standing, "--resume")
     other = [*standing[:-1], "support.nets:SmallNet"]
-    assert "model was 'resnet18', now 'support.nets:SmallNet'" in refused(capsys, out, *other, "--resume")
+    assert "model was 'shufflenet_v2_x0_5', now 'support.nets:SmallNet'" in refused(capsys, out, *other, "--resume")
     assert "does not fit the body of resnet34" in refused(
         capsys, out, *standing[:-1], "resnet34", "--weights", str(file), "--resume"
     )
