@@ -36,14 +36,18 @@ def model(name: str, sizes: Iterable[tuple[int, int]] = ()) -> Model:
 
     sizes: heights and widths of images that it must take. A function is called with the number of classes; it returns
     a TaskNet or a classifier to be split. Raises ValueError: no such model, one with several classifiers or without a
-    linear layer at the end, one that cannot take images of these sizes, a function that returns something else.
+    linear layer at the end, one that cannot take images of these sizes, a function that returns something else, or
+    another body for other numbers of classes.
     """
     name = name if ":" in name else name.lower()
     make = _function(name) if ":" in name else _known(name)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         net = make(TRIAL).eval()
         found = Model(name, make, _head(name, net))
-        _try(found, net, sizes)
+        if _shapes(_tried(found, net, sizes)) != _shapes(found(1).body):
+            raise ValueError(
+                f"the model {name!r} has another body for another number of classes: tasks cannot share it"
+            )
     return found
 
 
@@ -62,7 +66,7 @@ def _known(name: str) -> Callable[[int], nn.Module]:
         near = difflib.get_close_matches(name, [*OWN, *known], n=5)
         raise ValueError(
             f"there is no model {name!r}{'; near it are: ' * bool(near)}{', '.join(near)}; give {', '.join(OWN)}, a "
-            "classifier of torchvision.models.list_models(), or module:function"
+            "classifier of torchvision.models, or module:function"
         )
     builder = models.get_model_builder(name)
     return lambda num_classes: builder(num_classes=num_classes).to(memory_format=torch.channels_last)
@@ -118,8 +122,15 @@ def _split(net: nn.Module, head: str, num_classes: int) -> TaskNet:
     return TaskNet(net, last.in_features, num_classes)
 
 
-def _try(found: Model, net: nn.Module, sizes: Iterable[tuple[int, int]]) -> None:
-    """Raises ValueError where the network cannot take images of a size, or says another thing once it is split."""
+def _shapes(body: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in body.state_dict().items()}
+
+
+def _tried(found: Model, net: nn.Module, sizes: Iterable[tuple[int, int]]) -> nn.Module:
+    """The body of the network `net`.
+
+    Raises ValueError where the network cannot take images of a size, or says another thing once it is split.
+    """
     last = net.get_submodule(found.head)
     for parameter in last.parameters():  # some begin at zero, which would hide what comes after
         nn.init.normal_(parameter)
@@ -132,6 +143,7 @@ def _try(found: Model, net: nn.Module, sizes: Iterable[tuple[int, int]]) -> None
                 f"the model {found.name!r} computes something after its last linear layer {found.head!r}, which a body "
                 "and a head cannot: return the logits themselves"
             )
+    return body
 
 
 def _logits(name: str, net: nn.Module, images: Tensor) -> Tensor:
