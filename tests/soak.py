@@ -29,14 +29,12 @@ COMPARED = ("results.json", "metrics.csv", "*.safetensors", "*.png")
 def program(arguments: list[str]) -> int:
     """The program itself, with small tasks and a small network in the place of its own."""
     from support.image_tasks import make_suite
-    from support.nets import SmallNet
 
     from cts_fast.data import suite
     from cts_fast.examples import resnet20
 
     suite.SUITES["tiny"] = make_suite
-    resnet20.ResNet20 = SmallNet
-    return resnet20.main(arguments)
+    return resnet20.main([*arguments, "--model", "support.nets:SmallNet"])
 
 
 def command(out: Path, steps: int, *more: str) -> list[str]:

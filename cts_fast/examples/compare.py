@@ -18,6 +18,7 @@ from cts_fast.experiments.comparison import Comparison
 from cts_fast.experiments.files import write_json
 from cts_fast.experiments.report import aligned, fill, percent, reference, table
 from cts_fast.experiments.run_folder import CONFIG
+from cts_fast.experiments.settings import UNTRAINED
 from cts_fast.experiments.statistics import EqualAccuracy, paired_differences, steps_to_equal_accuracy
 
 Differences = dict[str, dict[int, list[float]]]  # other method to steps to fractions, one per seed
@@ -58,13 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def differences(compared: Comparison, of: str) -> Differences:
-    """What `of` is ahead of each other method after equal steps, and of scratch."""
+    """What `of` is ahead of each other method after equal steps, and of starts without meta-training."""
     ahead = {}
     for other in compared.labels:
         if other != of:
             curve = compared.curve(other)
             ahead[other] = {
-                step: paired_differences(values, curve[0 if other == "scratch" else step])
+                step: paired_differences(values, curve[0 if other in UNTRAINED else step])
                 for step, values in compared.curve(of).items()
             }
     return ahead

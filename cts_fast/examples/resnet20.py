@@ -20,12 +20,12 @@ from cts_fast.data import Task
 from cts_fast.experiments import cli
 from cts_fast.experiments.experiment import Experiment, MethodSetup
 from cts_fast.experiments.report import report
-from cts_fast.experiments.settings import PRESETS, method_of, rate_of, snapshot_steps
+from cts_fast.experiments.settings import PRESETS, UNTRAINED, method_of, rate_of, snapshot_steps
 from cts_fast.experiments.signals import Stop
-from cts_fast.models.resnet20 import ResNet20
+from cts_fast.experiments.weights import untrained
 
 MODULE = "cts_fast.examples.resnet20"
-PSEUDO_METHODS = ("finetune", "scratch")
+PSEUDO_METHODS = ("finetune", *UNTRAINED)
 KNOWN_METHODS = (*METHODS, *PSEUDO_METHODS)
 
 
@@ -33,9 +33,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.new_parser(MODULE, __doc__)
     cli.add_data_arguments(p)
+    cli.add_model_arguments(p)
     methods_help = (
         f"all, or some of {', '.join(KNOWN_METHODS)}; as reptile@1 at this step size of the meta-update, also beside "
-        "another (default: the preset's: cts,reptile in quick; scratch is always tested)"
+        "another (default: the preset's: cts,reptile in quick; scratch is always tested, and with --weights none)"
     )
     p.add_argument("--methods", type=cli.names, metavar="A,B,...", help=methods_help)
     p.add_argument("--tasks", type=cli.names, metavar="A,B,...", help="tasks to meta-train on (default: the suite's)")
@@ -82,14 +83,16 @@ def prepare(args: argparse.Namespace) -> Experiment:
         raise ValueError(f"--capture makes a CUDA graph, which --device {args.device} has not: give --device cuda")
     names = chosen_methods(args)
     tasks, targets = cli.choose_tasks(args)
+    model, weights = cli.choose_model(args, (*tasks, *targets), train.size, test.size)
     source = cli.choose_source(args.source, tasks)
     methods = method_setups(names, {**preset.meta_lr, **args.meta_lr}, tasks, source, args.capture)
     config = {
         "suite": args.suite,
         "preset": args.preset,
-        "methods": [*methods, "scratch"],
+        "methods": [*methods, *untrained(weights)],
         "seed": args.seed,
         "precision": args.precision,
+        **cli.about_model(model, weights),
         "tasks": [task.name for task in tasks],
         "targets": [task.name for task in targets],
         "source": source.name if "finetune" in methods else None,
@@ -103,7 +106,8 @@ def prepare(args: argparse.Namespace) -> Experiment:
         config,
         methods,
         targets,
-        make_net=ResNet20,
+        make_net=model,
+        weights=weights,
         train=train,
         test=test,
         snapshots=snapshot_steps(train, preset.snapshots),
@@ -122,6 +126,8 @@ def prepare(args: argparse.Namespace) -> Experiment:
 def chosen_methods(args: argparse.Namespace) -> list[str]:
     """The methods asked for, each once; raises ValueError for an unknown name, also one in `--meta-lr`."""
     asked_for = args.methods or PRESETS[args.preset].methods
+    if "none" in asked_for and args.weights is None:
+        raise ValueError("--methods none: the weights that it tests are missing: give --weights FILE")
     methods = list(KNOWN_METHODS) if asked_for == ["all"] else list(dict.fromkeys(asked_for))
     for name in (*map(method_of, methods), *args.meta_lr):
         if name not in KNOWN_METHODS:
@@ -140,7 +146,7 @@ def method_setups(
     for name in names:
         if name == "finetune":  # plain SGD on one task: phi takes the whole of every step
             setups[name] = MethodSetup(METHODS["no-shift"], (source,), 1.0, {"horizon": None})
-        elif name != "scratch":
+        elif name not in UNTRAINED:
             setups[name] = MethodSetup(METHODS[method_of(name)], tasks, rate_of(name, meta_lr))
     for name, setup in setups.items() if capture else ():
         if getattr(setup.method, "on_host", False):

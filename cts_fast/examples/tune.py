@@ -24,7 +24,8 @@ from cts_fast.experiments.run_folder import RunFolder
 from cts_fast.experiments.settings import PRESETS, rate_of
 from cts_fast.experiments.signals import Stop
 from cts_fast.experiments.statistics import mean
-from cts_fast.models.resnet20 import ResNet20
+from cts_fast.experiments.weights import Weights
+from cts_fast.models.by_name import Model
 
 LAST = 20  # steps whose mean training loss is shown
 Grid = Mapping[str, tuple[str, float]]  # "cts@0.1" to ("cts", 0.1)
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     grid_help = "step sizes to try; may be repeated"
     p.add_argument("--grid", action="append", required=True, metavar="METHOD=X,Y,...", help=grid_help)
     cli.add_data_arguments(p)
+    cli.add_model_arguments(p)
     for name, kind in (("horizon", int), ("rounds", int), ("lr", float), ("batch-size", int)):
         p.add_argument(f"--{name}", type=kind, help="instead of the preset's")
     p.add_argument("--test-steps", type=int, help="fine-tuning steps, instead of the preset's")
@@ -59,35 +61,43 @@ def read_grid(texts: Sequence[str]) -> dict[str, tuple[str, float]]:
     return grid
 
 
-def fold_experiment(
-    args: argparse.Namespace,
-    fold: int,
-    grid: Grid,
-    tasks: Sequence[Task],
-    train: MetaTrainSettings,
-    test: MetaTestSettings,
-) -> Experiment:
+@dataclasses.dataclass
+class Tuning:
+    """What a run of this program works on."""
+
+    grid: Grid
+    tasks: Sequence[Task]
+    model: Model
+    weights: Weights | None
+    train: MetaTrainSettings
+    test: MetaTestSettings
+    folder: RunFolder
+
+
+def fold_experiment(args: argparse.Namespace, fold: int, tuning: Tuning) -> Experiment:
     """Meta-train on the tasks of the other folds, fine-tune on those of this one."""
-    others = tuple(task for i, task in enumerate(tasks) if i % args.folds != fold)
+    others = tuple(task for i, task in enumerate(tuning.tasks) if i % args.folds != fold)
     ignore = {"nonfinite": "ignore"}  # a step size that is too large is a result
-    methods = {key: MethodSetup(METHODS[name], others, meta_lr, ignore) for key, (name, meta_lr) in grid.items()}
+    methods = {key: MethodSetup(METHODS[name], others, meta_lr, ignore) for key, (name, meta_lr) in tuning.grid.items()}
     config = {
         "fold": fold,
         "folds": args.folds,
-        "grid": sorted(grid),
+        "grid": sorted(tuning.grid),
         "seed": args.seed,
-        "meta_train": dataclasses.asdict(train),
-        "meta_test": json.loads(json.dumps(dataclasses.asdict(test))),
+        **cli.about_model(tuning.model, tuning.weights),
+        "meta_train": dataclasses.asdict(tuning.train),
+        "meta_test": json.loads(json.dumps(dataclasses.asdict(tuning.test))),
     }
     out = args.out / f"fold{fold}"
     return Experiment(
         out,
         config,
         methods,
-        tasks[fold :: args.folds],
-        make_net=ResNet20,
-        train=train,
-        test=test,
+        tuning.tasks[fold :: args.folds],
+        make_net=tuning.model,
+        weights=tuning.weights,
+        train=tuning.train,
+        test=tuning.test,
         snapshots=(),
         seed=args.seed,
         device=args.device,
@@ -95,17 +105,6 @@ def fold_experiment(
         overwrite=args.overwrite,
         save_every=args.save_every,
     )
-
-
-@dataclasses.dataclass
-class Tuning:
-    """What a run of this program works on."""
-
-    grid: Grid
-    tasks: Sequence[Task]
-    train: MetaTrainSettings
-    test: MetaTestSettings
-    folder: RunFolder
 
 
 def prepare(args: argparse.Namespace) -> Tuning:
@@ -120,8 +119,11 @@ def prepare(args: argparse.Namespace) -> Tuning:
     tasks = cli.load_tasks(args, names, train.size)
     if args.validation:
         tasks = tuple(task.validation() for task in tasks)
-    config = {"grid": sorted(grid), "folds": args.folds, "seed": args.seed, **cli.about_data(args, tasks)}
-    return Tuning(grid, tasks, train, test, RunFolder(args.out, config, resume=args.resume, overwrite=args.overwrite))
+    model, weights = cli.choose_model(args, tasks, train.size, test.size)
+    about = {**cli.about_model(model, weights), **cli.about_data(args, tasks)}
+    config = {"grid": sorted(grid), "folds": args.folds, "seed": args.seed, **about}
+    folder = RunFolder(args.out, config, resume=args.resume, overwrite=args.overwrite)
+    return Tuning(grid, tasks, model, weights, train, test, folder)
 
 
 def run(args: argparse.Namespace, tuning: Tuning, stop: Stop) -> None:
@@ -130,7 +132,7 @@ def run(args: argparse.Namespace, tuning: Tuning, stop: Stop) -> None:
     accuracy: dict[str, dict[str, list[float]]] = {}
     losses: dict[str, list[float]] = {}  # of each fold
     for fold in range(args.folds):
-        experiment = fold_experiment(args, fold, tuning.grid, tuning.tasks, train, tuning.test)
+        experiment = fold_experiment(args, fold, tuning)
         with experiment.folder:
             experiment.run(stop)
             stop.check()

@@ -26,6 +26,9 @@ from cts_fast.experiments.meta_train import PRECISIONS
 from cts_fast.experiments.run_folder import RunFolder
 from cts_fast.experiments.settings import PRESETS
 from cts_fast.experiments.signals import Interrupted, Stop, stop_on_signals
+from cts_fast.experiments.weights import Weights, read_weights
+from cts_fast.models import by_name
+from cts_fast.models.by_name import Model
 
 
 class HasFolder(Protocol):
@@ -147,6 +150,17 @@ def given(args: argparse.Namespace, **arguments: str) -> dict:
     return {setting: value for setting, value in values.items() if value is not None}
 
 
+def add_model_arguments(p: argparse.ArgumentParser) -> None:
+    """Of every program on images: the network, and weights to begin at."""
+    model_help = (
+        "network: resnet20 (default), resnet18 or another of torchvision's classifiers, or module:function, which is "
+        "called with the number of classes"
+    )
+    p.add_argument("--model", default="resnet20", metavar="NAME", help=model_help)
+    weights_help = "state dict (.safetensors, .pt) to begin meta-training at; meta-tested as `none`, too"
+    p.add_argument("--weights", type=Path, metavar="FILE", help=weights_help)
+
+
 # Checks; each raises ValueError that says what is wrong
 
 
@@ -253,6 +267,31 @@ def choose_source(name: str | None, tasks: Sequence[Task]) -> Task:
             return task
     known = ", ".join(task.name for task in tasks)
     raise ValueError(f"--source {name}: not one of the tasks to meta-train on: {known}")
+
+
+# Networks
+
+
+def choose_model(args: argparse.Namespace, tasks: Sequence[Task], *sizes: int | None) -> tuple[Model, Weights | None]:
+    """The network by `--model`, tried on images as large as the tasks' at these sizes, and what `--weights` holds.
+
+    Raises ValueError for a model or a file that cannot be used.
+    """
+    own = [(images.shape[-2], images.shape[-1]) for images in (task.train.images for task in tasks)]
+    model = by_name.model(args.model, [(size, size) if size else shape for size in sizes for shape in own])
+    if args.weights is None:
+        return model, None
+    check_extras("safetensors")
+    weights = read_weights(args.weights, model)
+    notes = [f"{', '.join(weights.left_out)} left out: heads are each task's own"] if weights.left_out else []
+    notes += [] if weights.statistics else ["no batch-norm statistics in it: they begin anew"]
+    print(f"{args.weights}: {'; '.join(notes or ['all of the body'])}", flush=True)
+    return model, weights
+
+
+def about_model(model: Model, weights: Weights | None) -> dict:
+    """What a run's config says of the network and of the weights that it begins at."""
+    return {"model": model.name, **({"weights": weights.sha256} if weights else {})}
 
 
 # The end of a program

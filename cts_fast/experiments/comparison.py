@@ -9,7 +9,7 @@ from typing import Any
 from cts_fast.experiments.checkpoint import CheckpointError
 from cts_fast.experiments.files import first_line
 from cts_fast.experiments.run_folder import CONFIG, FINISHED
-from cts_fast.experiments.settings import labels
+from cts_fast.experiments.settings import UNTRAINED, labels
 from cts_fast.experiments.statistics import mean, per_seed_mean
 
 ByTarget = dict[str, list[float]]  # held-out task to accuracies (fractions), one per meta-training seed
@@ -24,7 +24,7 @@ class Comparison:
     Attributes:
         config: of the runs, without their seed; seeds: of meta-training, in ascending order.
         methods: names; targets: names of held-out tasks; labels: what methods are called.
-        accuracy: (method, step) to accuracies by held-out task; `scratch` has step 0 alone.
+        accuracy: (method, step) to accuracies by held-out task; those of `UNTRAINED` have step 0 alone.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -41,7 +41,7 @@ class Comparison:
             runs[seed] = folder, config, accuracy
         self.seeds = sorted(runs)
         _, self.config, first = runs[self.seeds[0]]
-        self.methods = [name for name in self.config["methods"] if name != "scratch"]
+        self.methods = [name for name in self.config["methods"] if name not in UNTRAINED]
         self.targets = list(self.config["targets"])
         self.labels = labels(self.config["methods"], self.config["meta_lr"])
         self.accuracy: dict[tuple[str, int], ByTarget] = {
@@ -51,7 +51,7 @@ class Comparison:
 
     @property
     def final(self) -> dict[str, ByTarget]:
-        """Method to the accuracies of its last phi; `scratch` is one of the methods."""
+        """Method to the accuracies of its last phi; `UNTRAINED` ones are among them."""
         last = {name: max(step for method, step in self.accuracy if method == name) for name in self.config["methods"]}
         return {name: self.accuracy[name, step] for name, step in last.items()}
 

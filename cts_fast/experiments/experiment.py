@@ -18,10 +18,11 @@ from cts_fast.experiments.checkpoint import Checkpoints
 from cts_fast.experiments.console import Progress
 from cts_fast.experiments.files import write_csv
 from cts_fast.experiments.meta_test import MetaTester, MetaTestSettings
-from cts_fast.experiments.meta_train import MakeNet, MetaTrainer, MetaTrainSettings, new_net
+from cts_fast.experiments.meta_train import MakeNet, MetaTrainer, MetaTrainSettings
 from cts_fast.experiments.parallel import task_map
 from cts_fast.experiments.run_folder import RunFolder
 from cts_fast.experiments.signals import Stop
+from cts_fast.experiments.weights import Weights, untrained
 
 ACCURACY = "accuracy.json"
 DIGESTED = 1 << 26  # bytes of a set's images that tell it from another
@@ -75,10 +76,11 @@ class Experiment:
     """Meta-trains and meta-tests; keeps its state as files of the folder `out`.
 
     Args:
-        config: what defines the run, ready for JSON; a resumed run must have the same.
+        config: what defines the run, ready for JSON, the name of its model included; a resumed run must have the same.
         methods: name to `MethodSetup`. `targets`: tasks to meta-test on.
         make_net: number of classes to a network with a meta-learned `body` and a `head` of the task's own.
         train, test: settings; `snapshots`: meta-training steps at which phi is kept and meta-tested, beside the last.
+        weights: to begin meta-training at, and to meta-test as `none`; None: the random body of the seed.
         resume: go on from the checkpoints in `out`; overwrite: replace the run in `out`; otherwise a run in `out`
             raises `CheckpointError`. save_every: seconds between checkpoints; see `Checkpoints`.
 
@@ -97,6 +99,7 @@ class Experiment:
         test: MetaTestSettings,
         snapshots: Sequence[int],
         seed: int,
+        weights: Weights | None = None,
         device: str = "cpu",
         resume: bool = False,
         overwrite: bool = False,
@@ -108,6 +111,7 @@ class Experiment:
     ):
         self.out, self.config, self.methods, self.targets = out, config, methods, targets
         self.make_net, self.train, self.test, self.seed, self.device = make_net, train, test, seed, device
+        self.weights, self.untrained = weights, untrained(weights)
         self.snapshot_steps = frozenset(snapshots) | {train.steps}
         self.tensorboard, self.capture, self.streams, self.precision = tensorboard, capture, streams, precision
         self.curves: dict[str, Curve] = {}
@@ -120,8 +124,8 @@ class Experiment:
 
     @property
     def model_name(self) -> str:
-        """What the networks are called: the name of their class."""
-        return type(new_net(self.make_net, 1, seed=self.seed, head="name")).__name__
+        """What the networks are called."""
+        return self.config["model"]
 
     def run(self, stop: Stop) -> None:
         """Does what is not done yet; raises `Interrupted` when `stop` was requested and everything is saved."""
@@ -137,9 +141,9 @@ class Experiment:
         return {task.name: [self.accuracy[method, step, task.name, seed] for seed in seeds] for task in self.targets}
 
     def final_accuracy(self) -> dict[str, dict[str, list[float]]]:
-        """Method to held-out task to accuracies of the last phi; `scratch` is one of the methods."""
+        """Method to held-out task to accuracies of the last phi; `scratch`, and with weights `none`, are among them."""
         last = {name: self.accuracy_at(name, self.train.steps) for name in self.methods}
-        return {**last, "scratch": self.accuracy_at("scratch", 0)}
+        return {**last, **{name: self.accuracy_at(name, 0) for name in self.untrained}}
 
     # Meta-training
 
@@ -198,6 +202,7 @@ class Experiment:
             capture=self.capture,
             streams=self.streams,
             precision=self.precision,
+            start=self.weights.state if self.weights else None,
             **{"nonfinite": "raise", **setup.options},
         )
 
@@ -213,7 +218,7 @@ class Experiment:
     def meta_test(self, stop: Stop, map_tasks: Callable[..., list]) -> None:
         """Fine-tunes every initialization on every target with every seed, as far as that is not done yet."""
         phis = {(name, step): phi for name, kept in self.snapshots.items() for step, phi in kept.items()}
-        phis["scratch", 0] = {}  # every seed draws a body of its own
+        phis |= {(name, 0): phi for name, phi in self.untrained.items()}  # of `scratch` every seed draws its own body
         testers = {
             task.name: MetaTester(task, self.test, make_net=self.make_net, device=self.device, precision=self.precision)
             for task in self.targets
@@ -250,7 +255,7 @@ class Experiment:
 
     def _checkpoints(self, part: str, tasks: Sequence[Any]) -> Checkpoints:
         data = {task.name: self.digests[task.name] for task in tasks}
-        return self.folder.checkpoints(part, model=self.model_name, data=data)
+        return self.folder.checkpoints(part, data=data)
 
     def _save(self, name: str, trainer: MetaTrainer, kept: Checkpoints) -> None:
         curve = self.curves[name]

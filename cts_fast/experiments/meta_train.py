@@ -1,7 +1,7 @@
 """Meta-training: one loop for every method of `cts_fast.baselines.METHODS`."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -76,6 +76,7 @@ class MetaTrainer:
         capture: replay the whole of a step, its batches included, as a CUDA graph (`cts_fast.capture`); only for
             methods with no needs.
         streams: CUDA streams of a captured step.
+        start: the body's state dict to begin at, batch-norm statistics included, in every task; None: the seed's.
         precision: "fp32", or "bf16" for forward passes under autocast; parameters, gradients and batch-norm statistics
             stay float32.
     """
@@ -94,6 +95,7 @@ class MetaTrainer:
         capture: bool = False,
         streams: int = STREAMS,
         precision: str = "fp32",
+        start: Mapping[str, Tensor] | None = None,
         **options: Any,
     ):
         if not tasks:
@@ -103,6 +105,9 @@ class MetaTrainer:
         self.device = torch.device(device)
         self.map_tasks = map_tasks
         self.nets = [new_net(make_net, len(task.classes), seed=seed, head=task.name).to(device) for task in tasks]
+        if start is not None:
+            for net in self.nets:
+                net.body.load_state_dict(start)
         self.batches, self.held_out = _split_batches(tasks, settings, seed, device)
         settings_of_all = {name: getattr(settings, name) for name in ("lr", "momentum", "weight_decay", "horizon")}
         if capture:

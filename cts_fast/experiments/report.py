@@ -148,7 +148,7 @@ def account(experiment: Experiment) -> str:
         f"Accuracy in % on the test sets of {len(config['targets'])} image tasks that meta-training never saw: "
         f"mean of {test.seeds} fine-tuning run{'s' * (test.seeds > 1)} ± 95 % interval; "
         "the last column is the mean over these tasks.",
-        f"What was run: each method meta-trained a {experiment.model_name} on the tasks {', '.join(config['tasks'])}: "
+        f"What was run: each method meta-trained {experiment.model_name} on the tasks {', '.join(config['tasks'])}: "
         f"{steps}{size}. All began at the same weights and saw the same batches. Then each starting point was "
         f"fine-tuned on each held-out task: {images}, {test.steps} steps of batch {test.batch_size}, "
         "with a new last layer.",

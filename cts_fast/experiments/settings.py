@@ -20,7 +20,9 @@ LABELS = {
     "cts-accurate": "cts, exact trajectories",
     "finetune": "pretrained on one task",
     "scratch": "no meta-learning (scratch)",
+    "none": "the given weights, no meta-learning",
 }
+UNTRAINED = ("scratch", "none")  # what is meta-tested without meta-training
 
 
 def method_of(name: str) -> str:

@@ -49,7 +49,7 @@ def make(out, resume=False, device="cpu", capture=False):
     methods = {name: MethodSetup(METHODS[name], tuple(tasks[:3]), 0.1) for name in names}
     options = dict(device=device, capture=capture, resume=resume, save_every=0.0 if not resume else None)
     config = {"tasks": [task.name for task in tasks[:3]], "targets": [task.name for task in tasks[3:]]}
-    config["meta_lr"] = dict.fromkeys(names, 0.1)
+    config |= {"model": "DroppingNet", "meta_lr": dict.fromkeys(names, 0.1)}
     return Experiment(
         out, config, methods, tasks[3:], make_net=DroppingNet, train=train, test=test, snapshots=[4], seed=3, **options
     )

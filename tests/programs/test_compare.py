@@ -6,10 +6,13 @@ import math
 import shutil
 
 import pytest
+import torch
 from support.image_tasks import make_suite
+from support.nets import SmallNet
 
 from cts_fast.data import suite
 from cts_fast.examples import compare, resnet20
+from cts_fast.experiments.settings import LABELS
 from cts_fast.experiments.statistics import mean_and_interval
 
 SMALL = "--suite tiny --horizon 2 --rounds 1 --test-steps 1 --test-seeds 2 --methods reptile@1,cts".split()
@@ -76,6 +79,19 @@ def test_means_and_differences_are_those_of_the_runs_in_the_order_of_their_seeds
     pairs = [(entry["of"], entry["by"], entry["after"]) for entry in found["steps_to_equal_accuracy"]]
     assert sorted(pairs) == [("cts", "reptile@1", 1), ("cts", "reptile@1", 2), ("reptile@1", "cts", 2)]
     assert all(entry["steps"] is None or 1 <= entry["steps"] <= 2 for entry in found["steps_to_equal_accuracy"])
+
+
+def test_given_weights_are_one_point_that_others_are_compared_with_at_every_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(suite.SUITES, "tiny", make_suite)
+    torch.save(SmallNet(2).state_dict(), tmp_path / "weights.pt")
+    model = ["--model", "support.nets:SmallNet", "--weights", str(tmp_path / "weights.pt")]
+    for seed in ("0", "1"):
+        assert resnet20.main([*SMALL, *model, "--methods", "cts", "--seed", seed, "--out", str(tmp_path / seed)]) == 0
+    text, found = compared(capsys, tmp_path / "compared", tmp_path / "0", tmp_path / "1")
+    of_runs = [means(tmp_path / seed) for seed in ("0", "1")]
+    assert {name for name, _ in of_runs[0]} == {"cts", "none", "scratch"} and LABELS["none"] in text
+    for step, values in found["paired_differences"]["cts"]["none"].items():
+        assert values == pytest.approx([run["cts", int(step)] - run["none", 0] for run in of_runs])
 
 
 def test_one_run_has_no_interval_and_that_is_said(runs, tmp_path, capsys):

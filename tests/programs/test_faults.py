@@ -132,14 +132,11 @@ def test_a_checkpoint_of_another_run_is_refused(change, words, begun, tmp_path_f
     assert "checkpoints/cts" in line and words in line and state_files(begun) == before
 
 
-def test_a_checkpoint_of_another_model_or_version_is_refused(begun, capsys, monkeypatch):
-    from support.nets import SmallNet
-
+def test_a_run_of_another_model_or_version_is_refused(begun, capsys, monkeypatch):
     from cts_fast.experiments import run_folder
 
-    with monkeypatch.context() as patch:
-        patch.setattr(resnet20, "ResNet20", SmallNet)
-        assert "model was 'ResNet20', now 'SmallNet'" in ends_with(2, capsys, begun, "--resume")
+    other = ["--resume", "--model", "support.nets:SmallNet"]
+    assert "model was 'resnet20', now 'support.nets:SmallNet'" in ends_with(2, capsys, begun, *other)
     monkeypatch.setattr(run_folder, "__version__", "99")
     assert "cts_fast was '0.1.0', now '99'" in ends_with(2, capsys, begun, "--resume")
 

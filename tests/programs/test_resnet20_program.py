@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from hashlib import sha256
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.image_tasks import make_suite
 from support.processes import SLOW_ENOUGH, driven
+from torchvision.models import shufflenet_v2_x0_5
 
 from cts_fast.baselines import METHODS
 from cts_fast.data import suite
@@ -191,6 +193,34 @@ def test_all_methods_run_and_are_ranked(tmp_path, capsys):
     )
 
 
+# Other networks
+
+
+def test_a_run_of_another_network_begins_at_the_weights_and_holds_to_both(tmp_path, capsys):
+    net = shufflenet_v2_x0_5(num_classes=10)
+    file, out = tmp_path / "weights.safetensors", tmp_path / "run"
+    save_file(net.state_dict(), file)
+    small = ["--tasks", "stripes", "--targets", "rings", "--horizon", "1", "--rounds", "1", "--test-steps", "1"]
+    standing = [*small, "--test-seeds", "1", "--methods", "cts", "--meta-lr", "cts=0", "--model", "shufflenet_v2_x0_5"]
+    assert run(out, *standing, "--weights", str(file)) == 0
+    assert f"{file}: fc.bias, fc.weight left out" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    digest = sha256(file.read_bytes()).hexdigest()
+    assert (results["config"]["model"], results["config"]["weights"]) == ("shufflenet_v2_x0_5", digest)
+    assert set(results["meta_test"]) == set(results["config"]["methods"]) == {"cts", "none", "scratch"}
+    assert results["meta_test"]["none"] == results["meta_test"]["cts"]  # which did not move
+    phi, given = load_file(out / "initialization.safetensors"), net.state_dict()
+    assert set(phi) == {name for name, _ in net.named_parameters() if not name.startswith("fc.")}
+    assert all(torch.equal(tensor, given[name]) for name, tensor in phi.items())
+
+    assert f"weights was '{digest}', now None" in refused(capsys, out, *standing, "--resume")
+    other = [*standing[:-1], "support.nets:SmallNet"]
+    assert "model was 'shufflenet_v2_x0_5', now 'support.nets:SmallNet'" in refused(capsys, out, *other, "--resume")
+    assert "does not fit the body of resnet34" in refused(
+        capsys, out, *standing[:-1], "resnet34", "--weights", str(file), "--resume"
+    )
+
+
 # Refusals
 
 
@@ -216,6 +246,10 @@ def test_all_methods_run_and_are_ranked(tmp_path, capsys):
         (["--device", "abacus"], ["abacus"]),
         (["--capture"], ["--capture", "--device cpu"]),
         (["--resume"], ["config.json", "no run to resume"]),
+        (["--model", "resnet19"], ["'resnet19'", "resnet18"]),
+        (["--model", "alexnet"], ["alexnet", "16 x 16 pixels"]),
+        (["--weights", "nowhere.pt"], ["nowhere.pt", "no such file"]),
+        (["--methods", "cts,none"], ["none", "--weights"]),
     ],
 )
 def test_bad_arguments_are_named_and_end_with_status_2(arguments, words, tmp_path, capsys):
@@ -376,7 +410,9 @@ def test_a_python_without_lzma_gets_one_line(tmp_path):
 
 def test_tuning_never_touches_held_out_tasks(tmp_path, capsys):
     small = ["--suite", "tiny", "--horizon", "2", "--rounds", "1", "--test-steps", "2"]
+    small += ["--model", "support.nets:SmallNet"]
     assert tune.main([*small, "--grid", "cts=0.1", "--grid", "reptile=0.5,1", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "fold1" / "config.json").read_text())["model"] == "support.nets:SmallNet"
     results = json.loads((tmp_path / "tune.json").read_text())
     assert set(results["mean"]) == {"cts@0.1", "reptile@0.5", "reptile@1", "scratch"}
     assert all(set(by_task) == {"stripes", "dots", "waves"} for by_task in results["accuracy"].values())
