@@ -46,7 +46,7 @@ __device__ __forceinline__ double value_at(uintptr_t address) {
 // The inner step of the first `tasks` of N tasks at W columns: theta [N][W] holds the result, momentum is stored.
 // first: the first one's gradient in the table; place: of the tile in its row; at: of the tile in its gradient; column:
 // of the thread in the tile, apart from what the whole block shares, so that one register holds it for all addresses.
-// LEAN: the usual rule, no flags, no gradient is missing.
+// LEAN: the usual rule, no gradient is missing.
 template <bool LEAN, int N, int W, class P, class C, class Launch>
 __device__ __forceinline__ void inner_steps(C (*theta)[W], const Launch& p, const Buffers<P>& b, const Rule<C>& rule,
                                             int first, int tasks, int64_t place, int64_t at, unsigned column) {

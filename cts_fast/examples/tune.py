@@ -20,7 +20,7 @@ from cts_fast.experiments.experiment import Experiment, MethodSetup
 from cts_fast.experiments.files import write_json
 from cts_fast.experiments.meta_test import MetaTestSettings
 from cts_fast.experiments.meta_train import MetaTrainSettings
-from cts_fast.experiments.run_folder import RunFolder
+from cts_fast.experiments.run_folder import CONFIG, RunFolder
 from cts_fast.experiments.settings import PRESETS, rate_of
 from cts_fast.experiments.signals import Stop
 from cts_fast.experiments.statistics import mean
@@ -38,12 +38,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--grid", action="append", required=True, metavar="METHOD=X,Y,...", help=grid_help)
     cli.add_data_arguments(p)
     cli.add_model_arguments(p)
-    for name, kind in (("horizon", int), ("rounds", int), ("lr", float), ("batch-size", int)):
+    for name, kind in (
+        ("horizon", cli.positive),
+        ("rounds", cli.positive),
+        ("lr", cli.number),
+        ("batch-size", cli.positive),
+    ):
         p.add_argument(f"--{name}", type=kind, help="instead of the preset's")
-    p.add_argument("--test-steps", type=int, help="fine-tuning steps, instead of the preset's")
-    p.add_argument("--test-images", type=int, help="training images to fine-tune on, instead of the preset's")
-    p.add_argument("--test-seeds", type=int, default=1, help="fine-tuning runs per task (default: 1)")
-    p.add_argument("--folds", type=int, default=2)
+    p.add_argument("--test-steps", type=cli.positive, help="fine-tuning steps, instead of the preset's")
+    p.add_argument("--test-images", type=cli.positive, help="training images to fine-tune on, instead of the preset's")
+    p.add_argument("--test-seeds", type=cli.positive, default=1, help="fine-tuning runs per task (default: 1)")
+    p.add_argument("--folds", type=cli.positive, default=2)
     cli.add_run_arguments(p, "runs/tune", seed=1000, seed_help="default: 1000, apart from the seeds of final runs")
     cli.add_save_every(p)
     return p
@@ -101,8 +106,7 @@ def fold_experiment(args: argparse.Namespace, fold: int, tuning: Tuning) -> Expe
         snapshots=(),
         seed=args.seed,
         device=args.device,
-        resume=args.resume and out.exists(),
-        overwrite=args.overwrite,
+        resume=args.resume and (out / CONFIG).exists(),
         save_every=args.save_every,
     )
 
@@ -119,10 +123,13 @@ def prepare(args: argparse.Namespace) -> Tuning:
     tasks = cli.load_tasks(args, names, train.size)
     if args.validation:
         tasks = tuple(task.validation() for task in tasks)
+    if not 2 <= args.folds <= len(tasks):
+        raise ValueError(f"--folds {args.folds}: it takes 2 or more, and no more than there are tasks ({len(tasks)})")
     model, weights = cli.choose_model(args, tasks, train.size, test.size)
     about = {**cli.about_model(model, weights), **cli.about_data(args, tasks)}
     config = {"grid": sorted(grid), "folds": args.folds, "seed": args.seed, **about}
-    folder = RunFolder(args.out, config, resume=args.resume, overwrite=args.overwrite)
+    parts = ("fold*", "tune.json")
+    folder = RunFolder(args.out, config, resume=args.resume, overwrite=args.overwrite, parts=parts)
     return Tuning(grid, tasks, model, weights, train, test, folder)
 
 

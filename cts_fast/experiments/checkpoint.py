@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -64,10 +65,17 @@ class Checkpoints:
         identity: what they belong to, ready for JSON; one of another identity is refused.
         every: seconds between two saves that are `due`; None: a minute, and longer where saving takes more than 2 % of
             the time.
+        guard: called before each save; raises OSError where the place is no longer this run's.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], every: float | None = None) -> None:
-        self.path, self.identity, self.every = path, identity, every
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        every: float | None = None,
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.path, self.identity, self.every, self.guard = path, identity, every, guard
         self.newest: Path | None = None  # the last one that this process saved or loaded
         self.saved, self.cost = time.monotonic(), 0.0
 
@@ -83,6 +91,7 @@ class Checkpoints:
         Raises OSError that names the checkpoint; those that were there stay as they were.
         """
         started = time.monotonic()
+        self.guard()
         before = self._folders()
         number = 1 + max((int(folder.name) for folder in before), default=0)
         folder = self.path / f"{number:06}"
@@ -107,12 +116,16 @@ class Checkpoints:
         none is whole, for one of another run, and for one that cannot be read now.
         """
         damaged: list[str] = []
-        for folder in reversed(self._folders()):
+        try:
+            folders = self._folders()
+        except OSError as error:
+            raise self._not_now(self.path, error) from error
+        for folder in reversed(folders):
             try:
                 content = self._verified(folder)
                 use({name: read_part(folder / name) for name in content["parts"]})
-            except CheckpointError:
-                raise
+            except CheckpointError as error:
+                raise CheckpointError("; ".join([*damaged, str(error)])) from error
             except (*DAMAGE, *NOT_A_FILE) as error:
                 if is_out_of_memory(error):
                     raise self._not_now(folder, error) from error
@@ -138,8 +151,12 @@ class Checkpoints:
         )
 
     def _folders(self) -> list[Path]:
-        """Those that took their place, the oldest first."""
-        return sorted(folder for folder in self.path.glob("[0-9]*") if folder.name.isdecimal())
+        """Those that took their place, the oldest first; raises OSError where they cannot be listed."""
+        try:
+            names = [name for name in os.listdir(self.path) if name.isdecimal()]
+        except FileNotFoundError:
+            return []
+        return [self.path / name for name in sorted(names, key=int)]
 
     def _verified(self, folder: Path) -> dict[str, Any]:
         """What the manifest holds, when every byte of every part is as it was written and the run is this one."""

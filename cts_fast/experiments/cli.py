@@ -59,14 +59,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def seconds(text: str) -> float:
-    """A time, 0 included."""
+def number(text: str) -> float:
+    """A finite number, 0 included."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0 on")
     return value
 
 
@@ -90,7 +90,9 @@ def rates(text: str) -> dict[str, float]:
 def new_parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """The parser of a program: ``python -m module``, described by its docstring."""
     layout = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=f"python -m {module}", description=description, formatter_class=layout)
+    return argparse.ArgumentParser(  # options in full: the command to go on with is made of them
+        prog=f"python -m {module}", description=description, formatter_class=layout, allow_abbrev=False
+    )
 
 
 def add_run_arguments(p: argparse.ArgumentParser, out: str, *, seed: int = 0, seed_help: str | None = None) -> None:
@@ -133,7 +135,7 @@ def add_save_every(p: argparse.ArgumentParser) -> None:
         f"between checkpoints; 0 saves after every step (default: {SAVE_EVERY:g}, and longer where saving would take "
         "more than 2 %% of the time)"
     )
-    p.add_argument("--save-every", type=seconds, metavar="SECONDS", help=every_help)
+    p.add_argument("--save-every", type=number, metavar="SECONDS", help=every_help)
 
 
 def add_compute_arguments(p: argparse.ArgumentParser) -> None:
@@ -330,7 +332,7 @@ def run_program(
     except Interrupted as stopped:
         note = "\nstopped before the run began"
         if prepared is not None:
-            note = f"\nstopped; everything so far is in {out}. To go on:\n  {resume_command(p, argv)}"
+            note = f"\nstopped; what was saved is in {out}. To go on:\n  {resume_command(p, argv)}"
         with contextlib.suppress(OSError):  # a hang-up may have closed the output
             print(note, file=sys.stderr)
         return stopped.status

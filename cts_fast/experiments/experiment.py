@@ -14,13 +14,13 @@ from torch import Tensor
 from cts_fast.capture import STREAMS
 from cts_fast.engine.gradients import NonFiniteGradient
 from cts_fast.experiments.batches import task_seed
-from cts_fast.experiments.checkpoint import Checkpoints
+from cts_fast.experiments.checkpoint import CheckpointError, Checkpoints
 from cts_fast.experiments.console import Progress
 from cts_fast.experiments.files import write_csv
 from cts_fast.experiments.meta_test import MetaTester, MetaTestSettings
-from cts_fast.experiments.meta_train import MakeNet, MetaTrainer, MetaTrainSettings
+from cts_fast.experiments.meta_train import MakeNet, MetaTrainer, MetaTrainSettings, check_held_out
 from cts_fast.experiments.parallel import task_map
-from cts_fast.experiments.run_folder import RunFolder
+from cts_fast.experiments.run_folder import FINISHED, RunFolder
 from cts_fast.experiments.signals import Stop
 from cts_fast.experiments.weights import Weights, untrained
 
@@ -117,10 +117,13 @@ class Experiment:
         self.curves: dict[str, Curve] = {}
         self.snapshots: dict[str, dict[int, dict[str, Tensor]]] = {}  # method to step to phi
         self.accuracy: dict[tuple[str, int, str, int], float] = {}  # (method, step, target, seed)
-        self.folder = RunFolder(out, config, resume=resume, overwrite=overwrite, save_every=save_every)
         self.resume = resume
         tasks = [task for setup in methods.values() for task in setup.tasks]
         self.digests = {task.name: digest(task) for task in {task.name: task for task in (*tasks, *targets)}.values()}
+        for setup in methods.values():
+            check_held_out(setup.method, setup.tasks, train)
+        # last: whatever is wrong with the arguments, an older run is still there
+        self.folder = RunFolder(out, config, resume=resume, overwrite=overwrite, save_every=save_every)
 
     @property
     def model_name(self) -> str:
@@ -156,18 +159,40 @@ class Experiment:
         trainer = self._trainer(name, map_tasks)
         self.curves[name], self.snapshots[name] = Curve(trainer.tasks), {}
         kept = self._checkpoints(name, self.methods[name].tasks)
+        found = kept.load(lambda parts: self._load(name, trainer, parts["rank-0.pt"])) if self.resume else None
+        if self.resume and found is None and self.folder.finished:
+            raise CheckpointError(
+                f"{self.out} holds a finished run, but {kept.path} is gone: delete {FINISHED} there to meta-train "
+                f"{name} anew, then resume"
+            )
         if self.resume:
-            found = kept.load(lambda parts: self._load(name, trainer, parts["rank-0.pt"]))
             print(f"meta-train {name}: goes on from {found or 'its first step: nothing was saved yet'}", flush=True)
         try:
             self._train(name, trainer, kept, stop)
         except NonFiniteGradient as error:
-            rates = f"its meta_lr ({self.methods[name].meta_lr}) or the lr ({self.train.lr}) is too large"
-            good = f"the last good checkpoint is {kept.newest}" if kept.newest else "nothing was saved yet"
-            raise Diverged(
-                f"{name}, step {trainer.step + 1}: the gradient of task {trainer.tasks[error.task]!r}, parameter "
-                f"{error.parameter!r} is not finite; {rates}; {good}"
-            ) from error
+            at = f"step {trainer.step + 1}" if self.device == "cpu" else f"at or before step {trainer.step + 1}"
+            what = f"the gradient of task {trainer.tasks[error.task]!r}, parameter {error.parameter!r}"
+            raise self._diverged(name, at, what, kept) from error
+
+    def _diverged(self, name: str, at: str, what: str, kept: Checkpoints) -> Diverged:
+        rates = f"its meta_lr ({self.methods[name].meta_lr}) or the lr ({self.train.lr}) is too large"
+        good = f"the last good checkpoint is {kept.newest}" if kept.newest else "nothing was saved yet"
+        return Diverged(f"{name}, {at}: {what} is not finite; {rates}; {good}")
+
+    def _check_finite(self, name: str, trainer: MetaTrainer, kept: Checkpoints) -> None:
+        """Raises Diverged where a parameter is not finite: held-out gradients, too large rates and the last step show
+        in no gradient that a step looks at.
+        """
+        if self.methods[name].options.get("nonfinite", "raise") != "raise":
+            return
+        named = [
+            (f"the initialization's {n!r}", phi) for n, phi in trainer.optimizer.initialization_state_dict().items()
+        ]
+        for task, net in zip(trainer.tasks, trainer.nets, strict=True):
+            named += [(f"task {task!r}, parameter {n!r}", param) for n, param in net.named_parameters()]
+        for what, tensor in named:
+            if not tensor.isfinite().all():
+                raise self._diverged(name, f"at or before step {trainer.step}", what, kept)
 
     def _train(self, name: str, trainer: MetaTrainer, kept: Checkpoints, stop: Stop) -> None:
         curve = self.curves[name]
@@ -258,6 +283,7 @@ class Experiment:
         return self.folder.checkpoints(part, data=data)
 
     def _save(self, name: str, trainer: MetaTrainer, kept: Checkpoints) -> None:
+        self._check_finite(name, trainer, kept)
         curve = self.curves[name]
         state = {
             "trainer": trainer.state_dict(),

@@ -62,6 +62,16 @@ def new_net(make_net: MakeNet, num_classes: int, *, seed: int, head: object) -> 
     return net
 
 
+def check_held_out(method: type, tasks: Sequence[Any], settings: MetaTrainSettings) -> None:
+    """Raises ValueError where a method needs held-out images and a task holds none back."""
+    few = [task.name for task in tasks if int(settings.held_back * len(task.train.labels)) == 0]
+    if few and "heldout" in getattr(method, "needs", ()):
+        raise ValueError(
+            f"{method.__name__} needs held-out images of every task, and {', '.join(few)} holds none back: "
+            "raise held_back"
+        )
+
+
 class MetaTrainer:
     """T networks with one meta-learned body, trained by one method; each `train_step` is one inner step of all.
 
@@ -100,6 +110,7 @@ class MetaTrainer:
     ):
         if not tasks:
             raise ValueError("meta-training needs at least one task")
+        check_held_out(method, tasks, settings)
         self.tasks = tuple(task.name for task in tasks)
         self.step = 0
         self.device = torch.device(device)
@@ -119,8 +130,6 @@ class MetaTrainer:
             **(settings_of_all | options),
         )
         self.needs = frozenset(getattr(self.optimizer, "needs", ()))
-        if "heldout" in self.needs and len(self.held_out) < len(tasks):
-            raise ValueError(f"{method.__name__} needs held-out images of every task: raise held_back")
         if capture and self.needs:
             needs = ", ".join(sorted(self.needs))
             raise ValueError(f"{method.__name__} needs {needs}, which a CUDA graph cannot give it")
@@ -162,7 +171,7 @@ class MetaTrainer:
             needed["losses"] = losses
         if "heldout" in self.needs:
             needed["heldout"] = [
-                _HeldOutLoss(self.loss, net, batches) for net, batches in zip(self.nets, self.held_out, strict=True)
+                HeldOutLoss(self.loss, net, batches) for net, batches in zip(self.nets, self.held_out, strict=True)
             ]
         self.optimizer.step(**needed)
         return torch.stack(losses)
@@ -203,7 +212,7 @@ class MetaTrainer:
         self.step = state["step"]
 
 
-class _HeldOutLoss:
+class HeldOutLoss:
     """Calling it returns the loss, with its graph, of the next batch of images that no inner step sees."""
 
     def __init__(self, loss: Callable[..., Tensor], net: nn.Module, batches: TaskBatches):

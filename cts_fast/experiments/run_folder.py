@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,19 @@ from cts_fast.experiments.files import first_line, write_json
 
 CONFIG, RESULTS, FINISHED, CHECKPOINTS = "config.json", "results.json", "finished.json", "checkpoints"
 REPORTED = ("metrics.csv", "*.png", "*.safetensors")  # what a run leaves beside its checkpoints and results
+LEFT_BEHIND = ".*.[0-9]*-????????.tmp"  # by a write that was killed
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 class RunFolder:
@@ -24,10 +40,11 @@ class RunFolder:
         config: what defines the run, ready for JSON; a resumed run must have the same.
         resume: go on from the checkpoints; overwrite: replace what is there.
         save_every: seconds between checkpoints; see `Checkpoints`.
+        parts: patterns of what the run keeps beside its checkpoints and reports.
 
     Raises:
         CheckpointError: another program uses the folder; it holds an interrupted or a finished run and neither `resume`
-            nor `overwrite` is given; or another run, or none, and `resume` is.
+            nor `overwrite` is given; another run, or none, and `resume` is; or files of no run, and `overwrite` is.
     """
 
     def __init__(
@@ -38,8 +55,9 @@ class RunFolder:
         resume: bool = False,
         overwrite: bool = False,
         save_every: float | None = None,
+        parts: Sequence[str] = (),
     ) -> None:
-        self.path, self.config, self.save_every = path, config, save_every
+        self.path, self.config, self.save_every, self.parts = path, config, save_every, parts
         if resume and not (path / CONFIG).exists() and not (path / CHECKPOINTS).exists():
             raise CheckpointError(f"there is no run to resume: {path / CONFIG} is missing; start it without --resume")
         self._lock()
@@ -52,8 +70,8 @@ class RunFolder:
                 self._empty()
             write_json(path / CONFIG, config, indent=1)
             (path / CHECKPOINTS).mkdir(exist_ok=True)
-            for left in (*path.glob(".*.tmp"), *path.glob(f"{CHECKPOINTS}/*/.*.tmp")):  # of a save that was killed
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            for left in (*path.glob(LEFT_BEHIND), *path.glob(f"{CHECKPOINTS}/*/{LEFT_BEHIND}")):
+                _remove(left)
         except BaseException:
             self.close()
             raise
@@ -69,6 +87,12 @@ class RunFolder:
             raise CheckpointError(
                 f"another program is at work in {self.path}: wait for it, or choose another --out"
             ) from None
+        self.mine = _identity(self.path / ".lock")
+
+    def check(self) -> None:
+        """Raises OSError where the folder was taken away, or another one stands in its place."""
+        if _identity(self.path / ".lock") != self.mine:
+            raise OSError(errno.ENOENT, "the folder was taken away while the program ran", str(self.path))
 
     def close(self) -> None:
         """Let other programs use the folder."""
@@ -86,7 +110,7 @@ class RunFolder:
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             other = differences(saved, self.config)
-        except (ValueError, AttributeError, FileNotFoundError) as error:
+        except (ValueError, TypeError, AttributeError, FileNotFoundError) as error:
             print(
                 f"warning: {path} is missing or damaged ({first_line(error)}) and is written anew: the checkpoints say "
                 "as well what run they are of",
@@ -100,7 +124,12 @@ class RunFolder:
             )
 
     def _check_unused(self, overwrite: bool) -> None:
-        used = [file for name in (f"{CHECKPOINTS}/*", RESULTS, FINISHED) for file in self.path.glob(name)]
+        names = (f"{CHECKPOINTS}/*", RESULTS, FINISHED, *self.parts)
+        used = [file for name in names for file in self.path.glob(name)]
+        if overwrite and used and not (self.path / CONFIG).exists():
+            raise CheckpointError(
+                f"{self.path} holds {used[0].name} and no {CONFIG}: that is no run; choose another --out"
+            )
         if not used or overwrite:
             return
         if self.finished:
@@ -115,17 +144,15 @@ class RunFolder:
 
     def _empty(self) -> None:
         """Take away an older run, its mark first: what is half gone is not finished."""
-        (self.path / FINISHED).unlink(missing_ok=True)
-        if (self.path / CHECKPOINTS).exists():
-            shutil.rmtree(self.path / CHECKPOINTS)
-        for pattern in (RESULTS, *REPORTED):
-            for file in self.path.glob(pattern):
-                file.unlink()
+        if (self.path / CONFIG).exists():
+            for pattern in (FINISHED, CHECKPOINTS, *self.parts, RESULTS, *REPORTED):
+                for file in self.path.glob(pattern):
+                    _remove(file)
 
     def checkpoints(self, name: str, **identity: Any) -> Checkpoints:
         """The checkpoints of one part of the run. identity: what they belong to, beside the run."""
         whole = {"cts_fast": __version__, "part": name, **self.config, **identity}
-        return Checkpoints(self.path / CHECKPOINTS / name, whole, self.save_every)
+        return Checkpoints(self.path / CHECKPOINTS / name, whole, self.save_every, self.check)
 
     @property
     def finished(self) -> bool:

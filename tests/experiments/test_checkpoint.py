@@ -185,6 +185,34 @@ def test_every_one_of_a_thousand_flipped_bits_is_noticed_or_changes_nothing(seed
     assert noticed > 480  # what is left are spaces between the manifest's words
 
 
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path):
+    (tmp_path / "cts").write_bytes(b"a file in the folder's place")
+    with pytest.raises(CheckpointError, match="cannot be read now"):
+        Checkpoints(tmp_path / "cts", IDENTITY).load(use)
+
+
+def test_what_is_damaged_is_told_also_where_the_one_before_is_of_another_run(tmp_path):
+    saved(tmp_path, [1])
+    other = Checkpoints(tmp_path, {**IDENTITY, "seed": 7})
+    other.newest = tmp_path / "000001"  # which is kept
+    other.save(parts(2), "step 2")
+    (tmp_path / "000002" / "rank-0.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="another run"):  # the newest one's manifest says whose it is
+        Checkpoints(tmp_path, IDENTITY).load(use)
+    (tmp_path / "000002" / MANIFEST).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="000002 is damaged.*000001 is of another run"):
+        Checkpoints(tmp_path, {**IDENTITY, "seed": 7}).load(use)
+
+
+def test_numbers_of_any_length_are_in_their_order(tmp_path):
+    saved(tmp_path, [1])
+    (tmp_path / "000001").rename(tmp_path / "999999")
+    kept = Checkpoints(tmp_path, IDENTITY)
+    assert kept.load(use) == "step 1"
+    kept.save(parts(2), "step 2")
+    assert Checkpoints(tmp_path, IDENTITY).load(use) == "step 2"
+
+
 # Of another run
 
 

@@ -1,6 +1,7 @@
 """One run and one program in a folder, and signals that stop it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,18 +54,47 @@ def test_a_killed_program_leaves_no_lock_behind(tmp_path):
 def test_what_a_killed_save_left_is_taken_away(tmp_path):
     with RunFolder(tmp_path, {}) as folder:
         folder.checkpoints("cts").save({"rank-0.pt": {}}, "step 1")
-    left = tmp_path / "checkpoints" / "cts" / ".000002.1-0.tmp"
+    left = tmp_path / "checkpoints" / "cts" / ".000002.1-0123abcd.tmp"
     left.mkdir()
     (left / "rank-0.pt").write_bytes(b"half")
-    (tmp_path / ".results.json.1-0.tmp").write_bytes(b"half")
+    (tmp_path / ".results.json.1-0123abcd.tmp").write_bytes(b"half")
+    (tmp_path / ".mine.tmp").write_bytes(b"not the program's")
     with RunFolder(tmp_path, {}, resume=True):
-        assert not left.exists() and not list(tmp_path.glob(".*.tmp"))
+        assert not left.exists() and [path.name for path in tmp_path.glob(".*.tmp")] == [".mine.tmp"]
+
+
+def test_what_is_no_run_is_not_overwritten(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    mine = [tmp_path / "checkpoints" / "model.bin", tmp_path / "weights.safetensors", tmp_path / "photo.png"]
+    for path in mine:
+        path.write_bytes(b"somebody's")
+    with pytest.raises(CheckpointError, match="that is no run; choose another --out"):
+        RunFolder(tmp_path, {}, overwrite=True)
+    mine[0].unlink()
+    RunFolder(tmp_path, {}, overwrite=True).close()
+    assert all(path.exists() for path in mine[1:])
+
+
+def test_a_program_whose_folder_was_taken_away_writes_nothing_into_another_ones(tmp_path):
+    path = tmp_path / "run"
+    straggler = RunFolder(path, {"seed": 0})
+    kept = straggler.checkpoints("cts")
+    kept.save({"rank-0.pt": {}}, "step 1")
+    shutil.rmtree(path)
+    with RunFolder(path, {"seed": 1}) as other:
+        other.checkpoints("cts").save({"rank-0.pt": {}}, "of another run")
+        before = sorted(path.rglob("*"))
+        with pytest.raises(OSError, match="taken away"):
+            kept.save({"rank-0.pt": {}}, "step 2")
+        assert sorted(path.rglob("*")) == before
+        assert other.checkpoints("cts").load(lambda parts: None) == "of another run"
+    straggler.close()
 
 
 def test_a_damaged_config_is_written_anew_and_the_checkpoints_say_whose_they_are(tmp_path, capsys):
     with RunFolder(tmp_path, {"seed": 1}) as folder:
         folder.checkpoints("cts").save({"rank-0.pt": {}}, "step 1")
-    for damage in (b"", b"[]", b'{"seed": ', b"\xff"):
+    for damage in (b"", b"[]", b"null", b"5", b'{"seed": ', b"\xff"):
         (tmp_path / "config.json").write_bytes(damage)
         with RunFolder(tmp_path, {"seed": 1}, resume=True) as folder:
             assert "written anew" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What a program does about faults: one line, the right status, and nothing lost that was saved."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -67,6 +68,31 @@ def test_a_gradient_that_is_not_finite_is_named_and_the_last_good_checkpoint_sta
     assert "goes on from step 5 of 12" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method, call", [("fomaml", 7), ("fomaml", 8), ("fomaml++", 36)])
+def test_a_held_out_loss_that_is_not_finite_poisons_no_checkpoint(
+    method, call, one_thread, tmp_path, capsys, monkeypatch
+):
+    whole, calls = meta_train.HeldOutLoss.__call__, [0]
+
+    def poisoned(self):
+        calls[0] += 1
+        return whole(self) * (float("nan") if calls[0] == call else 1.0)
+
+    monkeypatch.setattr(meta_train.HeldOutLoss, "__call__", poisoned)
+    arguments = ["--methods", method, "--save-every", "0"]
+    line = ends_with(1, capsys, tmp_path, *arguments)  # the last one in the last step, behind which comes no other
+    assert f"{method}, at or before step" in line and "is not finite" in line
+    monkeypatch.setattr(meta_train.HeldOutLoss, "__call__", whole)
+    assert resnet20.main([*SMALL, "--out", str(tmp_path), *arguments, "--resume"]) == 0
+
+
+def test_an_initialization_that_is_not_finite_in_the_last_step_is_no_result(tmp_path, capsys):
+    arguments = ["--methods", "reptile", "--meta-lr", "reptile=1e300", "--rounds", "1"]
+    line = ends_with(1, capsys, tmp_path, *arguments)
+    assert "reptile, at or before step 4: the initialization's" in line and "nothing was saved yet" in line
+    assert not (tmp_path / "finished.json").exists()
+
+
 def test_tuning_takes_a_step_size_that_is_too_large_as_a_result(tmp_path, capsys):
     small = ["--suite", "tiny", "--horizon", "3", "--rounds", "2", "--test-steps", "1"]
     assert tune.main([*small, "--grid", "cts=0.1,1e30", "--out", str(tmp_path)]) == 0
@@ -99,6 +125,47 @@ def begun(tmp_path, capsys):
     (tmp_path / "finished.json").unlink()
     capsys.readouterr()
     return tmp_path
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_trained_anew_unasked(tmp_path, capsys):
+    assert resnet20.main([*SMALL, "--out", str(tmp_path)]) == 0
+    shutil.rmtree(tmp_path / "checkpoints" / "cts")
+    capsys.readouterr()
+    assert "delete finished.json" in ends_with(2, capsys, tmp_path, "--resume")
+
+
+def test_what_cannot_be_trained_costs_no_older_run(begun, capsys, monkeypatch):
+    few = make_suite()
+    task = few["dots"]
+    few["dots"] = dataclasses.replace(
+        task, train=dataclasses.replace(task.train, images=task.train.images[:8], labels=task.train.labels[:8])
+    )
+    monkeypatch.setitem(suite.SUITES, "tiny", lambda root=None, names=None: few)
+    before = state_files(begun)
+    assert "dots holds none back" in ends_with(2, capsys, begun, "--methods", "fomaml", "--overwrite")
+    assert state_files(begun) == before
+
+
+def test_tuning_is_refused_overwritten_and_resumed_as_a_whole(tmp_path, capsys, monkeypatch):
+    def run(grid, *more):
+        small = ["--suite", "tiny", "--horizon", "2", "--rounds", "1", "--test-steps", "1", "--folds", "2"]
+        return tune.main([*small, "--grid", grid, "--out", str(tmp_path), *more])
+
+    assert run("cts=0.1") == 0
+    config = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        run("cts=0.2")
+    assert (tmp_path / "config.json").read_bytes() == config and run("cts=0.1", "--resume") == 0
+    (tmp_path / "fold1" / "config.json").unlink()
+    shutil.rmtree(tmp_path / "fold1" / "checkpoints")
+    for name in ("finished.json", "results.json"):
+        (tmp_path / "fold1" / name).unlink(missing_ok=True)
+    assert run("cts=0.1", "--resume") == 0  # killed before the fold had anything
+    assert run("cts=0.2", "--overwrite") == 0
+    assert run("cts=0.2", "--resume") == 0
+    for bad in (["--folds", "1"], ["--folds", "0"], ["--horizon", "0"], ["--lr", "nan"]):
+        with pytest.raises(SystemExit, match="2"):
+            run("cts=0.1", *bad, "--overwrite")
 
 
 def test_data_that_changed_since_the_start_are_named(begun, capsys, monkeypatch):
