@@ -106,6 +106,7 @@ def test_a_damaged_config_is_written_anew_and_the_checkpoints_say_whose_they_are
 
 
 def test_signals_ask_to_stop_and_ignored_ones_stay_ignored():
+    outside = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have ignored it
     with stop_on_signals() as stop:
         stop.check()
         signal.raise_signal(signal.SIGTERM)
@@ -123,3 +124,4 @@ def test_signals_ask_to_stop_and_ignored_ones_stay_ignored():
     with on_signals(lambda number, frame: seen.append(number), ["SIGHUP"]):
         signal.raise_signal(signal.SIGHUP)
     assert seen == [signal.SIGHUP] and signal.getsignal(signal.SIGHUP) == before
+    signal.signal(signal.SIGHUP, outside)
