@@ -153,7 +153,7 @@ class Experiment:
     def meta_train(self, name: str, stop: Stop, map_tasks: Callable[..., list]) -> None:
         """Meta-trains one method to its last step, from its newest checkpoint if there is one.
 
-        Raises Diverged when a gradient is not finite; what was saved before stays.
+        Raises Diverged when a gradient or a parameter is not finite; what was saved before stays.
         """
         torch.manual_seed(task_seed(self.seed, "meta-train"))  # of what networks draw: the same after another method
         trainer = self._trainer(name, map_tasks)
@@ -283,7 +283,6 @@ class Experiment:
         return self.folder.checkpoints(part, data=data)
 
     def _save(self, name: str, trainer: MetaTrainer, kept: Checkpoints) -> None:
-        self._check_finite(name, trainer, kept)
         curve = self.curves[name]
         state = {
             "trainer": trainer.state_dict(),
@@ -292,6 +291,7 @@ class Experiment:
             "losses": curve.losses,
             "snapshots": self.snapshots[name],
         }
+        self._check_finite(name, trainer, kept)  # after the optimizer has told of a gradient, which says more
         note = f"step {trainer.step} of {self.train.steps}"
         kept.save({"rank-0.pt": state, "initialization.safetensors": trainer.initialization}, note)
 
