@@ -125,15 +125,21 @@ class Triton(Backend):
                 self.count,
                 _mode(control),
                 *self._counts(control),
-                T=self.tasks,
-                **self.shape,
-                ALIGNED=not (addresses & 15).any(),
-                WORK=tl.float64 if self.work_dtype == torch.float64 else tl.float32,
-                DAMPENED=dampened and started is not None,
-                PLAIN=_plain(self.tasks, self.shape["ROWS"], hyper, control),
-                num_warps=4,
-                enable_fp_fusion=False,
+                **self._constants(addresses, hyper, control, dampened and started is not None),
             )
+
+    def _constants(self, addresses: Tensor, hyper: Sequence[Hyper], control: Control, dampened: bool) -> dict[str, Any]:
+        """What a kernel with an inner step is compiled for."""
+        return {
+            "T": self.tasks,
+            **self.shape,
+            "ALIGNED": not (addresses & 15).any(),
+            "WORK": tl.float64 if self.work_dtype == torch.float64 else tl.float32,
+            "DAMPENED": dampened,
+            "PLAIN": _plain(self.tasks, self.shape["ROWS"], hyper, control),
+            "num_warps": 4,
+            "enable_fp_fusion": False,
+        }
 
     def partial_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
         if not self.num_tiles:
@@ -157,14 +163,7 @@ class Triton(Backend):
                 total,
                 self.shared_tiles,
                 _mode(control),
-                T=self.tasks,
-                **self.shape,
-                ALIGNED=not (addresses & 15).any(),
-                WORK=tl.float64 if self.work_dtype == torch.float64 else tl.float32,
-                DAMPENED=dampened and started is not None,
-                PLAIN=_plain(self.tasks, self.shape["ROWS"], hyper, control),
-                num_warps=4,
-                enable_fp_fusion=False,
+                **self._constants(addresses, hyper, control, dampened and started is not None),
             )
 
     def finish_(self, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
