@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cts_fast.distributed.ranks import FLAGS
 from support import rank_checks as checks
 from support.step_cases import Case, places
 
@@ -81,7 +82,7 @@ def test_methods_agree(pool, method):
 def test_a_meta_update_is_one_all_reduce_and_a_step_without_one_talks_to_nobody(pool):
     case = Case(2, ((64,), (32, 2)), steps=4, options=dict(lr=0.1, meta_lr=0.1, meta_interval=2))
     for found in pool.values(2, checks.collectives, case, (1, 1)):
-        assert found == [[], [128 + checks.distributed.FLAGS]] * 2
+        assert found == [[], [128 + FLAGS]] * 2
     waits = Case(2, ((5,),), steps=3, options=dict(lr=0.1, meta_interval=3))
     assert pool.values(2, checks.steps_without_company, waits, (1, 1)) == [1, 1]
 

@@ -14,8 +14,9 @@ from support.nets import backward, make_nets, make_optimizer
 from support.step_cases import Case, parameters, result, set_gradients
 from torch import Tensor
 
-from cts_fast import ShiftingMetaOptimizer, distributed
+from cts_fast import ShiftingMetaOptimizer
 from cts_fast.baselines import METHODS
+from cts_fast.distributed import agreement
 
 
 def own_tasks(layout: tuple[int, ...], rank: int) -> slice:
@@ -160,14 +161,14 @@ def disagreements(group, case: Case, changes: list[dict]) -> list[str]:
     layout, found = (1,) * dist.get_world_size(group), []
     for change in changes:
         change = dict(change) if last else {}
-        version = change.pop("version", distributed.__version__)
+        version = change.pop("version", agreement.__version__)
         shared, _ = parameters(replace(case, **change.pop("case", {})))
         name = change.pop("name", "weight")
         tasks = [[(f"{name}.{i}", p) for i, p in enumerate(task)] for task in shared[own_tasks(layout, 0)]]
-        distributed.__version__, kept = version, distributed.__version__
+        agreement.__version__, kept = version, agreement.__version__
         cls = METHODS[change.pop("cls", "cts")]
         found.append(raised(lambda tasks=tasks, change=change, cls=cls: cls(tasks, process_group=group, **change)))
-        distributed.__version__ = kept
+        agreement.__version__ = kept
     return found
 
 

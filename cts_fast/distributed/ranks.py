@@ -14,9 +14,8 @@ Where a verdict is bad, all ranks tell each other what they know, and raise the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -24,10 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cts_fast._version import __version__
-from cts_fast.engine.plan import OPTIONS, Control
+from cts_fast.distributed.agreement import LAYOUT, PHI, RankError, Report, digest, disagreement, in_words
+from cts_fast.engine.plan import Control
 from cts_fast.engine.rules.sgd import Hyper
-from cts_fast.engine.state import COUNTERS
 from cts_fast.engine.step import any_nonfinite, shifting_step_
 
 if TYPE_CHECKING:
@@ -37,31 +35,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LAYOUT, PHI = "the shared parameters", "a digest of the initialization"  # facts
 FAILED, NONFINITE, FOUND_INF = range(3)
 SHIFTS = range(0, 32, 4)  # of a word's pieces
 WORD = 2 * len(SHIFTS)
 FLAGS = 3 + 2 * WORD
-BLOCK = 1 << 18  # numbers that a digest takes at a time
-ODD = 0x1E35A7BD  # any odd number that is not small
-
-
-class RankError(RuntimeError):
-    """What every rank raises, because of one of them or because one cannot be reached; nobody is left to be told."""
-
-
-class RanksDiffer(ValueError, RankError):
-    """What every rank raises where something differs that must be the same on all of them."""
-
-
-@dataclass
-class Report:
-    """What a rank tells the others."""
-
-    tasks: int = 0  # it has so many
-    facts: dict[str, Any] = field(default_factory=dict)  # the same on every rank, or it is an error that names them
-    error: str = ""  # what it raised
-    nonfinite: str = ""  # where its gradients were not finite
 
 
 @contextmanager
@@ -75,7 +52,7 @@ def together(ranks: Ranks | None) -> Iterator[Report]:
         yield report
     except Exception as error:
         if ranks is not None:
-            ranks.gather(Report(error=_in_words(error)))
+            ranks.gather(Report(error=in_words(error)))
         raise
     if ranks is not None:
         ranks.agree(report)
@@ -124,7 +101,7 @@ class Ranks:
     def agree(self, report: Report) -> None:
         """Raise the same error on every rank where one raised or facts differ; else take the number of all tasks."""
         reports = self.gather(report)
-        reason = _disagreement(reports)
+        reason = disagreement(reports)
         if reason is not None:
             raise reason
         self.num_tasks = sum(report.tasks for report in reports)
@@ -265,7 +242,7 @@ class Ranks:
         next_is_vote, self._voted = votes and not (self._voted and self._due), False
         if isinstance(error, RankError):
             return
-        self._error = _in_words(error)
+        self._error = in_words(error)
         if not next_is_vote and self.size > 1:
             logger.warning("rank %d waits for the others' next meta-update to tell: %s", self.rank, self._error)
         try:
@@ -310,7 +287,7 @@ class Ranks:
         if same and not flags[FAILED]:
             return
         phi = int(digest([flat.phi for flat in self._flats], self.buffers[0].device))
-        reason = _disagreement(self.gather(Report(facts={**self._facts(), PHI: phi}, error=self._error)))
+        reason = disagreement(self.gather(Report(facts={**self._facts(), PHI: phi}, error=self._error)))
         raise reason or RankError("the ranks are not at the same step; every rank makes the same calls in one order")
 
     def _all_reduce(self, tensor: Tensor) -> None:
@@ -329,45 +306,6 @@ class Ranks:
             ) from lost
 
 
-def facts_of(engine: Engine, groups: Sequence[Mapping], **further: Any) -> dict[str, Any]:
-    """What must be the same on every rank: versions, counters, the options of shared groups, and shared parameters.
-
-    further: what else must be.
-    """
-    facts: dict[str, Any] = {"cts_fast's version": __version__, "torch's version": torch.__version__, **further}
-    facts |= {**dict(zip(COUNTERS, engine.counters.read(), strict=True)), **_options(groups)}
-    places = {id(segment): i for i, (_, flat) in enumerate(engine.shared) for segment in flat.segments}
-    segments = [segment for segment in engine.segments if segment.task is None]
-    facts["the number of shared parameters"] = len(segments)
-    for i, segment in enumerate(segments):
-        facts[f"the name of shared parameter {i}"] = segment.name
-        facts[f"the shape of parameter {segment.name!r}"] = tuple(segment.shape)
-        facts[f"the dtype of parameter {segment.name!r}"] = str(segment.params[0].dtype)
-        facts[f"the strides of parameter {segment.name!r}"] = segment.stride
-    facts[LAYOUT] = [(s.name, tuple(s.shape), s.stride, str(s.params[0].dtype), places[id(s)]) for s in segments]
-    return facts
-
-
-def facts_of_saved(
-    saved: Sequence[Mapping], groups: Sequence[Mapping], entries: Sequence[tuple[Tensor, Mapping]]
-) -> dict[str, Any]:
-    """What must be the same in the parts of a checkpoint that the ranks load."""
-    merged = [{**group, **own, "shared": group["shared"]} for group, own in zip(groups, saved, strict=True)]
-    counters = [entry["counters"].tolist() for _, entry in entries if "counters" in entry]
-    phis = [entry["initialization"] for _, entry in entries if "initialization" in entry]
-    found = {"the counters": counters, **_options(merged), PHI: int(digest(phis, torch.device("cpu")))}
-    return {f"in the loaded state dict, {name}" if name != PHI else PHI: value for name, value in found.items()}
-
-
-def _options(groups: Sequence[Mapping]) -> dict[str, Any]:
-    facts = {}
-    for i, group in enumerate(group for group in groups if group["shared"] and group["params"]):
-        for name in (*Hyper._fields, *OPTIONS):
-            value = group[name]
-            facts[f"{name} of shared group {i}"] = value.item() if isinstance(value, Tensor) else value
-    return facts
-
-
 def check_over_ranks(ranks: Ranks | None, method: str, reason: str, capturable: bool) -> None:
     """Raise ValueError for what cannot run over ranks. reason: why the method does not; "" if it does."""
     if ranks is None:
@@ -379,35 +317,3 @@ def check_over_ranks(ranks: Ranks | None, method: str, reason: str, capturable: 
             "process_group: capturable=True leaves no decision to the host, and ranks agree on the host; "
             "use capturable=False"
         )
-
-
-def digest(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """32 bits, as int64 on `device`, that tell the bits of float tensors from those of others in all likelihood."""
-    total = torch.zeros((), dtype=torch.int64, device=device)
-    for tensor in tensors:
-        words = tensor.detach().contiguous().view(-1).view(torch.int32)
-        for block in words.split(BLOCK):
-            weights = torch.arange(len(block), device=block.device).mul_(2 * ODD).add_(ODD)  # odd ones
-            total = total * ODD + weights.mul_(block).sum().to(device)  # both wrap around
-    return (total >> 32 ^ total) & 0xFFFFFFFF
-
-
-def _disagreement(reports: Sequence[Report]) -> RankError | None:
-    """What is wrong, the same words on every rank; None if nothing is."""
-    for r, report in enumerate(reports):
-        if report.error:
-            return RankError(f"rank {r} raised, so that no rank goes on: {report.error}")
-    first = reports[0].facts
-    for r, report in enumerate(reports[1:], 1):
-        for name in {**first, **report.facts}:
-            here, there = report.facts.get(name), first.get(name)
-            if here == there:
-                continue
-            if name == PHI:
-                return RankError(f"the initialization of rank {r} is not rank 0's; load the same weights on every rank")
-            return RanksDiffer(f"process_group: {name} is {here!r} on rank {r}, but {there!r} on rank 0")
-    return None
-
-
-def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

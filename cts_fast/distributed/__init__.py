@@ -1,0 +1,15 @@
+"""Tasks over the ranks of a torch.distributed group."""
+
+from cts_fast.distributed.agreement import RankError, RanksDiffer, Report, facts_of, facts_of_saved
+from cts_fast.distributed.ranks import Ranks, check_over_ranks, together
+
+__all__ = [
+    "RankError",
+    "Ranks",
+    "RanksDiffer",
+    "Report",
+    "check_over_ranks",
+    "facts_of",
+    "facts_of_saved",
+    "together",
+]
