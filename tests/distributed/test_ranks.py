@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cts_fast.distributed.ranks import FLAGS
 from support import rank_checks as checks
 from support.step_cases import Case, places
+
+from cts_fast.distributed.ranks import FLAGS
 
 LAYOUTS = [(4, 4), (3, 3, 2), (2, 2, 2, 2)]
 HEADS = tuple(((t % 3 + 1,),) * (t % 2) for t in range(8))  # of several shapes; some tasks have none
