@@ -17,7 +17,9 @@ that a program runs on the same group between two calls:
     start                                     back to the former φ where they differ
 
 A step that broke off half-way, here or elsewhere, leaves ranks `torn`: none takes another step, or saves its state,
-before a load or a new round has brought them together.
+before a load or a new round has brought them together. On GPUs, where flags are read a step later, the others have by
+then finished theirs, and φ and counters moved on without the tasks of the rank that raised: there only a load does. A
+new round would be refused by what differs in its first sum.
 """
 
 from __future__ import annotations
@@ -49,9 +51,8 @@ logger = logging.getLogger(__name__)
 VOTE, SUM = "vote", "sum"  # what a step may come with
 STEP = "step()"
 WHOLE_AGAIN = (
-    "no rank takes another step before load_state_dict() of a checkpoint on every rank has made them whole, or, if no "
-    "initialization has moved, reset_tasks() or load_initialization(), which begin the round anew and leave heads as "
-    "they are"
+    "no rank takes another step before load_state_dict() of a checkpoint on every rank has made them whole, or, on "
+    "CPUs, reset_tasks() or load_initialization(), which begin the round anew and leave heads as they are"
 )
 
 

@@ -88,12 +88,12 @@ def test_ranks_in_different_calls_hear_of_it(pool):
 @pytest.mark.parametrize(
     "changes",
     [{t: 0.5 for t in range(4)}, {3: 0.5}, {t: 0.1 * (t + 1) for t in range(4)}, {2: 0.5, 3: 0.5}, {0: 0.5}],
-    ids=["all alike", "one task", "all apart", "all of one rank", "one of rank 0"],
+    ids=["all alike", "one of two", "all apart", "all of one rank", "rank 0's"],
 )
 def test_weights_loaded_at_a_rounds_start_count_as_in_one_process(pool, changes, interval):
     case = replace(PAIR, tasks=4, steps=10, options={**OPTIONS, "meta_interval": interval, "horizon": 3})
     alone, warned = faults.loaded_weights(None, case, (4,), changes)
-    found = pool.values(2, faults.loaded_weights, case, (2, 2), changes)
+    found = pool.values(3, faults.loaded_weights, case, (1, 1, 2), changes)
     at = [n for n in range(case.steps) if (n % 3 + 1) % interval == 0]  # φ is agreed from a round's first sum on
     for phis, _ in found:
         assert all(close(phis[n], alone[n]) and torch.equal(phis[n], found[0][0][n]) for n in at)
