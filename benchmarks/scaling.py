@@ -122,7 +122,7 @@ def measured_ranks(setup: Setup, ranks: int) -> dict[str, float]:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe() for _ in range(ranks)]
-        given = (ranks, str(Path(folder) / "store"), setup)
+        given = (ranks, str(Path(folder) / "store"), setup, max(1, torch.get_num_threads() // ranks))
         processes = [
             context.Process(target=_rank, args=(rank, *given, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
@@ -138,8 +138,8 @@ def measured_ranks(setup: Setup, ranks: int) -> dict[str, float]:
     return {"ranks": ranks, "tasks": setup.tasks, "step_ms": 1e3 * step, "all_reduce_ms": 1e3 * reduce}
 
 
-def _rank(rank: int, ranks: int, store: str, setup: Setup, pipe) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+def _rank(rank: int, ranks: int, store: str, setup: Setup, threads: int, pipe) -> None:
+    torch.set_num_threads(threads)
     init(rank, ranks, store)
     problem = Problem(Setup(setup.network, setup.tasks // ranks))
     opt = make(problem, dist.group.WORLD)
