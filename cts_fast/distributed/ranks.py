@@ -365,12 +365,14 @@ class Ranks:
                     control, self._after = plan(position)
                     self._ahead = self._talks(control, self._votes)
                 except Exception:  # maybe the very error; where the others sum is not known, but they will
-                    self._ahead = [SUM]
+                    self._ahead = [VOTE if self._votes else SUM]
             if self._ahead:
                 self._tell_in_step(self._ahead[0], self.torn or in_words(error))
             else:
                 self.torn = self.torn or f"a step of this rank raised, and the others took theirs: {in_words(error)}"
                 self._position = self._after
+            if self.torn and not isinstance(error, Torn):
+                logger.warning("rank %d: %s; %s", self.rank, self.torn, WHOLE_AGAIN)
         finally:
             self._ahead, self._begun, self._moving = [], False, False
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support import rank_checks as checks
 from support import rank_faults as faults
 from support.step_cases import Case
 
@@ -35,6 +36,14 @@ def test_a_step_that_broke_off_is_refused_until_it_is_mended(pool, at, how):
         assert all(error.startswith(REFUSED) for error in refused)
         assert not any(found[:at] + found[at + 4 :])
         assert close(own, phi) and counted == counters
+
+
+@pytest.mark.parametrize("nonfinite", ["ignore", "skip"])
+def test_an_option_that_hides_when_the_next_sum_comes_is_told_to_all(pool, nonfinite):
+    given = (PAIR, ONE_EACH, checks.bad_horizon, "auto", nonfinite)
+    (told, _), (raised, _) = (found[0] for found, *_ in pool.values(2, checks.step_with, *given))
+    assert raised.startswith("ValueError: Invalid horizon: 0")
+    assert told.startswith("RankError: rank 1 raised, so that no rank goes on: ValueError: Invalid horizon: 0")
 
 
 @pytest.mark.parametrize("interval", [1, 2])
