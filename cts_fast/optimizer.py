@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from cts_fast.distributed import Ranks, Report, check_over_ranks, facts_of, facts_of_saved, together
+from cts_fast.distributed import Ranks, check_over_ranks, facts_of, facts_of_saved, together
 from cts_fast.engine.arguments import (
     as_groups,
     check_initialization,
     check_needs,
+    check_not_empty,
     named_heads,
     new_group,
     plain_number,
@@ -22,25 +23,14 @@ from cts_fast.engine.arguments import (
     refuse_copying,
 )
 from cts_fast.engine.engine import Engine
-from cts_fast.engine.gradients import Gradients
 from cts_fast.engine.plan import OPTIONS, Control, Counters, Counting, check_options, counted_step, next_step
 from cts_fast.engine.rules.sgd import Hyper, check_hyper
 from cts_fast.engine.saved import load_, packed, saved_state, with_clones
 from cts_fast.engine.state import State, check_state_dict
-from cts_fast.engine.step import BACKENDS, any_nonfinite, shifting_step_
+from cts_fast.engine.step import Step, any_nonfinite, completed, shifting_step_
 from cts_fast.engine.torch_hooks import after_hooks, with_torchs_hooks
 
 values_of = itemgetter(*Hyper._fields)
-
-
-class Step(NamedTuple):
-    """What one step works with, and a method of `cts_fast.baselines` acts on."""
-
-    gradients: list[Gradients]  # of each device and dtype
-    hyper: list[Hyper]  # of each param group
-    control: Control
-    losses: Sequence = ()  # what a method named in `needs`, one for each task
-    heldout: Sequence[Callable[[], Tensor]] = ()
 
 
 class ShiftingMetaOptimizer(torch.optim.Optimizer):
@@ -124,46 +114,42 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         defaults = {name: plain_number(value) for name, value in defaults.items()}
         self._nonfinite, self._built = nonfinite, False
         self.ranks = None if process_group is None else Ranks(process_group)
-        with together(self.ranks) as report:
+        with together(self.ranks, "the construction of an optimizer") as report:
+            self.complete(defaults)
             check_hyper(defaults)
             check_options(defaults)
             if nonfinite not in ("ignore", "raise", "skip"):
                 raise ValueError(f'Invalid nonfinite: {nonfinite!r}; known: "ignore", "raise", "skip"')
-            if backend != "auto" and backend not in BACKENDS:
-                raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
             check_over_ranks(self.ranks, type(self).__name__, self.one_process, capturable)
             self.engine = Engine(backend, nonfinite == "raise", self.buffers)
             super().__init__(as_groups(tasks), defaults)
             self.state: Any = State()
             self._add_heads(heads)
             self.engine.build(self.param_groups, self.state)
-            self._fill_in(report)
+            if self.ranks is not None:
+                report.tasks, report.facts = self.engine.num_tasks, self._facts()()
         self._built = True
         if self.ranks is not None:
             self.ranks.start_(self.engine)
 
     def _add_heads(self, heads: Iterable | None) -> None:
         """The last group, if there are any. Raises ValueError where no task has a parameter, or none is shared."""
-        if not any(group["params"] for group in self.param_groups):
-            raise ValueError("optimizer got an empty parameter list: no task has a parameter")
+        check_not_empty(self.param_groups)
         if heads is not None:
             named = "param_names" in self.param_groups[0]
             tensors = named_heads(heads, self.engine.num_tasks, named)
             if any(tensors):
                 self.add_param_group({"params": tensors, "shared": False})
-        if not any(group["shared"] and group["params"] for group in self.param_groups):
-            raise ValueError(
-                "every group is a head group (shared=False) or empty; an initialization needs shared parameters"
-            )
-
-    def _fill_in(self, report: Report) -> None:
-        if self.ranks is not None:
-            report.tasks, report.facts = self.engine.num_tasks, self._facts()()
 
     def _facts(self) -> Callable[[], dict]:
         """What must be the same on every rank, to be called when it is asked for; it does not hold the optimizer."""
-        further = {"the method": type(self).__name__, "nonfinite": self._nonfinite, **self.own_values}
+        further = {"the method": type(self).__name__, "nonfinite": self._nonfinite, **self._own_options()}
+        further["whether a GradScaler is used"] = getattr(self, "found_inf", None) is not None
         return partial(facts_of, self.engine, self.param_groups, **further)
+
+    def _own_options(self) -> dict[str, Any]:
+        """A method's further options as they are now."""
+        return {name: self.param_groups[0][name] for name in self.own_values}
 
     # Groups -----------------------------------------------------------------------------------------------------------
 
@@ -179,9 +165,10 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             return
         count = len(self.param_groups)
         try:
-            with together(self.ranks) as report:
+            with together(self.ranks, "add_param_group()") as report:
+                self.ranks.refuse_torn()
                 self._add_group(param_group)
-                self._fill_in(report)
+                report.tasks, report.facts = self.engine.num_tasks, self._facts()()
         except Exception:
             added = [param for group in self.param_groups[count:] for param in group["params"]]
             del self.param_groups[count:]
@@ -265,10 +252,14 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             else:
                 step_(*given)
         except Exception as error:
-            if self.ranks is not None:
-                self.ranks.share(error, self.engine, self._votes())
+            self.failed(error)
             raise
         return loss
+
+    def failed(self, error: Exception) -> None:
+        """A step, or a hook before it, raised: where there are other ranks they hear of it."""
+        if self.ranks is not None:
+            self.ranks.share(error, self.engine, self.plan)
 
     def _step(self, losses: Sequence, heldout: Sequence[Callable]) -> None:
         engine = self.engine
@@ -297,7 +288,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             engine.begin_round_()
         engine.warn_of_differing_replicas()
         values = (*after, skipped)
-        self.apply_(Step(gradients, hyper, self._completed(control, values), losses, heldout))
+        control = completed(control, values, engine.counters, getattr(self, "grad_scale", None))
+        self.apply_(Step(gradients, hyper, control, losses, heldout))
         engine.counters.write(values)
         if engine.flags_on_host:
             engine.report_nonfinite()
@@ -312,33 +304,26 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         gradients = engine.collect(self.param_groups)
         hyper = self.read_hyper()
         *counters, skipped = engine.counters.read()
-        control, after = self.plan(Counters(*counters))
-        if counters[0] == 0:
-            engine.begin_round_()
-        engine.warn_of_differing_replicas()
-        ranks.begin(engine, self._facts(), counters, control, hyper)
-        if self._votes():
-            looked_at = gradients if self._nonfinite == "skip" else ()
-            found_inf, nonfinite = ranks.vote(engine, getattr(self, "found_inf", None), looked_at)
-            if found_inf or nonfinite:
-                engine.counters.write((*counters, skipped + (not found_inf)))
+        control, after = planned = self.plan(Counters(*counters))
+        skips, found_inf = self._nonfinite == "skip", getattr(self, "found_inf", None)
+        votes = skips or found_inf is not None
+        settings = (*(hyper[g] for g in engine.shared_groups), *self._own_options().values())
+        ranks.begin(engine, self._facts(), counters, planned, settings, votes)
+        if votes:
+            any_inf, nonfinite = ranks.vote(engine, found_inf, gradients if skips else ())
+            if any_inf or nonfinite:
+                engine.counters.write((*counters, skipped + (not any_inf)))
+                ranks.end(engine)
                 return
+        if counters[0] == 0:
+            ranks.begin_round_(engine)
+        engine.warn_of_differing_replicas()
         values = (*after, skipped)
-        self.apply_(Step(gradients, hyper, self._completed(control, values), losses, heldout))
+        ranks.moves()
+        control = completed(control, values, engine.counters, getattr(self, "grad_scale", None))
+        self.apply_(Step(gradients, hyper, control, losses, heldout))
         engine.counters.write(values)
-        ranks.report_nonfinite(engine)
-
-    def _votes(self) -> bool:
-        """Whether the ranks agree before each step on doing it."""
-        return self._nonfinite == "skip" or getattr(self, "found_inf", None) is not None
-
-    def _completed(self, control: Control, values: tuple) -> Control:
-        """With the gradients' scale, and the counters after the step."""
-        scale, counters = getattr(self, "grad_scale", None), self.engine.counters
-        return control._replace(
-            inverse_scale=1.0 if scale is None else 1.0 / scale.item(),
-            after=(counters.tensor.data_ptr(), values) if counters.on_host else None,
-        )
+        ranks.end(engine)
 
     @torch.no_grad()
     def _step_on_device(self, step: Step, counting: Counting) -> None:
@@ -351,6 +336,11 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         self.apply_(step._replace(control=step.control._replace(counting=counting)))
 
     # Hooks for methods ------------------------------------------------------------------------------------------------
+
+    def complete(self, options: dict[str, Any]) -> None:
+        """Before the options of the whole optimizer are checked: a method checks its own, and sets what follows from
+        them.
+        """
 
     def plan(self, counters: Counters) -> tuple[Control, Counters]:
         """What the next step does, and the counters after it. A method whose meta-updates come at other times decides
@@ -438,6 +428,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         for phi, value in zip(self.engine.initialization.values(), given, strict=True):
             phi.copy_(value)
         self.reset_()
+        self._mend(same_phi=True)
 
     @torch.no_grad()
     def reset_tasks(self) -> None:
@@ -448,6 +439,11 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         self.reset_()
         inner_step, round_, *others = self.engine.counters.read()
         self.engine.counters.write((inner_step, round_ + 1, *others))
+        self._mend(same_phi=False)
+
+    def _mend(self, same_phi: bool) -> None:
+        if self.ranks is not None:
+            self.ranks.mend(same_phi)
 
     def _prepare_to_write(self) -> None:
         """Before buffers are written outside a step: what was exchanged lies in them, and replicas need no warning."""
@@ -471,6 +467,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         """
         if self.ranks is None:
             self.engine.report_nonfinite()
+        else:
+            self.ranks.refuse_torn()
         after_hooks(self._optimizer_state_dict_pre_hooks, self)  # they see, and may edit, the live state
         state_dict = packed(self.param_groups, saved_state(self.engine, self.param_groups, self.state))
         return after_hooks(self._optimizer_state_dict_post_hooks, self, state_dict)
@@ -485,7 +483,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         all do.
         """
         engine = self.engine
-        with together(self.ranks) as report:
+        with together(self.ranks, "load_state_dict()") as report:
             if isinstance(state_dict, Mapping):
                 state_dict = dict(state_dict)
             state_dict = after_hooks(self._optimizer_load_state_dict_pre_hooks, self, state_dict)
@@ -495,6 +493,8 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             saved = [(param, with_clones(entry, engine.views[param])) for param, entry in saved]
             self._prepare_to_write()
             if self.ranks is not None:
-                report.tasks, report.facts = engine.num_tasks, facts_of_saved(groups, self.param_groups, saved)
+                report.tasks = engine.num_tasks
+                report.facts = facts_of_saved(groups, self.param_groups, saved, self.own_values)
         load_(engine, self.param_groups, groups, saved)
+        self._mend(same_phi=True)
         after_hooks(self._optimizer_load_state_dict_post_hooks, self)

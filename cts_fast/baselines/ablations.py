@@ -24,9 +24,13 @@ class NoShifting(Method):
     """
 
     def __init__(self, tasks, lr=1e-3, **options) -> None:
-        if options.setdefault("shift", 0.0) != 0:
-            raise ValueError(f"NoShifting: the shift is 0 by definition, but shift={options['shift']} was given")
+        options.setdefault("shift", 0.0)
         super().__init__(tasks, lr, **options)
+
+    def complete(self, options: dict) -> None:
+        if options["shift"] != 0:
+            raise ValueError(f"NoShifting: the shift is 0 by definition, but shift={options['shift']} was given")
+        super().complete(options)
 
 
 class RandomShifting(NoShifting):

@@ -35,25 +35,22 @@ class Method(ShiftingMetaOptimizer):
     on_host = False  # it takes decisions on the host, which a captured step may not
 
     def __init__(self, tasks, lr: float | Tensor = 1e-3, **options) -> None:
-        own = {name: options.pop(name, default) for name, default in self.own_options.items()}
-        self.check_own_options(own)
-        self.own_values = own
+        self.own_values = {name: options.pop(name, default) for name, default in self.own_options.items()}
+        super().__init__(tasks, lr, **options)
+
+    def complete(self, options: dict) -> None:
+        self.check_own_options(dict(self.own_values))
+        options.update(self.own_values)
         name = type(self).__name__
-        if self.on_host and options.get("capturable"):
+        if self.on_host and options["capturable"]:
             raise ValueError(f"{name}: takes its decisions on the host; use capturable=False")
         if self.once_a_round:
-            horizon = options.get("horizon", 1000)
+            horizon, interval = options["horizon"], options["meta_interval"]
             if horizon is None:
                 raise ValueError(f"{name}: its meta-update comes at the end of a round; give a horizon")
-            if options.setdefault("meta_interval", horizon) not in (1, horizon):
-                raise ValueError(
-                    f"{name}: its meta-update comes at the end of a round, not every {options['meta_interval']} steps"
-                )
+            if interval not in (1, horizon):
+                raise ValueError(f"{name}: its meta-update comes at the end of a round, not every {interval} steps")
             options["meta_interval"] = horizon
-        super().__init__(tasks, lr, **options)
-        self.defaults.update(own)
-        for group in self.param_groups:
-            group.update(own)
 
     def check_own_options(self, own: dict) -> None:
         """Raise ValueError for values of `own_options` that no step can use."""

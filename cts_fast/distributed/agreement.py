@@ -30,14 +30,19 @@ class RanksDiffer(ValueError, RankError):
     """What every rank raises where something differs that must be the same on all of them."""
 
 
+class Torn(RankError):
+    """What a rank raises that takes no step; the others may not know yet."""
+
+
 @dataclass
 class Report:
     """What a rank tells the others."""
 
+    call: str = ""  # what it is in, for messages
     tasks: int = 0  # it has so many
     facts: dict[str, Any] = field(default_factory=dict)  # the same on every rank, or it is an error that names them
     error: str = ""  # what it raised
-    nonfinite: str = ""  # where its gradients were not finite
+    found: Any = None  # what else it is asked
 
 
 def facts_of(engine: Engine, groups: Sequence[Mapping], **further: Any) -> dict[str, Any]:
@@ -60,13 +65,17 @@ def facts_of(engine: Engine, groups: Sequence[Mapping], **further: Any) -> dict[
 
 
 def facts_of_saved(
-    saved: Sequence[Mapping], groups: Sequence[Mapping], entries: Sequence[tuple[Tensor, Mapping]]
+    saved: Sequence[Mapping],
+    groups: Sequence[Mapping],
+    entries: Sequence[tuple[Tensor, Mapping]],
+    further: Iterable[str],
 ) -> dict[str, Any]:
-    """What must be the same in the parts of a checkpoint that the ranks load."""
+    """What must be the same in the parts of a checkpoint that the ranks load; further: options of the method."""
     merged = [{**group, **own, "shared": group["shared"]} for group, own in zip(groups, saved, strict=True)]
     counters = [entry["counters"].tolist() for _, entry in entries if "counters" in entry]
     phis = [entry["initialization"] for _, entry in entries if "initialization" in entry]
-    found = {"the counters": counters, **_options(merged), PHI: int(digest(phis, torch.device("cpu")))}
+    found = {"the counters": counters, **_options(merged), **{name: merged[0][name] for name in further}}
+    found[PHI] = int(digest(phis, torch.device("cpu")))
     return {f"in the loaded state dict, {name}" if name != PHI else PHI: value for name, value in found.items()}
 
 
@@ -97,6 +106,9 @@ def disagreement(reports: Sequence[Report]) -> RankError | None:
             return RankError(f"rank {r} raised, so that no rank goes on: {report.error}")
     first = reports[0].facts
     for r, report in enumerate(reports[1:], 1):
+        if report.call != reports[0].call:
+            calls = f"rank {r} is in {report.call}, but rank 0 in {reports[0].call}"
+            return RankError(f"{calls}; every rank makes the same calls in one order")
         for name in {**first, **report.facts}:
             here, there = report.facts.get(name), first.get(name)
             if here == there:

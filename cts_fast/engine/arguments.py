@@ -61,6 +61,16 @@ def as_groups(tasks) -> Iterable:
     return [{"params": tasks}]
 
 
+def check_not_empty(groups: Sequence[Mapping]) -> None:
+    """Raise ValueError where no task has a parameter, or none is shared."""
+    if not any(group["params"] for group in groups):
+        raise ValueError("optimizer got an empty parameter list: no task has a parameter")
+    if not any(group["shared"] and group["params"] for group in groups):
+        raise ValueError(
+            "every group is a head group (shared=False) or empty; an initialization needs shared parameters"
+        )
+
+
 def plain_number(value: Any) -> Any:
     """A hyper-parameter as Python keeps it: numpy's scalars become Python's, so that checkpoints load with
     weights_only=True.
@@ -87,7 +97,14 @@ def new_group(param_group: Any, defaults: Mapping, num_tasks: int | None) -> dic
     """
     if not isinstance(param_group, dict):
         raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-    for name in (*OPTIONS, "heads", "nonfinite", "process_group", "backend"):
+    of_groups = {*Hyper._fields, "shared"}
+    for name in (
+        *(name for name in defaults if name not in of_groups),
+        "heads",
+        "nonfinite",
+        "process_group",
+        "backend",
+    ):
         if name in param_group:
             raise ValueError(f"{name} belongs to the whole optimizer and cannot be set for a group")
     check_hyper({**defaults, **param_group})

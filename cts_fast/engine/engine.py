@@ -7,10 +7,9 @@ outside. `sync_` and `collect` take over what was exchanged, or refuse it before
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ctypes import string_at
 from itertools import chain
-from sys import getrefcount
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from cts_fast.engine.backends.base import Backend
 from cts_fast.engine.gradients import Collector, Gradients, NonFiniteGradient, same_objects
 from cts_fast.engine.layout import MOMENTUM, Flat, Segment, make_flats, make_segments, refuse_shared
 from cts_fast.engine.rules.sgd import Hyper
-from cts_fast.engine.state import COUNTERS, Scalars, State, check_value
+from cts_fast.engine.state import COUNTERS, UNSEEN, Scalars, State, check_value, references
 from cts_fast.engine.step import counts_on_device, make_backend, resolve
 
 HERE = "in opt.state"
@@ -53,6 +52,7 @@ class Engine:
         self.flags: list[Tensor] | None = None  # nonfinite="raise": one byte a gradient
         self.flags_on_host = False
         self.sent: tuple[list[Tensor], list] | None = None  # the last step's flags, and the events of their arrival
+        self.unreported: NonFiniteGradient | None = None  # found in flags that a new layout has replaced
         self.counting = False  # whether the device takes a step's decisions
         self.segments: list[Segment] = []
         self.groups: list[tuple[dict, list, list, bool, list | None]] = []  # (group, params, sizes, shared, names)
@@ -103,6 +103,7 @@ class Engine:
             counters = self._counters(entries, state).to(home.device if capturable else "cpu")
             numbers = self._numbers(numbered, state)
 
+            self.unreported = self.find_nonfinite()  # whose places are about to change
             state.everything = True
             phi = {**(inherited or {}), **{p: e["initialization"] for p, e in entries.items() if "initialization" in e}}
             differing = None
@@ -196,7 +197,7 @@ class Engine:
         """From here on look only at entries that somebody will see, or holds of those that were handed out."""
         self.state, state.everything = state, False
         state.seen.clear()
-        state.seen.update(p for p in handed_out if _references(state.entry(p) or {}, self.views[p]) > UNSEEN)
+        state.seen.update(p for p in handed_out if references(state.entry(p) or {}, self.views[p]) > UNSEEN)
 
     def forget_(self, params: Iterable[Tensor], groups: Sequence[dict], state: State) -> None:
         """Lay out the groups anew without these parameters, which were laid out and have left them."""
@@ -361,15 +362,20 @@ class Engine:
             if self.counters.read()[0] == 0:
                 self.begin_round_()
 
-    def begin_round_(self) -> None:
+    def begin_round_(self, before: Callable[[], None] | None = None) -> None:
         """At the first step of a round θ is φ by definition: equal new values in all replicas are the new φ.
 
         Warns, naming task and parameter, of replicas that differ; they train from where they are, and φ stays.
+        before: is called before φ moves.
         """
         with torch.no_grad():
             for flat in (flats[0] for flats in self.flats if flats[0].shared):
                 flat.follow_parameters_()
-                where = None if flat.is_at_phi() else flat.follow_replicas_()
+                if flat.is_at_phi():
+                    continue
+                if before is not None:
+                    before()
+                where = flat.follow_replicas_()
                 if where is not None:
                     self.differing = (
                         f"{where}: differs from the initialization at the start of a round and from the "
@@ -394,6 +400,11 @@ class Engine:
         pairs = zip(self.backends, self.flats, strict=True)
         return [(backend, flats[0]) for backend, flats in pairs if flats[0].shared]
 
+    @property
+    def shared_groups(self) -> list[int]:
+        """The groups that hold shared parameters, by their index."""
+        return list(dict.fromkeys(segment.group for segment in self.segments if segment.task is None))
+
     def send_flags(self) -> None:
         """After a step on a GPU: its flags are on their way to the host, and nobody waits for them."""
         if self.flags is not None and not self.flags_on_host and not torch.cuda.is_current_stream_capturing():
@@ -414,8 +425,20 @@ class Engine:
         if found is not None:
             raise found
 
+    def any_flagged(self) -> Tensor | None:
+        """Whether a step since the last report met a gradient that was not finite: bool, not waited for."""
+        if self.flags is None:
+            return None
+        device = self.flags[0].device
+        if self.unreported is not None:
+            return torch.ones((), dtype=torch.bool, device=device)
+        return torch.stack([one.any().to(device) for one in self.flags]).any()
+
     def find_nonfinite(self) -> NonFiniteGradient | None:
         """As `report_nonfinite`, but returned and not raised; None if there was none."""
+        if self.unreported is not None:
+            found, self.unreported = self.unreported, None
+            return found
         if self.flags is None or not self.flags_on_host and torch.cuda.is_current_stream_capturing():
             return None
         copies, arrived = self.sent or ([flags.cpu() for flags in self.flags], [])
@@ -454,7 +477,7 @@ class Engine:
 def _by_kind(segments: Sequence[Segment]) -> dict[tuple[torch.device, torch.dtype], dict[bool, list[Segment]]]:
     """Device and dtype → "shared" → their segments."""
     kinds: dict[tuple[torch.device, torch.dtype], dict[bool, list[Segment]]] = {}
-    for segment in segments:
+    for segment in sorted(segments, key=lambda one: one.task is not None):  # heads have no say in the order of kinds
         first = segment.params[0]
         kinds.setdefault((first.device, first.dtype), {}).setdefault(segment.task is None, []).append(segment)
     return kinds
@@ -468,25 +491,6 @@ def _same_objects(views: dict[str, Tensor], old: Mapping[str, Tensor]) -> dict[s
             before.data = view
             views[name] = before
     return views
-
-
-def _references(entry: dict, views: Mapping[str, Tensor]) -> int:
-    """References to an entry and to the most held of its tensors; φ and the counters are looked at before every step
-    anyway.
-    """
-    tensors = (getrefcount(view) for name, view in views.items() if name not in ("initialization", "counters"))
-    return getrefcount(entry) + max(tensors, default=0)
-
-
-def _unseen() -> int:
-    """What `_references` says of an entry that nobody else holds."""
-    tensor = torch.zeros(())
-    state, views = {0: {"theta": tensor}}, {0: {"theta": tensor}}
-    del tensor
-    return _references(dict.get(state, 0) or {}, views[0])
-
-
-UNSEEN = _unseen()
 
 
 def _names(group: Mapping) -> list[str] | None:

@@ -55,6 +55,11 @@ class Segment:
         self.numel, self.shape = first.numel(), first.shape
         self.stride = torch.empty_like(first, device="meta").stride()
 
+    @property
+    def columns(self) -> slice:
+        """Its place in a row."""
+        return slice(self.offset, self.offset + self.numel)
+
     def where(self, row: int) -> str:
         """The row's place in words, for messages: "task 3, parameter 'conv.weight'"."""
         return f"task {row if self.task is None else self.task}, parameter {self.name!r}"
@@ -150,7 +155,7 @@ class Flat:
 
         A storage of its own keeps `torch.save`, pickle and deepcopy of a parameter as small as the parameter.
         """
-        flat = row[segment.offset : segment.offset + segment.numel].detach()
+        flat = row[segment.columns].detach()
         if flat.device.type in ("cpu", "cuda"):
             with torch.cuda.device(
                 flat.device if flat.is_cuda else -1
@@ -276,7 +281,7 @@ class Flat:
         """φ ← phi [S], and θ ← φ in every row of the tensors that differ from it in a bit, which are returned."""
         changed = []
         for segment in self.segments:
-            columns = slice(segment.offset, segment.offset + segment.numel)
+            columns = segment.columns
             if not torch.equal(self.phi[columns].view(torch.int32), phi[columns].view(torch.int32)):
                 for buffer in (self.phi, self.work_theta, self.theta):
                     buffer[..., columns] = phi[columns]

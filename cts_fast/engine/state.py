@@ -6,6 +6,7 @@ import ctypes
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -135,6 +136,25 @@ def _noting(name: str):
 
 for _name in ("clear", "items", "pop", "popitem", "setdefault", "update", "values", "__ior__"):
     setattr(State, _name, _noting(_name))
+
+
+def references(entry: dict, views: Mapping[str, Tensor]) -> int:
+    """References to an entry and to the most held of its tensors; φ and the counters are looked at before every step
+    anyway.
+    """
+    tensors = (getrefcount(view) for name, view in views.items() if name not in ("initialization", "counters"))
+    return getrefcount(entry) + max(tensors, default=0)
+
+
+def _unseen() -> int:
+    """What `_references` says of an entry that nobody else holds."""
+    tensor = torch.zeros(())
+    state, views = {0: {"theta": tensor}}, {0: {"theta": tensor}}
+    del tensor
+    return references(dict.get(state, 0) or {}, views[0])
+
+
+UNSEEN = _unseen()
 
 
 def check_state_dict(

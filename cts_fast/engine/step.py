@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,26 @@ from cts_fast.engine.rules.sgd import Hyper
 
 if TYPE_CHECKING:
     from cts_fast.engine.engine import Engine
+    from cts_fast.engine.state import Scalars
+
+
+class Step(NamedTuple):
+    """What one step works with, and a method of `cts_fast.baselines` acts on."""
+
+    gradients: list[Gradients]  # of each device and dtype
+    hyper: list[Hyper]  # of each param group
+    control: Control
+    losses: Sequence = ()  # what a method named in `needs`, one for each task
+    heldout: Sequence[Callable[[], Tensor]] = ()
+
+
+def completed(control: Control, values: Sequence[int], counters: Scalars, grad_scale: Tensor | None) -> Control:
+    """With the gradients' scale, and the counters after the step."""
+    return control._replace(
+        inverse_scale=1.0 if grad_scale is None else 1.0 / grad_scale.item(),
+        after=(counters.tensor.data_ptr(), values) if counters.on_host else None,
+    )
+
 
 BACKENDS = {  # name → module of cts_fast.engine.backends and its class
     "cuda": ("cuda", "Cuda"),

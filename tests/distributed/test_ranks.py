@@ -5,7 +5,7 @@ import torch
 from support import rank_checks as checks
 from support.step_cases import Case, places
 
-from cts_fast.distributed.ranks import FLAGS
+from cts_fast.distributed.flags import FLAGS
 
 LAYOUTS = [(4, 4), (3, 3, 2), (2, 2, 2, 2)]
 HEADS = tuple(((t % 3 + 1,),) * (t % 2) for t in range(8))  # of several shapes; some tasks have none
@@ -148,14 +148,13 @@ def test_an_infinity_that_a_scaler_found_skips_the_step_on_all_ranks(pool):
     assert pool.values(2, checks.scaled_step, case, (1, 1)) == [(False, True)] * 2
 
 
-def test_a_rank_that_raises_takes_the_others_with_it_and_all_can_go_on(pool):
-    for more in ({}, {"nonfinite": "skip"}):
-        given = (checks.replace(PAIR, tasks=3), (1, 2), checks.put_sparse, "auto", *more.values())
-        (first, second) = pool.values(2, checks.step_with, *given)
-        assert first[0][0][0].startswith("RankError: rank 1 raised, so that no rank goes on: ValueError: task 0")
-        assert second[0][0][0].startswith("ValueError: task 0, parameter '0': gradient is torch.sparse")
-        for (_, after), counters, phi in (first, second):
-            assert after == ("", False) and counters[:3] == [3, 0, 3] and torch.equal(phi, first[2])
+def test_a_rank_that_raises_where_all_vote_takes_the_others_with_it_and_all_can_go_on(pool):
+    given = (checks.replace(PAIR, tasks=3), (1, 2), checks.put_sparse, "auto", "skip")
+    (first, second) = pool.values(2, checks.step_with, *given)
+    assert first[0][0][0].startswith("RankError: rank 1 raised, so that no rank goes on: ValueError: task 0")
+    assert second[0][0][0].startswith("ValueError: task 0, parameter '0': gradient is torch.sparse")
+    for (failed, after), counters, phi in (first, second):
+        assert failed[1] and after == ("", False) and counters[:3] == [3, 0, 3] and torch.equal(phi, first[2])
 
 
 def test_ranks_stay_together_after_one_fault_and_another(pool):
@@ -165,7 +164,7 @@ def test_ranks_stay_together_after_one_fault_and_another(pool):
         assert counters == [2, 0, 2, 1]
 
 
-def test_a_rank_that_raises_before_a_meta_update_is_due_waits_for_it(pool):
+def test_a_rank_that_raises_before_a_meta_update_is_due_tells_the_others_there(pool):
     case = Case(2, ((5,),), options=dict(lr=0.1, meta_interval=2))
     found = pool.values(2, checks.closure_that_raises, case, (1, 1))
     # rank 0 takes its first step alone and hears of it in the second one
@@ -175,12 +174,13 @@ def test_a_rank_that_raises_before_a_meta_update_is_due_waits_for_it(pool):
 
 def test_a_hyper_parameter_that_changes_on_one_rank_is_named_on_all(pool):
     for ((error, _), _), _, _ in pool.values(2, checks.step_with, PAIR, (1, 1), checks.other_lr):
-        assert error == "RanksDiffer: process_group: lr of shared group 0 is 0.25 on rank 1, but 0.05 on rank 0"
+        reason = "RanksDiffer: process_group: lr of shared group 0 is 0.25 on rank 1, but 0.05 on rank 0"
+        assert error.startswith(reason)
 
 
 def test_ranks_whose_counters_part_hear_of_it(pool):
     for ((error, _), _), _, _ in pool.values(2, checks.step_with, PAIR, (1, 1), checks.reset_alone):
-        assert error == "RanksDiffer: process_group: inner_step is 0 on rank 1, but 2 on rank 0"
+        assert error.startswith("RanksDiffer: process_group: inner_step is 0 on rank 1, but 2 on rank 0")
 
 
 def test_an_initialization_that_differs_is_found_in_the_next_round(pool):

@@ -7,6 +7,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import pytest
 import torch
 
+from benchmarks import scaling
 from benchmarks.common import setups
 from benchmarks.common.measure import Budget, paired, paired_difference, paired_ratio
 from benchmarks.common.memory import step_memory
@@ -147,3 +148,10 @@ def test_report_names_a_missed_goal_beside_what_was_measured():
     }
     text = markdown(result, ["a.png"])
     assert "0.50 / 0.85" in text and "5.0 / 28" in text and "Left out: flat (no room)" in text
+
+
+def test_a_ring_and_a_mean_step_over_ranks_are_priced_as_the_page_says():
+    link = scaling.Link("a link", latency_us=1.0, gb_per_s=1.0, source="")
+    assert scaling.ring_seconds(4, 4000, link) == pytest.approx(6 * (1e-6 + 1e-6))  # 2 (R − 1) messages of N / R
+    costs = scaling.Costs(step=3.0, inner=1.0, partial=2.0, finish=1.0, beside=1.0)
+    assert costs.alone(2) == 2.0 and costs.over_ranks(1.0, 2) == 3.0 and costs.over_ranks(1.0, 1) == 5.0

@@ -216,6 +216,10 @@ def other_phi(opt, params) -> None:
     opt.initialization[0].view(-1)[0] += 1
 
 
+def bad_horizon(opt, params) -> None:
+    opt.param_groups[0]["horizon"] = 0
+
+
 def no_gradients(opt, params) -> None:
     opt.zero_grad()
 
