@@ -93,7 +93,8 @@ def left(out: Path) -> dict[str, object]:
     found: dict[str, object] = {path.name: path.read_bytes() for pattern in COMPARED for path in out.glob(pattern)}
     for name in METHODS:
         newest = sorted((out / "checkpoints" / name).glob("[0-9]*"))[-1]
-        found.update(entries(name, read_part(newest / "rank-0.pt")))
+        for part in newest.glob("*.pt"):
+            found.update(entries(f"{name}/{part.name}", read_part(part)))
     return found
 
 
