@@ -8,10 +8,12 @@ whose next exchange fails with it, find its word there and end as quietly as it 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -107,15 +109,42 @@ def launched(device: str = "cpu", timeout: float = TIMEOUT) -> Team:
     wait = timedelta(seconds=timeout)
     with waiting_for_others(team.rank, team.size, "the start of the group"):
         store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+        team.store = dist.PrefixStore(_this_start(store, rank, size, timeout), store)
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=wait
+            backend, store=dist.PrefixStore("group", team.store), rank=rank, world_size=size, timeout=wait
         )
         team.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     team.group = dist.group.WORLD
-    team.restarts = max(team.gather(team.restarts))  # a node whose ranks were well has not counted
-    team.store = dist.PrefixStore(f"cts_fast/{team.restarts}", store)
+    team.restarts = max(team.gather(team.restarts))  # a machine whose ranks were well has not counted
     return team
+
+
+def _this_start(store: dist.Store, rank: int, size: int, timeout: float) -> str:
+    """A name that the ranks of this start agree on, and those of no other one.
+
+    torchrun starts ranks anew with the store of those before them, and old keys would lead the new ranks to addresses
+    where nobody is; how often it has done so is not the same number on all machines. So each rank says hello under a
+    name that nobody had, and rank 0 tells each name that it finds what this start is called, until all have come.
+    """
+    name, end = uuid4().hex, time.monotonic() + timeout
+    store.set(f"hello/{rank}", name)
+    if rank > 0:
+        start = store.get(f"welcome/{name}").decode()  # waits
+        store.set(f"here/{start}/{rank}", "")
+        return start
+    missing, known = set(range(1, size)), set()
+    while missing:
+        for other in missing:
+            found = store.get(f"hello/{other}").decode()
+            if found not in known:  # it may be of a rank that is gone
+                known.add(found)
+                store.set(f"welcome/{found}", name)
+        missing = {other for other in missing if not store.check([f"here/{name}/{other}"])}
+        if missing and time.monotonic() > end:
+            raise RuntimeError(f"rank {min(missing)} has not come within {timeout:g} seconds")
+        time.sleep(0.01)
+    return name
 
 
 @contextmanager
