@@ -322,38 +322,42 @@ def run_program(
     end; `args.device` is this rank's by then. at_once: `run` never asks whether to stop, and knows no ranks.
     """
     team, prepared = ALONE, None
-    try:
-        with stop_on_signals(at_once=True):  # data are fetched and decoded there, and nobody asks in between
-            team = launched(args.device, getattr(args, "rank_timeout", TIMEOUT))
-            args.device = team.device
-            if at_once and team.size > 1:
-                raise ValueError("this program runs in one process: start it without torchrun")
-        with shown_by_the_first(team):
-            with stop_on_signals(at_once=True):
-                prepared = prepare(team)
-            with stop_on_signals(at_once) as stop:
+    with stop_on_signals() as early:  # what comes between the phases, or while ranks end
+        try:
+            with stop_on_signals(at_once=True):  # data are fetched and decoded there, and nobody asks in between
+                team = launched(args.device, getattr(args, "rank_timeout", TIMEOUT))
+                args.device = team.device
+                if at_once and team.size > 1:
+                    raise ValueError("this program runs in one process: start it without torchrun")
+                with shown_by_the_first(team):
+                    prepared = prepare(team)
+            early.check()
+            with stop_on_signals(at_once) as stop, shown_by_the_first(team):
                 run(prepared, stop)
                 team.gather(None, patiently=True)  # all are through: a launch goes on together or not at all
-        team.close()
-        return 0
-    except Exception as error:
-        found = fault(error, team, preparing=prepared is None)
-        first, status = team.end(found[0] if found else 1)
-        if found is None:
-            raise
-        p.exit(status, f"{p.prog}: error: {found[1]}\n" if first == team.rank else None)
-    except Interrupted as stopped:
-        first, status = team.end(stopped.status)
-        note = "\nstopped before the run began"
-        if prepared is not None:
-            note = f"\nstopped; what was saved is in {args.out}. To go on:\n  {resume_command(p, argv, team)}"
+            team.close()
+            return 0
+        except Interrupted as stopped:
+            status, failed = stopped.status, False
+            text = "\nstopped before the run began\n"
+            if prepared is not None:
+                text = f"\nstopped; what was saved is in {args.out}. To go on:\n  {resume_command(p, argv, team)}\n"
+        except Exception as error:
+            found = fault(error, team, preparing=prepared is None)
+            if found is None:
+                team.end(1)
+                raise
+            status, failed, text = found[0], True, f"{p.prog}: error: {found[1]}\n"
+        finally:
+            if prepared is not None:
+                prepared.folder.close()
+        first, status = team.end(status)
         if first == team.rank:
             with contextlib.suppress(OSError):  # a hang-up may have closed the output
-                print(note, file=sys.stderr)
-        return status
-    finally:
-        if prepared is not None:
-            prepared.folder.close()
+                sys.stderr.write(text)
+    if failed:
+        p.exit(status)
+    return status
 
 
 def fault(error: Exception, team: Team, preparing: bool) -> tuple[int, str] | None:

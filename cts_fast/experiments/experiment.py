@@ -188,6 +188,7 @@ class Experiment:
             steps=self.train.steps,
             snapshot_steps=self.snapshot_steps,
             rates=f"its meta_lr ({setup.meta_lr}) or the lr ({self.train.lr}) is too large" if raises else None,
+            shown=self.team.is_first,
         )
         self.curves[name], self.snapshots[name] = training.curve, training.snapshots
         found = training.resume() if self.resume else None

@@ -79,12 +79,14 @@ class RunFolder:
     def _take(self, overwrite: bool) -> None:
         """Make the folder this run's."""
         path, launch = self.path, self.path / LAUNCH
-        if self.team.restarts and launch.exists() and launch.read_text(encoding="utf-8") == self.team.launch:
+        if self._is_begun():
             self.resume, overwrite = True, False
         if self.resume and not (path / CONFIG).exists() and not (path / CHECKPOINTS).exists():
             raise CheckpointError(f"there is no run to resume: {path / CONFIG} is missing; start it without --resume")
         self._lock()
         try:
+            if not self.team.restarts:  # a folder that is refused now is refused after a restart as well
+                launch.unlink(missing_ok=True)
             if self.resume:
                 self._check_config()
             else:
@@ -101,6 +103,11 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
+
+    def _is_begun(self) -> bool:
+        """Whether torchrun has started the program anew, and this launch has had the folder before."""
+        launch = self.path / LAUNCH
+        return bool(self.team.restarts) and launch.exists() and launch.read_text("utf-8") == self.team.launch
 
     def _lock(self) -> None:
         from filelock import FileLock, Timeout

@@ -74,6 +74,7 @@ class Training:
         spread: the names of each rank's tasks; tasks: of all, in their order.
         steps: the last one; snapshot_steps: those at which phi is kept in `snapshots`, step to name to tensor.
         rates: what a message about gradients that are not finite says of its step sizes; None where they may be.
+        shown: whether this rank shows progress.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class Training:
         steps: int,
         snapshot_steps: Collection[int],
         rates: str | None,
+        shown: bool,
     ) -> None:
         self.name, self.trainer, self.kept, self.team, self.spread = name, trainer, kept, team, spread
-        self.steps, self.snapshot_steps, self.rates = steps, snapshot_steps, rates
+        self.steps, self.snapshot_steps, self.rates, self.shown = steps, snapshot_steps, rates, shown
         self.curve = Curve(tuple(tasks), trainer.tasks)
         self.snapshots: dict[int, dict[str, Tensor]] = {}
         self.optimizer_state: dict[str, Any] = {}
@@ -104,8 +106,7 @@ class Training:
         trainer, curve = self.trainer, self.curve
         steps_per_point = max(1, self.steps // POINTS)
         meetings = Meetings(self.team, trainer.step, self.kept.every)
-        title = f"meta-train {self.name}"
-        with Progress(title, self.steps, trainer.step, shown=self.team.is_first) as progress:
+        with Progress(f"meta-train {self.name}", self.steps, trainer.step, shown=self.shown) as progress:
             while trainer.step < self.steps:
                 curve.pending.append(self._step())
                 last = trainer.step == self.steps

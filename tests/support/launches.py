@@ -22,7 +22,10 @@ from cts_fast.experiments.signals import Interrupted
 
 LIMIT = 240  # seconds that a launch may take, on a busy machine
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
+# with what the program imports when it is needed
+CONTEXT.set_forkserver_preload(
+    [__name__, "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "tqdm"]
+)
 
 
 class Launch:
