@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cts_fast._version import __version__
+from cts_fast.engine.gradients import NonFiniteGradient
 from cts_fast.engine.plan import OPTIONS
 from cts_fast.engine.rules.sgd import Hyper
 from cts_fast.engine.state import COUNTERS
@@ -32,6 +33,20 @@ class RanksDiffer(ValueError, RankError):
 
 class Torn(RankError):
     """What a rank raises that takes no step; the others may not know yet."""
+
+
+class NonFiniteOnRank(RankError, NonFiniteGradient):
+    """What every rank raises, with nonfinite="raise", where one had gradients that were not finite.
+
+    rank: that one; task: the index of its task there; parameter: its name.
+    """
+
+    def __init__(self, rank: int, task: int, parameter: str) -> None:
+        NonFiniteGradient.__init__(self, task, parameter)
+        self.rank = rank
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, {super().__str__()}"
 
 
 @dataclass

@@ -12,11 +12,13 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
 from cts_fast.baselines import METHODS
 from cts_fast.data import Task
+from cts_fast.distributed.launch import Team
 from cts_fast.experiments import cli
 from cts_fast.experiments.experiment import Experiment, MethodSetup
 from cts_fast.experiments.report import report
@@ -69,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         experiment.run(stop)
         report(experiment, args.out, started, stop)
 
-    return cli.run_program(p, args.out, argv, lambda: prepare(args), run)
+    return cli.run_program(p, args, argv, partial(prepare, args), run)
 
 
-def prepare(args: argparse.Namespace) -> Experiment:
+def prepare(args: argparse.Namespace, team: Team) -> Experiment:
     """From arguments to an experiment; raises ValueError or OSError that says what is wrong with them."""
     preset = PRESETS[args.preset]
     train = dataclasses.replace(preset.train, **cli.given(args, horizon="horizon", rounds="rounds"))
@@ -120,6 +122,7 @@ def prepare(args: argparse.Namespace) -> Experiment:
         capture=args.capture,
         streams=args.streams,
         precision=args.precision,
+        team=team,
     )
 
 

@@ -120,7 +120,7 @@ def test_leap_takes_loaded_weights_as_in_one_process(pool):
 def test_a_nan_is_reported_though_a_group_was_added_since(pool):
     for found in pool.values(2, faults.nan_and_a_new_group, case_with(meta_interval=3, horizon=6), ONE_EACH):
         assert found[:2] == ["", ""] and not any(found[3:])
-        assert found[2].startswith("RankError: rank 1, task 0, parameter '0': the gradient of the last step held")
+        assert found[2].startswith("NonFiniteOnRank: rank 1, task 0, parameter '0': the gradient of the last step held")
 
 
 @pytest.mark.parametrize("everywhere", [False, True], ids=["its own", "torch's"])

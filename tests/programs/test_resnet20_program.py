@@ -66,7 +66,7 @@ def finished(tmp_path_factory):
 
 def test_results_have_the_promised_form(finished):
     results = json.loads((finished / "results.json").read_text())
-    assert set(results) == {"config", "meta_train", "meta_test", "paired_differences"}
+    assert set(results) == {"config", "ranks", "meta_train", "meta_test", "paired_differences"}
     assert set(results["meta_train"]) == {"cts", "reptile", "finetune"}
     for curve in results["meta_train"].values():
         assert curve["steps"] == [1, 2, 3, 4]
@@ -376,10 +376,10 @@ def test_a_folder_that_is_gone_is_named(tmp_path, capsys, monkeypatch):
 def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path, capsys, monkeypatch, error):
     run(tmp_path, "--methods", "cts", "--targets", "rings")
 
-    def fails(self, state):
+    def fails(self, *state, **options):
         raise error
 
-    monkeypatch.setattr(MetaTrainer, "load_state_dict", fails)
+    monkeypatch.setattr(MetaTrainer, "load_own", fails)
     message = refused(capsys, tmp_path, "--methods", "cts", "--targets", "rings", "--resume")
     assert str(newest(tmp_path).parent) in message and "nothing is lost" in message
     assert "damaged" not in message and "delete" not in message
