@@ -8,7 +8,6 @@ other folds, and is then fine-tuned on the tasks of this one. The table holds th
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -90,8 +89,7 @@ def fold_experiment(args: argparse.Namespace, fold: int, tuning: Tuning) -> Expe
         "grid": sorted(tuning.grid),
         "seed": args.seed,
         **cli.about_model(tuning.model, tuning.weights),
-        "meta_train": dataclasses.asdict(tuning.train),
-        "meta_test": json.loads(json.dumps(dataclasses.asdict(tuning.test))),
+        **cli.about_settings(tuning.train, tuning.test),
     }
     out = args.out / f"fold{fold}"
     return Experiment(

@@ -3,8 +3,8 @@
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from cts_fast.experiments.meta_train import MakeNet, MetaTrainer, MetaTrainSetti
 from cts_fast.experiments.parallel import task_map
 from cts_fast.experiments.run_folder import FINISHED, RunFolder
 from cts_fast.experiments.signals import Stop
-from cts_fast.experiments.weights import Weights, untrained
+from cts_fast.experiments.weights import UNTRAINED, Weights, untrained_phis
 
 ACCURACY = "accuracy.json"
 DIGESTED = 1 << 26  # bytes of a set's images that tell it from another
@@ -81,6 +81,8 @@ class Experiment:
         make_net: number of classes to a network with a meta-learned `body` and a `head` of the task's own.
         train, test: settings; `snapshots`: meta-training steps at which phi is kept and meta-tested, beside the last.
         weights: to begin meta-training at, and to meta-test as `none`; None: the random body of the seed.
+        untrained: what is meta-tested without meta-training: `scratch`, and `none` where there are weights.
+        more_images: further numbers of training images to fine-tune the last phi on, beside `test.images`.
         resume: go on from the checkpoints in `out`; overwrite: replace the run in `out`; otherwise a run in `out`
             raises `CheckpointError`. save_every: seconds between checkpoints; see `Checkpoints`.
 
@@ -100,6 +102,8 @@ class Experiment:
         snapshots: Sequence[int],
         seed: int,
         weights: Weights | None = None,
+        untrained: Sequence[str] = UNTRAINED,
+        more_images: Sequence[int] = (),
         device: str = "cpu",
         resume: bool = False,
         overwrite: bool = False,
@@ -111,12 +115,14 @@ class Experiment:
     ):
         self.out, self.config, self.methods, self.targets = out, config, methods, targets
         self.make_net, self.train, self.test, self.seed, self.device = make_net, train, test, seed, device
-        self.weights, self.untrained = weights, untrained(weights)
+        self.weights, self.more_images = weights, tuple(more_images)
+        self.untrained = {name: phi for name, phi in untrained_phis(weights).items() if name in untrained}
         self.snapshot_steps = frozenset(snapshots) | {train.steps}
         self.tensorboard, self.capture, self.streams, self.precision = tensorboard, capture, streams, precision
         self.curves: dict[str, Curve] = {}
         self.snapshots: dict[str, dict[int, dict[str, Tensor]]] = {}  # method to step to phi
-        self.accuracy: dict[tuple[str, int, str, int], float] = {}  # (method, step, target, seed)
+        self.bodies: dict[str, dict[str, Tensor]] = {}  # of methods that train one task: its last body, statistics too
+        self.accuracy: dict[tuple[str, int, str, int], float] = {}  # (method, step, target as `_at` names it, seed)
         self.resume = resume
         tasks = [task for setup in methods.values() for task in setup.tasks]
         self.digests = {task.name: digest(task) for task in {task.name: task for task in (*tasks, *targets)}.values()}
@@ -138,15 +144,21 @@ class Experiment:
             self.meta_test(stop, map_tasks)
         self.write_metrics()
 
-    def accuracy_at(self, method: str, step: int) -> dict[str, list[float]]:
-        """Held-out task to accuracies, one per seed, of phi after `step` meta-training steps."""
-        seeds = range(self.test.seeds)
-        return {task.name: [self.accuracy[method, step, task.name, seed] for seed in seeds] for task in self.targets}
+    def accuracy_at(self, method: str, step: int, images: int | None = None) -> dict[str, list[float]]:
+        """Held-out task to accuracies, one per seed, of phi after `step` meta-training steps.
 
-    def final_accuracy(self) -> dict[str, dict[str, list[float]]]:
-        """Method to held-out task to accuracies of the last phi; `scratch`, and with weights `none`, are among them."""
-        last = {name: self.accuracy_at(name, self.train.steps) for name in self.methods}
-        return {**last, **{name: self.accuracy_at(name, 0) for name in self.untrained}}
+        images: one of `more_images`, for the last phi; None: `test.images`.
+        """
+        seeds = range(self.test.seeds)
+        return {
+            task.name: [self.accuracy[method, step, _at(task.name, images), seed] for seed in seeds]
+            for task in self.targets
+        }
+
+    def final_accuracy(self, images: int | None = None) -> dict[str, dict[str, list[float]]]:
+        """Method to held-out task to accuracies of the last phi, and of what is `untrained`; images: as above."""
+        last = {name: self.accuracy_at(name, self.train.steps, images) for name in self.methods}
+        return {**last, **{name: self.accuracy_at(name, 0, images) for name in self.untrained}}
 
     # Meta-training
 
@@ -156,7 +168,7 @@ class Experiment:
         Raises Diverged when a gradient or a parameter is not finite; what was saved before stays.
         """
         torch.manual_seed(task_seed(self.seed, "meta-train"))  # of what networks draw: the same after another method
-        trainer = self._trainer(name, map_tasks)
+        trainer = self.trainer(name, map_tasks)
         self.curves[name], self.snapshots[name] = Curve(trainer.tasks), {}
         kept = self._checkpoints(name, self.methods[name].tasks)
         found = kept.load(lambda parts: self._load(name, trainer, parts["rank-0.pt"])) if self.resume else None
@@ -173,6 +185,8 @@ class Experiment:
             at = f"step {trainer.step + 1}" if self.device == "cpu" else f"at or before step {trainer.step + 1}"
             what = f"the gradient of task {trainer.tasks[error.task]!r}, parameter {error.parameter!r}"
             raise self._diverged(name, at, what, kept) from error
+        if len(trainer.nets) == 1:
+            self.bodies[name] = trainer.nets[0].body.state_dict()
 
     def _diverged(self, name: str, at: str, what: str, kept: Checkpoints) -> Diverged:
         rates = f"its meta_lr ({self.methods[name].meta_lr}) or the lr ({self.train.lr}) is too large"
@@ -213,7 +227,8 @@ class Experiment:
                     stop.check()  # before anything is printed: a hang-up closes the output too
                 progress.advance(f"loss {curve.last:.3f}")
 
-    def _trainer(self, name: str, map_tasks: Callable[..., list]) -> MetaTrainer:
+    def trainer(self, name: str, map_tasks: Callable[..., list]) -> MetaTrainer:
+        """What meta-trains a method, at its first step."""
         setup = self.methods[name]
         return MetaTrainer(
             setup.method,
@@ -245,15 +260,11 @@ class Experiment:
         phis = {(name, step): phi for name, kept in self.snapshots.items() for step, phi in kept.items()}
         phis |= {(name, 0): phi for name, phi in self.untrained.items()}  # of `scratch` every seed draws its own body
         testers = {
-            task.name: MetaTester(task, self.test, make_net=self.make_net, device=self.device, precision=self.precision)
+            _at(task.name, images): self.tester(task, images)
+            for images in (None, *self.more_images)
             for task in self.targets
         }
-        jobs = [
-            (method, step, target, seed)
-            for seed in range(self.test.seeds)
-            for target in testers
-            for method, step in phis
-        ]
+        jobs = self.jobs(phis)
         kept = self._checkpoints("meta-test", self.targets)
         if self.resume:
             kept.load(lambda parts: self.accuracy.update({tuple(job): value for *job, value in parts[ACCURACY]}))
@@ -275,6 +286,23 @@ class Experiment:
             map_tasks(work, todo)
         if len(self.accuracy) < len(jobs):
             stop.check()
+
+    def tester(self, task: Any, images: int | None = None) -> MetaTester:
+        """What fine-tunes on a held-out task; images: how many, None for `test.images`."""
+        test = self.test if images is None else replace(self.test, images=images)
+        return MetaTester(task, test, make_net=self.make_net, device=self.device, precision=self.precision)
+
+    def jobs(self, phis: Iterable[tuple[str, int]]) -> list[tuple[str, int, str, int]]:
+        """Runs of the meta-test of these (method, step): all on `test.images`, the last phi on `more_images` too."""
+        last = (0, self.train.steps)
+        return [
+            (method, step, _at(task.name, images), seed)
+            for seed in range(self.test.seeds)
+            for images in (None, *self.more_images)
+            for task in self.targets
+            for method, step in phis
+            if images is None or step in last
+        ]
 
     # Files
 
@@ -316,6 +344,11 @@ class Experiment:
                     yield "meta-train", name, step, task, self.seed, loss, ""
         for (method, step, target, seed), accuracy in sorted(self.accuracy.items()):
             yield "meta-test", method, step, target, seed, "", accuracy
+
+
+def _at(target: str, images: int | None) -> str:
+    """What a held-out task is called where another number of its images than `test.images` is fine-tuned on."""
+    return target if images is None else f"{target}@{images}"
 
 
 def digest(task: Any) -> str:
