@@ -21,7 +21,7 @@ from cts_fast.experiments.files import sha256_of
 from cts_fast.experiments.settings import IMAGENET_PRESETS
 
 MODEL = "resnet18"
-FILE = "resnet18-f37072fd.pth"  # torchvision's names end with the first letters of the SHA-256
+FILE = "resnet18-f37072fd.pth"  # torchvision's names end with the first digits of the SHA-256
 WEIGHTS = Archive(f"https://download.pytorch.org/models/{FILE}", None, ".", (FILE,))
 
 
@@ -34,11 +34,11 @@ def pretrained(args: argparse.Namespace) -> Path:
         raise ValueError("no weights to begin at: give --weights FILE, or --data-root DIR that holds torchvision's")
     if args.download:
         obtain(WEIGHTS, checked_root(root, "imagenet"))
-    file = root / FILE
+    file = root / WEIGHTS.name
     if not file.is_file():
         raise ValueError(f"{file} is missing: give --weights FILE, or add --download to fetch torchvision's")
     found = sha256_of(file)[:8]
-    if found not in FILE:
+    if not file.stem.endswith(f"-{found}"):
         raise ValueError(f"{file} is damaged, or another file: its SHA-256 begins with {found}; move it away")
     return file
 

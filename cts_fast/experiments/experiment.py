@@ -20,7 +20,7 @@ from cts_fast.experiments.files import write_csv
 from cts_fast.experiments.meta_test import MetaTester, MetaTestSettings
 from cts_fast.experiments.meta_train import MakeNet, MetaTrainer, MetaTrainSettings, check_held_out
 from cts_fast.experiments.parallel import task_map
-from cts_fast.experiments.run_folder import FINISHED, RunFolder
+from cts_fast.experiments.run_folder import FINISHED, SWEPT, RunFolder
 from cts_fast.experiments.signals import Stop
 from cts_fast.experiments.weights import UNTRAINED, Weights, untrained_phis
 
@@ -129,7 +129,8 @@ class Experiment:
         for setup in methods.values():
             check_held_out(setup.method, setup.tasks, train)
         # last: whatever is wrong with the arguments, an older run is still there
-        self.folder = RunFolder(out, config, resume=resume, overwrite=overwrite, save_every=save_every)
+        folder = {"resume": resume, "overwrite": overwrite, "save_every": save_every}
+        self.folder = RunFolder(out, config, parts=(SWEPT,), **folder)  # a sweep may be what is there
 
     @property
     def model_name(self) -> str:

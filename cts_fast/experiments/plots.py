@@ -175,19 +175,19 @@ def by_target(
     for axes in grid.flat[len(curves) :]:
         axes.set_visible(False)
     for axes, (target, methods) in zip(grid.flat, curves.items(), strict=False):
-        palette = colours(list(methods))
+        across = (levels or {}).get(target, {})
+        palette = colours([*methods, *across])
         _bare(axes)
-        for name, values in (levels or {}).get(target, {}).items():
+        for name, values in across.items():
             _level(axes, values, palette[name], labels[name])
         for method, points in methods.items():
-            _curve(axes, points, 1.0, palette[method], labels[method])
+            _curve(axes, dict(sorted(points.items())), 1.0, palette[method], labels[method])
         ticks = sorted({point for points in methods.values() for point in points})
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30 if len(ticks) > 4 else 0, fontsize="small")
         axes.minorticks_off()
         axes.set_title(target, fontsize="medium")
-    figure.suptitle(title)
-    figure.supxlabel(f"{x}, log scale", fontsize="medium")
+    figure.suptitle(f"{title}\nagainst {x}, log scale", fontsize="medium")  # under the plots it would hide the legend
     figure.supylabel(y, fontsize="medium")
     handles, named = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, named, frameon=False, ncols=2 if columns < 3 else 3, loc="outside lower center")

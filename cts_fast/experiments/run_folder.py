@@ -18,6 +18,7 @@ from cts_fast.experiments.files import first_line, write_json
 
 CONFIG, RESULTS, FINISHED, CHECKPOINTS = "config.json", "results.json", "finished.json", "checkpoints"
 REPORTED = ("metrics.csv", "*.png", "*.safetensors")  # what a run leaves beside its checkpoints and results
+SWEPT = "horizon-*"  # the runs of a sweep, each in a folder of its own
 LEFT_BEHIND = ".*.[0-9]*-????????.tmp"  # by a write that was killed
 
 

@@ -11,12 +11,12 @@ from cts_fast.experiments import plots
 from cts_fast.experiments.experiment import Experiment
 from cts_fast.experiments.files import write_csv, write_json
 from cts_fast.experiments.report import aligned, by_method, fill, meta_train, percent, report, turned
-from cts_fast.experiments.run_folder import CONFIG, RunFolder
+from cts_fast.experiments.run_folder import CONFIG, SWEPT, RunFolder
 from cts_fast.experiments.settings import labels
 from cts_fast.experiments.signals import Stop
 from cts_fast.experiments.statistics import per_seed_mean
 
-FIGURE, PART = "accuracy-by-horizon.png", "horizon-"
+FIGURE = "accuracy-by-horizon.png"
 ByHorizon = Mapping[int, Mapping[str, Mapping[str, Sequence[float]]]]  # K to method to held-out task to fractions
 
 
@@ -45,20 +45,20 @@ class Sweep:
             **shared,
             "meta_train": {str(k): c["meta_train"] for k, c in zip(self.make, configs, strict=True)},
         }
-        parts = (f"{PART}*",)
-        self.folder = RunFolder(out, self.config, resume=resume, overwrite=overwrite, parts=parts)
+        self.folder = RunFolder(out, self.config, resume=resume, overwrite=overwrite, parts=(SWEPT,))
 
     def run(self, stop: Stop) -> None:
         """All runs, each with a report of its own, then the report on all of them."""
         accuracy, losses = {}, {}
         for horizon, make in self.make.items():
-            out = self.out / f"{PART}{horizon}"
+            out = self.out / SWEPT.replace("*", str(horizon))
             print(f"\nhorizon {horizon}, in {out}", flush=True)
+            begun = time.monotonic()
             resume = self.resume and (out / CONFIG).exists()
             experiment = make(out, resume=resume, save_every=self.save_every)
             with experiment.folder:
                 experiment.run(stop)
-                report(experiment, out, time.monotonic(), stop)
+                report(experiment, out, begun, stop)
             accuracy[horizon], losses[horizon] = experiment.final_accuracy(), meta_train(experiment)
         stop.check()
         self._report(accuracy, losses)
@@ -70,6 +70,8 @@ class Sweep:
         untrained = [name for name in self.config["methods"] if name not in self.config["meta_lr"]]
         first = next(iter(accuracy.values()))
         levels = {target: {name: first[name][target] for name in untrained} for target in trained}
+        seeds = per_seed_mean(next(iter(first.values())))
+        over = plots.intervals(seeds, "fine-tuning")
         if trained:
             plots.by_target(
                 self.out / FIGURE,
@@ -77,7 +79,7 @@ class Sweep:
                 named,
                 x="inner steps per round (horizon) in meta-training",
                 y="accuracy after fine-tuning, %",
-                title="Held-out tasks by the horizon of meta-training, 95 % intervals over fine-tuning seeds",
+                title=f"Held-out tasks by the horizon of meta-training, {over}",
                 levels=levels,
             )
         results = {"horizons": {str(k): {**losses[k], "meta_test": by_method(accuracy[k])} for k in accuracy}}
