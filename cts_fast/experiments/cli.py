@@ -180,6 +180,11 @@ def given(args: argparse.Namespace, **arguments: str) -> dict:
     return {setting: value for setting, value in values.items() if value is not None}
 
 
+def sizes(args: argparse.Namespace) -> dict[str, int | None]:
+    """Settings that `--size` changes: the usual padding belongs to it, a preset's own to the preset's size."""
+    return {"size": args.size, "padding": None} if args.size else {}
+
+
 def add_model_arguments(p: argparse.ArgumentParser, model: str = "resnet20") -> None:
     """Of every program on images: the network, and weights to begin at."""
     model_help = (

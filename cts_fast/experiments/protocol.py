@@ -167,7 +167,7 @@ def prepare(args: argparse.Namespace, program: Program, started: float) -> Work:
 
 def settings_of(args: argparse.Namespace, preset: Preset) -> tuple[list[MetaTrainSettings], MetaTestSettings]:
     """Those of meta-training, one for each horizon, and of the meta-test: the preset's, changed by arguments."""
-    both = {"size": args.size, "padding": None} if args.size else {}  # the padding belongs to the size
+    both = cli.sizes(args)
     train = dataclasses.replace(
         preset.train,
         **both,

@@ -418,3 +418,13 @@ def test_tuning_never_touches_held_out_tasks(tmp_path, capsys):
     assert set(results["mean"]) == {"cts@0.1", "reptile@0.5", "reptile@1", "scratch"}
     assert all(set(by_task) == {"stripes", "dots", "waves"} for by_task in results["accuracy"].values())
     assert "mean accuracy on 3 validation tasks" in capsys.readouterr().out
+
+
+def test_tuning_takes_some_of_the_tasks_at_a_size(tmp_path):
+    small = ["--suite", "tiny", "--horizon", "2", "--rounds", "1", "--test-steps", "2", "--grid", "cts=0.1"]
+    small += ["--model", "support.nets:SmallNet", "--tasks", "waves,stripes", "--size", "8"]
+    assert tune.main([*small, "--out", str(tmp_path)]) == 0
+    config = json.loads((tmp_path / "fold0" / "config.json").read_text())
+    assert config["meta_train"]["size"] == config["meta_test"]["size"] == 8
+    accuracy = json.loads((tmp_path / "tune.json").read_text())["accuracy"]
+    assert all(list(by_task) == ["waves", "stripes"] for by_task in accuracy.values())
