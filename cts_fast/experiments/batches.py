@@ -42,12 +42,14 @@ def channel_scale(normalization: str, images: Tensor | LazyImages, size: int | N
     A channel that is the same everywhere counts as one with a deviation of 1.
     """
     if normalization == "own":
-        sums = torch.zeros(3, images.shape[1], dtype=torch.float64)  # of ones, of x and of x^2
+        counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)  # of each value in each channel
         for part in _parts(len(images)):
-            x = resize(images[part], size).double().transpose(0, 1).flatten(1)
-            sums += torch.stack([torch.full_like(x[:, 0], x.shape[1]), x.sum(1), x.square().sum(1)])
-        mean, square = sums[1:] / sums[0]
-        deviation = (square - mean**2).clamp(min=0).sqrt()
+            channels = resize(images[part], size).transpose(0, 1).flatten(1)
+            counts += torch.stack([channel.bincount(minlength=256) for channel in channels])
+        share = counts.double() / counts.sum(1, keepdim=True)
+        values = torch.arange(256.0, dtype=torch.float64)
+        mean = share @ values
+        deviation = (share * (values - mean[:, None]) ** 2).sum(1).sqrt()
         scale = torch.stack([mean, torch.where(deviation > 0, deviation, 1.0)]).float()
     elif (published := SCALES[normalization]) is None:
         return None

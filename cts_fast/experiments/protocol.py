@@ -58,7 +58,7 @@ def parser(program: Program) -> argparse.ArgumentParser:
     cli.add_model_arguments(p, program.model)
     methods_help = (
         f"all, or some of {', '.join(KNOWN_METHODS)}; as reptile@1 at this step size of the meta-update, also beside "
-        f"another (default: the preset's; {program.untrained[0]} is always tested, and with --weights none)"
+        f"another (default: the preset's; always tested: {' and, with weights, '.join(program.untrained)})"
     )
     p.add_argument("--methods", type=cli.names, metavar="A,B,...", help=methods_help)
     p.add_argument("--tasks", type=cli.names, metavar="A,B,...", help="tasks to meta-train on (default: the suite's)")
