@@ -137,7 +137,6 @@ def drawings(experiment: Experiment, accuracy: Accuracy, named: Mapping[str, str
     across = {name: per_seed_mean(found) for name, found in levels.items()}
     vs_steps = partial(plots.accuracy_vs_steps, reference=best, seeds=over)
     drawn.append(("convergence.png", lambda path: plots.convergence(path, curves, named)))
-    drawn.append(("accuracy-vs-steps.png", lambda path: vs_steps(path, means, across, named)))
     by_target = partial(plots.by_target, labels=named, y="accuracy after fine-tuning, %")
     by_steps = partial(
         by_target,
@@ -146,7 +145,9 @@ def drawings(experiment: Experiment, accuracy: Accuracy, named: Mapping[str, str
         x="meta-training steps spent (inner steps of each task)",
         title=f"Each held-out task, {plots.intervals(next(iter(across.values())), over)}",
     )
-    drawn.append(("accuracy-vs-steps-by-task.png", by_steps))
+    if len(experiment.snapshot_steps) > 1:
+        drawn.append(("accuracy-vs-steps.png", lambda path: vs_steps(path, means, across, named)))
+        drawn.append(("accuracy-vs-steps-by-task.png", by_steps))
     if experiment.more_images:
         drawn.append(("gain-by-images.png", partial(plots.by_target, labels=named, **gain_by_images(experiment))))
     return drawn
