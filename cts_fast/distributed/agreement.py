@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cts_fast._version import __version__
+from cts_fast.engine.gradients import NonFiniteGradient
 from cts_fast.engine.plan import OPTIONS
 from cts_fast.engine.rules.sgd import Hyper
 from cts_fast.engine.state import COUNTERS
@@ -30,6 +31,20 @@ class RanksDiffer(ValueError, RankError):
     """What every rank raises where something differs that must be the same on all of them."""
 
 
+class NonFiniteOnRank(RankError, NonFiniteGradient):
+    """What every rank raises, with nonfinite="raise", where one had gradients that were not finite.
+
+    rank: that one; task: the index of its task there; parameter: its name.
+    """
+
+    def __init__(self, rank: int, task: int, parameter: str) -> None:
+        NonFiniteGradient.__init__(self, task, parameter)
+        self.rank = rank
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, {super().__str__()}"
+
+
 @dataclass
 class Report:
     """What a rank tells the others."""
@@ -37,7 +52,7 @@ class Report:
     tasks: int = 0  # it has so many
     facts: dict[str, Any] = field(default_factory=dict)  # the same on every rank, or it is an error that names them
     error: str = ""  # what it raised
-    nonfinite: str = ""  # where its gradients were not finite
+    nonfinite: tuple[int, str] | None = None  # the task and the parameter whose gradient was not finite
 
 
 def facts_of(engine: Engine, groups: Sequence[Mapping], **further: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -23,7 +23,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cts_fast.distributed.agreement import LAYOUT, PHI, RankError, Report, digest, disagreement, in_words
+from cts_fast.distributed.agreement import (
+    LAYOUT,
+    PHI,
+    NonFiniteOnRank,
+    RankError,
+    Report,
+    digest,
+    disagreement,
+    in_words,
+)
+from cts_fast.distributed.launch import waiting_for_others
 from cts_fast.engine.plan import Control
 from cts_fast.engine.rules.sgd import Hyper
 from cts_fast.engine.step import any_nonfinite, shifting_step_
@@ -225,14 +235,12 @@ class Ranks:
         self.report_nonfinite(engine)
 
     def report_nonfinite(self, engine: Engine) -> None:
-        """Raise RuntimeError on every rank, naming rank, task and parameter, if the last sums came with a gradient that
-        was not finite.
-        """
+        """Raise NonFiniteOnRank on every rank if the last sums came with a gradient that was not finite."""
         if self._nonfinite:
             self._nonfinite = False
-            reports = self.gather(Report(nonfinite=str(engine.find_nonfinite() or "")))
-            found = [f"rank {r}, {report.nonfinite}" for r, report in enumerate(reports) if report.nonfinite]
-            raise RankError("; ".join(found))
+            own = engine.find_nonfinite()
+            reports = self.gather(Report(nonfinite=own and (own.task, own.parameter)))
+            raise next(NonFiniteOnRank(r, *report.nonfinite) for r, report in enumerate(reports) if report.nonfinite)
 
     def share(self, error: Exception, engine: Engine, votes: bool) -> None:
         """This rank raised in a step: join the others' next collective with a flag, so that all of them raise.
@@ -294,16 +302,8 @@ class Ranks:
         with self._collective("an all-reduce"):
             dist.all_reduce(tensor, group=self.group)
 
-    @contextmanager
-    def _collective(self, what: str) -> Iterator[None]:
-        """Says what it means where torch.distributed gives up."""
-        try:
-            yield
-        except RuntimeError as lost:
-            raise RankError(
-                f"rank {self.rank} of {self.size}: {what} failed. Where another rank is gone, or did not come within "
-                f"the group's timeout, start all of them again from their last checkpoint. ({lost})"
-            ) from lost
+    def _collective(self, what: str) -> AbstractContextManager[None]:
+        return waiting_for_others(self.rank, self.size, what)
 
 
 def check_over_ranks(ranks: Ranks | None, method: str, reason: str, capturable: bool) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 
 from cts_fast.baselines import METHODS
 from cts_fast.data import Task, task_roles
+from cts_fast.distributed.launch import Team
 from cts_fast.experiments import cli
 from cts_fast.experiments.experiment import Experiment, MethodSetup
 from cts_fast.experiments.files import write_json
@@ -107,12 +108,13 @@ def fold_experiment(args: argparse.Namespace, fold: int, tuning: Tuning) -> Expe
         snapshots=(),
         seed=args.seed,
         device=args.device,
-        resume=args.resume and (out / CONFIG).exists(),
+        resume=tuning.folder.resume and (out / CONFIG).exists(),
         save_every=args.save_every,
+        team=tuning.folder.team,
     )
 
 
-def prepare(args: argparse.Namespace) -> Tuning:
+def prepare(args: argparse.Namespace, team: Team) -> Tuning:
     """From arguments to what they ask for; raises ValueError or OSError that says what is wrong with them."""
     preset = PRESETS[args.preset]
     sizes = cli.sizes(args)
@@ -132,8 +134,8 @@ def prepare(args: argparse.Namespace) -> Tuning:
     model, weights = cli.choose_model(args, tasks, train.size, test.size)
     about = {**cli.about_model(model, weights), **cli.about_data(args, tasks)}
     config = {"grid": sorted(grid), "folds": args.folds, "seed": args.seed, **about}
-    parts = ("fold*", "tune.json")
-    folder = RunFolder(args.out, config, resume=args.resume, overwrite=args.overwrite, parts=parts)
+    options = {"resume": args.resume, "overwrite": args.overwrite, "team": team}
+    folder = RunFolder(args.out, config, parts=("fold*", "tune.json"), **options)
     return Tuning(grid, tasks, model, weights, train, test, folder)
 
 
@@ -155,7 +157,8 @@ def run(args: argparse.Namespace, tuning: Tuning, stop: Stop) -> None:
     means = {
         key: sum(map(sum, by_task.values())) / sum(map(len, by_task.values())) for key, by_task in accuracy.items()
     }
-    write_json(args.out / "tune.json", {"accuracy": accuracy, "mean": means}, indent=1)
+    if tuning.folder.team.is_first:
+        write_json(args.out / "tune.json", {"accuracy": accuracy, "mean": means}, indent=1)
     tuning.folder.finish()
     print(
         f"horizon {train.horizon}, rounds {train.rounds}, lr {train.lr}, batch {train.batch_size}: "
@@ -172,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     if args.list_data:
         return cli.show_data(p, args)
-    return cli.run_program(p, args.out, argv, lambda: prepare(args), partial(run, args))
+    return cli.run_program(p, args, argv, partial(prepare, args), partial(run, args))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -21,14 +22,16 @@ from cts_fast.data import DamagedFile, Storage, Task, load_suite, task_roles
 from cts_fast.data.cache import FOLDER as CACHE
 from cts_fast.data.cache import LIMIT
 from cts_fast.data.paper.suite import checked_root, listing
+from cts_fast.distributed import RankError
+from cts_fast.distributed.launch import ALONE, TIMEOUT, Team, launched
 from cts_fast.experiments.checkpoint import SAVE_EVERY, CheckpointError, is_out_of_memory
-from cts_fast.experiments.experiment import Diverged
 from cts_fast.experiments.files import first_line
 from cts_fast.experiments.meta_test import MetaTestSettings
 from cts_fast.experiments.meta_train import PRECISIONS, MetaTrainSettings
 from cts_fast.experiments.run_folder import RunFolder
 from cts_fast.experiments.settings import PRESETS, Preset
 from cts_fast.experiments.signals import Interrupted, Stop, stop_on_signals
+from cts_fast.experiments.training import Diverged
 from cts_fast.experiments.weights import Weights, read_weights
 from cts_fast.models import by_name
 from cts_fast.models.by_name import Model
@@ -158,12 +161,14 @@ def add_data_arguments(
 
 
 def add_save_every(p: argparse.ArgumentParser) -> None:
-    """Of programs that train: how often they save."""
+    """Of programs that train: how often they save, and how long their ranks wait for each other."""
     every_help = (
         f"between checkpoints; 0 saves after every step (default: {SAVE_EVERY:g}, and longer where saving would take "
         "more than 2 %% of the time)"
     )
     p.add_argument("--save-every", type=number, metavar="SECONDS", help=every_help)
+    timeout_help = "under torchrun: how long a rank waits for one that trains with it (default: %(default)g)"
+    p.add_argument("--rank-timeout", type=number, default=TIMEOUT, metavar="SECONDS", help=timeout_help)
 
 
 def add_compute_arguments(p: argparse.ArgumentParser) -> None:
@@ -348,49 +353,84 @@ def about_model(model: Model, weights: Weights | None) -> dict:
 
 def run_program(
     p: argparse.ArgumentParser,
-    out: Path,
+    args: argparse.Namespace,
     argv: Sequence[str] | None,
-    prepare: Callable[[], Prepared],
+    prepare: Callable[[Team], Prepared],
     run: Callable[[Prepared, Stop], None],
     at_once: bool = False,
 ) -> int:
     """All of a program but its arguments; returns the exit status.
 
-    0: done; 1: a fault of the run (gradients that are not finite, no memory); 2: of what it was given (arguments,
-    files, a folder, a disk); 128 + n: stopped by signal n. A fault is told in one line. prepare: from arguments to what
-    `run` works on, whose folder is closed at the end; at_once: `run` never asks whether to stop.
+    0: done; 1: a fault of the run (gradients that are not finite, no memory, a rank that is gone); 2: of what it was
+    given (arguments, files, a folder, a disk); 128 + n: stopped by signal n. A fault is told in one line. Ranks end
+    together: the first one that cannot go on tells why, and the others end with its status.
+
+    prepare: from arguments, and the ranks that torchrun started, to what `run` works on, whose folder is closed at the
+    end; `args.device` is this rank's by then. at_once: `run` never asks whether to stop, and knows no ranks.
     """
-    prepared = None
-    try:
-        with stop_on_signals(at_once=True):  # data are fetched and decoded there, and nobody asks in between
-            try:
-                prepared = prepare()
-            except (ValueError, DamagedFile) as error:
-                p.exit(2, f"{p.prog}: error: {error}\n")
-        with stop_on_signals(at_once) as stop:
-            run(prepared, stop)
-    except (CheckpointError, DamagedFile, OSError) as error:
-        p.exit(2, f"{p.prog}: error: {error}\n")
-    except (Diverged, MemoryError, RuntimeError) as error:
-        if not isinstance(error, Diverged) and not is_out_of_memory(error):
-            raise
-        text = str(error) if isinstance(error, Diverged) else f"out of memory: {first_line(error)}"
-        p.exit(1, f"{p.prog}: error: {text}\n")
-    except Interrupted as stopped:
-        note = "\nstopped before the run began"
-        if prepared is not None:
-            note = f"\nstopped; what was saved is in {out}. To go on:\n  {resume_command(p, argv)}"
-        with contextlib.suppress(OSError):  # a hang-up may have closed the output
-            print(note, file=sys.stderr)
-        return stopped.status
-    finally:
-        if prepared is not None:
-            prepared.folder.close()
-    return 0
+    team, prepared = ALONE, None
+    with stop_on_signals() as early:  # what comes between the phases, or while ranks end
+        try:
+            with stop_on_signals(at_once=True):  # data are fetched and decoded there, and nobody asks in between
+                team = launched(args.device, getattr(args, "rank_timeout", TIMEOUT))
+                args.device = team.device
+                if at_once and team.size > 1:
+                    raise ValueError("this program runs in one process: start it without torchrun")
+                with shown_by_the_first(team):
+                    prepared = prepare(team)
+            early.check()
+            with stop_on_signals(at_once) as stop, shown_by_the_first(team):
+                run(prepared, stop)
+                team.gather(None, patiently=True)  # all are through: a launch goes on together or not at all
+            team.close()
+            return 0
+        except Interrupted as stopped:
+            status, failed = stopped.status, False
+            text = "\nstopped before the run began\n"
+            if prepared is not None:
+                text = f"\nstopped; what was saved is in {args.out}. To go on:\n  {resume_command(p, argv, team)}\n"
+        except Exception as error:
+            found = fault(error, team, preparing=prepared is None)
+            if found is None:
+                team.end(1)
+                raise
+            status, failed, text = found[0], True, f"{p.prog}: error: {found[1]}\n"
+        finally:
+            if prepared is not None:
+                prepared.folder.close()
+        first, status = team.end(status)
+        if first == team.rank:
+            with contextlib.suppress(OSError):  # a hang-up may have closed the output
+                sys.stderr.write(text)
+    if failed:
+        p.exit(status)
+    return status
 
 
-def resume_command(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> str:
-    """The command that goes on with this run of a program."""
+def fault(error: Exception, team: Team, preparing: bool) -> tuple[int, str] | None:
+    """The exit status and the line for what went wrong; None for what no user is to blame for, nor a machine."""
+    who = f"rank {team.rank}: " if team.size > 1 else ""
+    if isinstance(error, Diverged | RankError):
+        return 1, str(error)
+    if is_out_of_memory(error):
+        return 1, f"{who}out of memory: {first_line(error)}"
+    if isinstance(error, CheckpointError) or preparing and isinstance(error, ValueError):
+        return 2, str(error)
+    return (2, f"{who}{error}") if isinstance(error, DamagedFile | OSError) else None
+
+
+@contextlib.contextmanager
+def shown_by_the_first(team: Team) -> Iterator[None]:
+    """What is printed inside is printed once: other ranks are quiet."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if team.is_first else nowhere):
+        yield
+
+
+def resume_command(p: argparse.ArgumentParser, argv: Sequence[str] | None, team: Team = ALONE) -> str:
+    """The command that goes on with this run of a program; over ranks, on one machine."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
-    return shlex.join([*p.prog.split(), *arguments, "--resume"])
+    program = p.prog.split()
+    if team.size > 1:
+        program[0] = f"torchrun --standalone --nproc-per-node {team.size}"
+    return f"{' '.join(program)} {shlex.join([*arguments, '--resume'])}"

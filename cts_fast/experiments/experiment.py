@@ -12,25 +12,22 @@ import torch
 from torch import Tensor
 
 from cts_fast.capture import STREAMS
-from cts_fast.engine.gradients import NonFiniteGradient
+from cts_fast.distributed.launch import ALONE, Team
 from cts_fast.experiments.batches import task_seed
-from cts_fast.experiments.checkpoint import CheckpointError, Checkpoints
+from cts_fast.experiments.checkpoint import CheckpointError, Checkpoints, differences
 from cts_fast.experiments.console import Progress
 from cts_fast.experiments.files import write_csv
 from cts_fast.experiments.meta_test import MetaTester, MetaTestSettings
-from cts_fast.experiments.meta_train import MakeNet, MetaTrainer, MetaTrainSettings, check_held_out
-from cts_fast.experiments.parallel import task_map
-from cts_fast.experiments.run_folder import FINISHED, SWEPT, RunFolder
+from cts_fast.experiments.meta_train import MakeNet, MetaTrainer, MetaTrainSettings, check_held_out, pixels
+from cts_fast.experiments.parallel import deal, task_map
+from cts_fast.experiments.run_folder import CHECKPOINTS, FINISHED, SWEPT, RunFolder
 from cts_fast.experiments.signals import Stop
+from cts_fast.experiments.training import Curve, Training
 from cts_fast.experiments.weights import UNTRAINED, Weights, untrained_phis
 
-ACCURACY = "accuracy.json"
+META_TEST, ACCURACY = "meta-test", "accuracy.json"
 DIGESTED = 1 << 26  # bytes of a set's images that tell it from another
-POINTS = 2000  # a method's curve has at most twice as many points
-
-
-class Diverged(ArithmeticError):
-    """A gradient is not finite; the message names method, step, task and parameter."""
+Job = tuple[str, int, str, int]  # of the meta-test: method, step, target as `_at` names it, seed
 
 
 @dataclass(frozen=True)
@@ -41,35 +38,6 @@ class MethodSetup:
     tasks: tuple[Any, ...]
     meta_lr: float
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Curve:
-    """Training losses of one method: `losses[i][t]` is the mean of task t over the steps up to `steps[i]`.
-
-    pending: losses of the steps after the last point, one tensor [T] a step, still on the device.
-    """
-
-    tasks: tuple[str, ...]
-    steps: list[int] = field(default_factory=list)
-    losses: list[list[float]] = field(default_factory=list)
-    pending: list[Tensor] = field(default_factory=list)
-
-    def close_point(self, step: int) -> None:
-        """Make a point of the pending losses; waits for the device."""
-        self.steps.append(step)
-        self.losses.append(torch.stack(self.pending).mean(0).tolist())
-        self.pending.clear()
-
-    @property
-    def last(self) -> float:
-        """The newest task-average loss; NaN before the first."""
-        return sum(self.losses[-1]) / len(self.losses[-1]) if self.losses else math.nan
-
-    @property
-    def mean(self) -> list[float]:
-        """Task-average losses."""
-        return [sum(losses) / len(losses) for losses in self.losses]
 
 
 class Experiment:
@@ -85,6 +53,10 @@ class Experiment:
         more_images: further numbers of training images to fine-tune the last phi on, beside `test.images`.
         resume: go on from the checkpoints in `out`; overwrite: replace the run in `out`; otherwise a run in `out`
             raises `CheckpointError`. save_every: seconds between checkpoints; see `Checkpoints`.
+        team: the ranks that share the work, each with the same arguments; device: of this one.
+
+    Over ranks the tasks of a method are spread by what they cost, and so are the runs of the meta-test. A method of one
+    task, or one that runs in one process, is trained by one rank while others train another such one.
 
     It has `out` for itself until `folder` is closed.
     """
@@ -112,8 +84,9 @@ class Experiment:
         capture: bool = False,
         streams: int = STREAMS,
         precision: str = "fp32",
+        team: Team = ALONE,
     ):
-        self.out, self.config, self.methods, self.targets = out, config, methods, targets
+        self.out, self.config, self.methods, self.targets, self.team = out, config, methods, targets, team
         self.make_net, self.train, self.test, self.seed, self.device = make_net, train, test, seed, device
         self.weights, self.more_images = weights, tuple(more_images)
         self.untrained = {name: phi for name, phi in untrained_phis(weights).items() if name in untrained}
@@ -122,15 +95,48 @@ class Experiment:
         self.curves: dict[str, Curve] = {}
         self.snapshots: dict[str, dict[int, dict[str, Tensor]]] = {}  # method to step to phi
         self.bodies: dict[str, dict[str, Tensor]] = {}  # of methods that train one task: its last body, statistics too
-        self.accuracy: dict[tuple[str, int, str, int], float] = {}  # (method, step, target as `_at` names it, seed)
-        self.resume = resume
+        self.accuracy: dict[Job, float] = {}
         tasks = [task for setup in methods.values() for task in setup.tasks]
         self.digests = {task.name: digest(task) for task in {task.name: task for task in (*tasks, *targets)}.values()}
         for setup in methods.values():
             check_held_out(setup.method, setup.tasks, train)
+        self.together, self.alone = self._spread()
+        self._check_ranks()
         # last: whatever is wrong with the arguments, an older run is still there
         folder = {"resume": resume, "overwrite": overwrite, "save_every": save_every}
-        self.folder = RunFolder(out, config, parts=(SWEPT,), **folder)  # a sweep may be what is there
+        self.folder = RunFolder(out, config, parts=(SWEPT,), team=team, **folder)  # a sweep may be what is there
+        self.resume = self.folder.resume
+
+    def _spread(self) -> tuple[list[str], list[list[str]]]:
+        """The methods that all ranks train together, and of each rank those that it trains alone.
+
+        Raises ValueError for fewer tasks than ranks.
+        """
+        if self.team.size == 1:
+            return list(self.methods), [[]]
+        most = max((len(setup.tasks) for setup in self.methods.values()), default=0)
+        enough = max(2, min(self.team.size, most))  # `finetune` may have fewer tasks than the others
+        alone = [n for n, setup in self.methods.items() if setup.method.one_process or len(setup.tasks) < enough]
+        together = [name for name in self.methods if name not in alone]
+        for name in together:
+            if (count := len(self.methods[name].tasks)) < self.team.size:
+                raise ValueError(
+                    f"{name}: {count} tasks cannot be spread over {self.team.size} ranks: give torchrun "
+                    f"--nproc-per-node {count} or fewer"
+                )
+        costs = [sum(pixels(task, self.train.size) for task in self.methods[name].tasks) for name in alone]
+        return together, [[alone[i] for i in share] for share in deal(costs, self.team.size)]
+
+    def _check_ranks(self) -> None:
+        """Raises ValueError where ranks cannot work together: of other arguments or data, or with a CUDA graph."""
+        if self.capture and self.team.size > 1:
+            raise ValueError(
+                "--capture: ranks agree on the host, which a CUDA graph leaves out; give it to one process"
+            )
+        told = self.team.gather({"config": self.config, "data": self.digests}, patiently=True)
+        for rank, facts in enumerate(told):
+            if other := differences(told[0], facts):
+                raise ValueError(f"rank {rank} was given something else than rank 0 ({other}): give all ranks the same")
 
     @property
     def model_name(self) -> str:
@@ -140,10 +146,28 @@ class Experiment:
     def run(self, stop: Stop) -> None:
         """Does what is not done yet; raises `Interrupted` when `stop` was requested and everything is saved."""
         with task_map(self.device) as map_tasks:
-            for name in self.methods:
-                self.meta_train(name, stop, map_tasks)
+            for name in self.together:
+                self.meta_train(name, self.team, stop, map_tasks)
+            for name in self.alone[self.team.rank]:
+                self.meta_train(name, ALONE, stop, map_tasks)
+            self._tell_of_methods_trained_alone()
             self.meta_test(stop, map_tasks)
-        self.write_metrics()
+        if self.team.is_first:
+            self.write_metrics()
+
+    def _tell_of_methods_trained_alone(self) -> None:
+        """All ranks have the curves and initializations of all methods, in the methods' order."""
+        own = {}
+        for name in self.alone[self.team.rank]:
+            snapshots = {step: on_cpu(phi) for step, phi in self.snapshots[name].items()}
+            own[name] = self.curves[name], snapshots, self.bodies.get(name)
+        for found in self.team.gather(own, patiently=True):
+            for name, (curve, snapshots, body) in found.items():
+                self.curves[name], self.snapshots[name] = curve, snapshots
+                if body is not None:
+                    self.bodies[name] = body
+        self.curves = {name: self.curves[name] for name in self.methods}
+        self.snapshots = {name: self.snapshots[name] for name in self.methods}
 
     def accuracy_at(self, method: str, step: int, images: int | None = None) -> dict[str, list[float]]:
         """Held-out task to accuracies, one per seed, of phi after `step` meta-training steps.
@@ -163,16 +187,31 @@ class Experiment:
 
     # Meta-training
 
-    def meta_train(self, name: str, stop: Stop, map_tasks: Callable[..., list]) -> None:
-        """Meta-trains one method to its last step, from its newest checkpoint if there is one.
+    def meta_train(self, name: str, team: Team, stop: Stop, map_tasks: Callable[..., list]) -> None:
+        """Meta-trains one method over the ranks of a team to its last step, from its newest checkpoint if there is one.
 
         Raises Diverged when a gradient or a parameter is not finite; what was saved before stays.
         """
-        torch.manual_seed(task_seed(self.seed, "meta-train"))  # of what networks draw: the same after another method
-        trainer = self.trainer(name, map_tasks)
-        self.curves[name], self.snapshots[name] = Curve(trainer.tasks), {}
-        kept = self._checkpoints(name, self.methods[name].tasks)
-        found = kept.load(lambda parts: self._load(name, trainer, parts["rank-0.pt"])) if self.resume else None
+        setup, kept = self.methods[name], self._checkpoints(name, self.methods[name].tasks, team)
+        shares = deal([pixels(task, self.train.size) for task in setup.tasks], team.size)
+        others = (team.rank,) if team.rank else ()  # ranks draw apart
+        torch.manual_seed(task_seed(self.seed, "meta-train", *others))  # of what networks draw: as after another method
+        trainer = self.trainer(name, map_tasks, [setup.tasks[i] for i in shares[team.rank]], team)
+        raises = setup.options.get("nonfinite", "raise") == "raise"
+        training = Training(
+            name,
+            trainer,
+            kept,
+            team,
+            tasks=[task.name for task in setup.tasks],
+            spread=[[setup.tasks[i].name for i in share] for share in shares],
+            steps=self.train.steps,
+            snapshot_steps=self.snapshot_steps,
+            rates=f"its meta_lr ({setup.meta_lr}) or the lr ({self.train.lr}) is too large" if raises else None,
+            shown=self.team.is_first,
+        )
+        self.curves[name], self.snapshots[name] = training.curve, training.snapshots
+        found = training.resume() if self.resume else None
         if self.resume and found is None and self.folder.finished:
             raise CheckpointError(
                 f"{self.out} holds a finished run, but {kept.path} is gone: delete {FINISHED} there to meta-train "
@@ -180,60 +219,19 @@ class Experiment:
             )
         if self.resume:
             print(f"meta-train {name}: goes on from {found or 'its first step: nothing was saved yet'}", flush=True)
-        try:
-            self._train(name, trainer, kept, stop)
-        except NonFiniteGradient as error:
-            at = f"step {trainer.step + 1}" if self.device == "cpu" else f"at or before step {trainer.step + 1}"
-            what = f"the gradient of task {trainer.tasks[error.task]!r}, parameter {error.parameter!r}"
-            raise self._diverged(name, at, what, kept) from error
-        if len(trainer.nets) == 1:
-            self.bodies[name] = trainer.nets[0].body.state_dict()
+        training.run(stop, self._tensorboard_writer(name) if team.is_first else None)
+        if len(setup.tasks) == 1:
+            self.bodies[name] = on_cpu(trainer.nets[0].body.state_dict())
 
-    def _diverged(self, name: str, at: str, what: str, kept: Checkpoints) -> Diverged:
-        rates = f"its meta_lr ({self.methods[name].meta_lr}) or the lr ({self.train.lr}) is too large"
-        good = f"the last good checkpoint is {kept.newest}" if kept.newest else "nothing was saved yet"
-        return Diverged(f"{name}, {at}: {what} is not finite; {rates}; {good}")
-
-    def _check_finite(self, name: str, trainer: MetaTrainer, kept: Checkpoints) -> None:
-        """Raises Diverged where a parameter is not finite: held-out gradients, too large rates and the last step show
-        in no gradient that a step looks at.
-        """
-        if self.methods[name].options.get("nonfinite", "raise") != "raise":
-            return
-        named = [
-            (f"the initialization's {n!r}", phi) for n, phi in trainer.optimizer.initialization_state_dict().items()
-        ]
-        for task, net in zip(trainer.tasks, trainer.nets, strict=True):
-            named += [(f"task {task!r}, parameter {n!r}", param) for n, param in net.named_parameters()]
-        for what, tensor in named:
-            if not tensor.isfinite().all():
-                raise self._diverged(name, f"at or before step {trainer.step}", what, kept)
-
-    def _train(self, name: str, trainer: MetaTrainer, kept: Checkpoints, stop: Stop) -> None:
-        curve = self.curves[name]
-        steps_per_point = max(1, self.train.steps // POINTS)
-        writer = self._tensorboard_writer(name)
-        with Progress(f"meta-train {name}", self.train.steps, trainer.step) as progress:
-            while trainer.step < self.train.steps:
-                curve.pending.append(trainer.train_step())
-                last = trainer.step == self.train.steps
-                if trainer.step in self.snapshot_steps:
-                    self.snapshots[name][trainer.step] = trainer.initialization
-                if len(curve.pending) == steps_per_point or last:
-                    curve.close_point(trainer.step)
-                    if writer:
-                        writer.add_scalar("meta-train/loss", curve.last, trainer.step)
-                if stop() or last or kept.due:
-                    self._save(name, trainer, kept)
-                    stop.check()  # before anything is printed: a hang-up closes the output too
-                progress.advance(f"loss {curve.last:.3f}")
-
-    def trainer(self, name: str, map_tasks: Callable[..., list]) -> MetaTrainer:
-        """What meta-trains a method, at its first step."""
+    def trainer(
+        self, name: str, map_tasks: Callable[..., list], tasks: Sequence[Any] | None = None, team: Team = ALONE
+    ) -> MetaTrainer:
+        """What meta-trains a method, at its first step; tasks: of this rank of the team, None for all."""
         setup = self.methods[name]
+        group = {"process_group": team.group} if team.group is not None else {}
         return MetaTrainer(
             setup.method,
-            setup.tasks,
+            setup.tasks if tasks is None else tasks,
             self.train,
             make_net=self.make_net,
             meta_lr=setup.meta_lr,
@@ -244,7 +242,7 @@ class Experiment:
             streams=self.streams,
             precision=self.precision,
             start=self.weights.state if self.weights else None,
-            **{"nonfinite": "raise", **setup.options},
+            **{"nonfinite": "raise", **setup.options, **group},
         )
 
     def _tensorboard_writer(self, name: str) -> Any:
@@ -257,22 +255,26 @@ class Experiment:
     # Meta-test
 
     def meta_test(self, stop: Stop, map_tasks: Callable[..., list]) -> None:
-        """Fine-tunes every initialization on every target with every seed, as far as that is not done yet."""
+        """Fine-tunes every initialization on every target with every seed, as far as that is not done yet.
+
+        Each rank has a share of the runs, and checkpoints of its own.
+        """
         phis = {(name, step): phi for name, kept in self.snapshots.items() for step, phi in kept.items()}
         phis |= {(name, 0): phi for name, phi in self.untrained.items()}  # of `scratch` every seed draws its own body
-        testers = {
-            _at(task.name, images): self.tester(task, images)
-            for images in (None, *self.more_images)
-            for task in self.targets
-        }
         jobs = self.jobs(phis)
-        kept = self._checkpoints("meta-test", self.targets)
         if self.resume:
-            kept.load(lambda parts: self.accuracy.update({tuple(job): value for *job, value in parts[ACCURACY]}))
-        todo = [job for job in jobs if job not in self.accuracy]
+            self._load_accuracy()
+        team, todo = self.team, [job for job in jobs if job not in self.accuracy]
+        cases = {
+            _at(task.name, images): (task, images) for task in self.targets for images in (None, *self.more_images)
+        }
+        costs = [pixels(cases[target][0], self.test.size) for _, _, target, _ in todo]
+        share = [todo[i] for i in deal(costs, team.size)[team.rank]]
+        testers = {name: self.tester(*cases[name]) for name in dict.fromkeys(target for _, _, target, _ in share)}
+        kept = self._checkpoints(f"{META_TEST}-{team.rank}" if team.rank else META_TEST, self.targets)
         lock = threading.Lock()
 
-        def work(job: tuple[str, int, str, int]) -> None:
+        def work(job: Job) -> None:
             if stop():
                 return
             method, step, target, seed = job
@@ -283,17 +285,29 @@ class Experiment:
                 kept.save({ACCURACY: done}, f"{len(done)} of {len(jobs)} runs")
                 progress.advance(f"{method} on {target}: {100 * accuracy:.1f} %")
 
-        with Progress("meta-test", len(jobs), len(jobs) - len(todo), unit="run") as progress:
-            map_tasks(work, todo)
+        before = len(jobs) - len(todo)
+        with Progress("meta-test", before + len(share), before, unit="run", shown=team.is_first) as progress:
+            map_tasks(work, share)
+        for found in team.gather(self.accuracy, patiently=True):
+            self.accuracy.update(found)
         if len(self.accuracy) < len(jobs):
-            stop.check()
+            stop.check(team)
+
+    def _load_accuracy(self) -> None:
+        """What was meta-tested before, over however many ranks."""
+        if self.team.is_first:
+            more = sorted(folder.name for folder in (self.out / CHECKPOINTS).glob(f"{META_TEST}-*"))
+            for part in (META_TEST, *more):
+                kept = self._checkpoints(part, self.targets)
+                kept.load(lambda parts: self.accuracy.update({tuple(job): x for *job, x in parts[ACCURACY]}))
+        self.accuracy = self.team.gather(self.accuracy)[0]
 
     def tester(self, task: Any, images: int | None = None) -> MetaTester:
         """What fine-tunes on a held-out task; images: how many, None for `test.images`."""
         test = self.test if images is None else replace(self.test, images=images)
         return MetaTester(task, test, make_net=self.make_net, device=self.device, precision=self.precision)
 
-    def jobs(self, phis: Iterable[tuple[str, int]]) -> list[tuple[str, int, str, int]]:
+    def jobs(self, phis: Iterable[tuple[str, int]]) -> list[Job]:
         """Runs of the meta-test of these (method, step): all on `test.images`, the last phi on `more_images` too."""
         last = (0, self.train.steps)
         return [
@@ -307,31 +321,9 @@ class Experiment:
 
     # Files
 
-    def _checkpoints(self, part: str, tasks: Sequence[Any]) -> Checkpoints:
+    def _checkpoints(self, part: str, tasks: Sequence[Any], team: Team = ALONE) -> Checkpoints:
         data = {task.name: self.digests[task.name] for task in tasks}
-        return self.folder.checkpoints(part, data=data)
-
-    def _save(self, name: str, trainer: MetaTrainer, kept: Checkpoints) -> None:
-        curve = self.curves[name]
-        state = {
-            "trainer": trainer.state_dict(),
-            "pending": curve.pending,
-            "steps": curve.steps,
-            "losses": curve.losses,
-            "snapshots": self.snapshots[name],
-        }
-        self._check_finite(name, trainer, kept)  # after the optimizer has told of a gradient, which says more
-        note = f"step {trainer.step} of {self.train.steps}"
-        kept.save({"rank-0.pt": state, "initialization.safetensors": trainer.initialization}, note)
-
-    def _load(self, name: str, trainer: MetaTrainer, state: dict[str, Any]) -> None:
-        curve = self.curves[name]
-        # the state is on the CPU, where generators and data orders live; what belongs on the device is copied there
-        trainer.load_state_dict(state["trainer"])
-        curve.steps, curve.losses = state["steps"], state["losses"]
-        curve.pending = [losses.to(self.device) for losses in state["pending"]]
-        self.snapshots[name].clear()  # of a damaged checkpoint
-        self.snapshots[name].update(state["snapshots"])
+        return self.folder.checkpoints(part, team, data=data)
 
     def write_metrics(self) -> None:
         """metrics.csv: one line per loss or accuracy."""
@@ -350,6 +342,11 @@ class Experiment:
 def _at(target: str, images: int | None) -> str:
     """What a held-out task is called where another number of its images than `test.images` is fine-tuned on."""
     return target if images is None else f"{target}@{images}"
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as another rank can have them."""
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def digest(task: Any) -> str:

@@ -22,24 +22,35 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def temporary(path: Path, remove: Callable[[Path], None]) -> Iterator[Path]:
-    """A name beside `path`, of this process alone; what stands there at the end takes the place of `path`.
-
-    remove: takes away what is left of it after a failure. Raises OSError that names `path`: no space, no permission, a
-    folder that is gone.
+def naming(path: Path) -> Iterator[None]:
+    """What fails inside because something cannot be written raises OSError that names `path`: no space, no permission,
+    a folder that is gone.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        yield beside
-        os.replace(beside, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            remove(beside)
-        cause = _os_error(error) if isinstance(error, Exception) else None
+        yield
+    except Exception as error:
+        cause = _os_error(error)
         if cause is None:
             raise
         raise OSError(cause.errno, f"cannot write: {cause.strerror or cause}", str(path)) from error
+
+
+@contextmanager
+def temporary(path: Path, remove: Callable[[Path], None]) -> Iterator[Path]:
+    """A name beside `path`, of this process alone; what stands there at the end takes the place of `path`.
+
+    remove: takes away what is left of it after a failure. Raises OSError as `naming` does.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    with naming(path):
+        try:
+            yield beside
+            os.replace(beside, path)
+            sync_folder(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                remove(beside)
+            raise
 
 
 @contextmanager

@@ -1,16 +1,18 @@
 """Meta-training: one loop for every method of `cts_fast.baselines.METHODS`."""
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cts_fast.capture import STREAMS, CapturedStep
+from cts_fast.distributed import by_task
 from cts_fast.experiments.batches import TaskBatches, draw_together, task_seed
 from cts_fast.models.batch_counts import BatchCounts
 from cts_fast.models.task_net import TaskNet
@@ -76,6 +78,11 @@ def check_held_out(method: type, tasks: Sequence[Any], settings: MetaTrainSettin
         )
 
 
+def pixels(task: Any, size: int | None) -> int:
+    """Of an image as it is trained on: what a task costs beside another with batches as large."""
+    return size * size if size else math.prod(task.train.images.shape[-2:])
+
+
 class MetaTrainer:
     """T networks with one meta-learned body, trained by one method; each `train_step` is one inner step of all.
 
@@ -93,6 +100,8 @@ class MetaTrainer:
         start: the body's state dict to begin at, batch-norm statistics included, in every task; None: the seed's.
         precision: "fp32", or "bf16" for forward passes under autocast; parameters, gradients and batch-norm statistics
             stay float32.
+
+    With the option `process_group` these are the tasks of this rank, and every rank makes the same calls.
     """
 
     def __init__(
@@ -176,7 +185,8 @@ class MetaTrainer:
             needed["losses"] = losses
         if "heldout" in self.needs:
             needed["heldout"] = [
-                HeldOutLoss(self.loss, net, batches) for net, batches in zip(self.nets, self.held_out, strict=True)
+                HeldOutLoss(self.loss, net, cast(TaskBatches, batches))  # `check_held_out`
+                for net, batches in zip(self.nets, self.held_out, strict=True)
             ]
         self.optimizer.step(**needed)
         return torch.stack(losses)
@@ -188,33 +198,62 @@ class MetaTrainer:
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a bit-equal continuation needs; loads with `torch.load(weights_only=True)`."""
-        return {
-            "tasks": list(self.tasks),
-            "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
-            "nets": [net.state_dict() for net in self.nets],
-            "streams": [batches.state_dict() for batches in self.batches],
-            "held_back": [batches.state_dict() for batches in self.held_out],
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        """All that a bit-equal continuation needs; loads with `torch.load(weights_only=True)`.
+
+        "shared" is the same on every rank; "own" is this rank's, what belongs to a task by the task's name.
+        """
+        optimizer = by_task.split(self.optimizer.state_dict(), self._summed)
+        parts = zip(self.tasks, self.nets, self.batches, self.held_out, optimizer.tasks, strict=True)
+        tasks = {
+            name: {
+                "net": net.state_dict(),
+                "stream": batches.state_dict(),
+                "held_back": held_back and held_back.state_dict(),
+                "optimizer": own,
+            }
+            for name, net, batches, held_back, own in parts
         }
+        cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        own = {"tasks": tasks, "sums": optimizer.sums, "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
+        return {"shared": {"step": self.step, "optimizer": optimizer.common}, "own": own}
+
+    @property
+    def _summed(self) -> list[str]:
+        """What the method sums over this rank's tasks within a round."""
+        return [name for name, kind in self.optimizer.buffers.items() if kind == "shared"]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on exactly where `state` was taken; raises ValueError if it is of other tasks."""
-        if tuple(state["tasks"]) != self.tasks:
-            raise ValueError(f"the state is of the tasks {', '.join(state['tasks'])}, not of {', '.join(self.tasks)}")
-        for net, saved in zip(self.nets, state["nets"], strict=True):
-            net.load_state_dict(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        for batches, saved in zip(self.batches, state["streams"], strict=True):
-            batches.load_state_dict(saved)
-        for batches, saved in zip(self.held_out, state["held_back"], strict=True):
-            batches.load_state_dict(saved)
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.step = state["step"]
+        self.optimizer.load_state_dict(self.load_own(state["shared"], [state["own"]], as_saved=True))
+
+    def load_own(
+        self, shared: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], *, as_saved: bool, sums_up: bool = True
+    ) -> dict[str, Any]:
+        """Loads all but the optimizer, which talks to other ranks: its state dict is returned.
+
+        parts: "own" of all ranks that had this one's tasks. as_saved: these are the tasks of the one part; otherwise
+        what a method has summed over tasks goes on in the sum of all `parts` on the rank that `sums_up`, and random
+        numbers that networks draw go on as they were seeded. Raises ValueError for other tasks.
+        """
+        found = {name: saved for part in parts for name, saved in part["tasks"].items()}
+        if not found.keys() >= {*self.tasks} or as_saved and list(found) != list(self.tasks):
+            raise ValueError(f"the state is of the tasks {', '.join(found)}, not of {', '.join(self.tasks)}")
+        saved = [found[name] for name in self.tasks]
+        for net, batches, held_back, of_task in zip(self.nets, self.batches, self.held_out, saved, strict=True):
+            net.load_state_dict(of_task["net"])
+            batches.load_state_dict(of_task["stream"])
+            if held_back is not None:
+                held_back.load_state_dict(of_task["held_back"])
+        sums = parts[0]["sums"]
+        if as_saved:
+            torch.set_rng_state(parts[0]["rng"])
+            if parts[0]["cuda_rng"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(parts[0]["cuda_rng"], self.device)
+        else:
+            sums = by_task.added([part["sums"] for part in parts], sums_up)
+        self.step = shared["step"]
+        own = by_task.ByTask(shared["optimizer"], [of_task["optimizer"] for of_task in saved], sums)
+        return by_task.joined(self.optimizer.state_dict(), own)
 
 
 class HeldOutLoss:
@@ -229,8 +268,8 @@ class HeldOutLoss:
 
 def _split_batches(
     tasks: Sequence[Any], settings: MetaTrainSettings, seed: int, device: torch.device | str
-) -> tuple[list[TaskBatches], list[TaskBatches]]:
-    """The batches of every task's inner steps, and those of its images that are held back, where it has any."""
+) -> tuple[list[TaskBatches], list[TaskBatches | None]]:
+    """The batches of every task's inner steps, and those of its images that are held back, None where it has none."""
     inner, held_out = [], []
     for task in tasks:
         labels = task.train.labels
@@ -248,9 +287,9 @@ def _split_batches(
             normalization=settings.normalization,
             device=device,
         )
-        for batches, part, use in ((inner, order[held:], "train"), (held_out, order[:held], "held out")):
-            if len(part):
-                batches.append(make(part=part, seed=task_seed(seed, use, task.name)))
+        inner.append(make(part=order[held:], seed=task_seed(seed, "train", task.name)))
+        held_back = make(part=order[:held], seed=task_seed(seed, "held out", task.name)) if held else None
+        held_out.append(held_back)
     return inner, held_out
 
 

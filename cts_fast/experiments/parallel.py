@@ -1,10 +1,19 @@
-"""Tasks side by side on a CPU: one thread a task beats many threads on one small network."""
+"""Work side by side: over the threads of a CPU, where one thread a task beats many threads on one small network, and
+over ranks.
+"""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+
+from cts_fast.distributed.launch import Team
+
+T = TypeVar("T")
+MEETING = 1.0  # seconds of training between two exchanges of the ranks, at most
 
 
 @contextmanager
@@ -24,3 +33,37 @@ def task_map(device: torch.device | str) -> Iterator[Callable[..., list]]:
             yield lambda function, *arguments: list(pool.map(function, *arguments))
     finally:
         torch.set_num_threads(threads)
+
+
+def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """The numbers of each rank's share of what costs so much, ascending: the dearest first, each to the rank that has
+    least; ranks that get nothing have an empty one.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = loads.index(min(loads))
+        shares[rank].append(i)
+        loads[rank] += costs[i]
+    return [sorted(share) for share in shares]
+
+
+class Meetings:
+    """When the ranks of a team that train together tell each other news: at the same steps on all of them.
+
+    One process alone does after every step. Ranks do about every second, or every `every` seconds if that is less: rank
+    0 says at each meeting after how many steps the next one is, so that nobody has to ask in between.
+    """
+
+    def __init__(self, team: Team, step: int, every: float | None) -> None:
+        self.team, self.every = team, MEETING if every is None else min(every, MEETING)
+        self.step, self.next, self.time = step, step + 1, time.monotonic()
+
+    def exchange(self, step: int, news: T) -> list[T]:
+        """The news of all ranks, in their order."""
+        now = time.monotonic()
+        each = (now - self.time) / (step - self.step)
+        ahead = 1 if self.team.size == 1 else max(1, int(self.every / max(each, 1e-6)))
+        told = self.team.gather((ahead, news))
+        self.step, self.next, self.time = step, step + told[0][0], time.monotonic()
+        return [news for _, news in told]

@@ -15,6 +15,7 @@ import torch
 
 from cts_fast.baselines import METHODS
 from cts_fast.data import Task
+from cts_fast.distributed.launch import Team
 from cts_fast.experiments import cli
 from cts_fast.experiments.dry_run import rehearsed
 from cts_fast.experiments.experiment import Experiment, MethodSetup
@@ -107,7 +108,7 @@ def main(program: Program, argv: Sequence[str] | None = None) -> int:
     if args.list_data:
         return cli.show_data(p, args)
     return cli.run_program(
-        p, args.out, argv, lambda: prepare(args, program, started), lambda work, stop: work.run(stop)
+        p, args, argv, lambda team: prepare(args, program, started, team), lambda work, stop: work.run(stop)
     )
 
 
@@ -154,12 +155,14 @@ class Single:
         report(self.experiment, self.experiment.out, self.started, stop)
 
 
-def prepare(args: argparse.Namespace, program: Program, started: float) -> Work:
+def prepare(args: argparse.Namespace, program: Program, started: float, team: Team) -> Work:
     """From arguments to what they ask for; raises ValueError or OSError that says what is wrong with them."""
+    if args.dry_run and team.size > 1:
+        raise ValueError("--dry-run measures one process: start it without torchrun")
     plans = plans_of(args, program)
     if args.dry_run:
         return rehearsed(plans, args.out)
-    folder = {"resume": args.resume, "overwrite": args.overwrite, "save_every": args.save_every}
+    folder = {"resume": args.resume, "overwrite": args.overwrite, "save_every": args.save_every, "team": team}
     if len(plans) == 1:
         return Single(plans[0].experiment(args.out, **folder), started)
     return Sweep(args.out, [plan.config for plan in plans], [plan.experiment for plan in plans], started, **folder)

@@ -24,11 +24,13 @@ PAIRED = (
 
 
 def report(experiment: Experiment, out: Path, started: float, stop: Stop) -> None:
-    """Writes the files into `out`, marks the run as finished and prints the table.
+    """Writes the files into `out`, marks the run as finished and prints the table; on rank 0.
 
     started: when the program was, by time.monotonic(). Raises `Interrupted` between two files if `stop` was requested:
     a resumed run reports anew.
     """
+    if not experiment.team.is_first:
+        return
     accuracy = experiment.final_accuracy()
     named = labels(list(accuracy), experiment.config["meta_lr"])
     best = reference(experiment.methods)
@@ -54,6 +56,7 @@ def results(experiment: Experiment, accuracy: Accuracy) -> dict:
     """The content of results.json; a loss that is not finite becomes null."""
     return {
         "config": experiment.config,
+        "ranks": experiment.team.size,
         **meta_train(experiment),
         "meta_test": by_method(accuracy),
         **more_images(experiment),
@@ -224,6 +227,8 @@ def account(experiment: Experiment) -> str:
         f"fine-tuned on each held-out task: {images}, {test.steps} steps of batch {test.batch_size}, "
         "with a new last layer.",
     ]
+    if experiment.team.size > 1:
+        paragraphs.append(f"The tasks were spread over {experiment.team.size} ranks when it came to its end.")
     return "\n\n".join(map(fill, paragraphs))
 
 

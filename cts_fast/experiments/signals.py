@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from cts_fast.distributed.launch import ALONE, Team
+
 
 class Interrupted(BaseException):  # as KeyboardInterrupt: no library is to take it for an error of its own
     """The user or the system asked to stop; everything is saved. status: the exit status, which names the signal."""
@@ -27,10 +29,14 @@ class Stop:
     def __call__(self) -> bool:
         return self.requested.is_set()
 
-    def check(self) -> None:
-        """Raises `Interrupted` if one did."""
-        if self():
-            raise Interrupted(self.status)
+    def asked(self) -> int:
+        """The exit status that it asks for, 0 if none did."""
+        return self.status if self() else 0
+
+    def check(self, team: Team = ALONE) -> None:
+        """Raises `Interrupted` if one did, on any rank of the team."""
+        if asked := max(team.gather(self.asked())):
+            raise Interrupted(asked)
 
 
 @contextmanager

@@ -83,4 +83,4 @@ def main(
         study.folder.finish()
         print(f"{table}\n\nEverything is in {args.out}. It took {time.monotonic() - started:.0f} seconds.")
 
-    return cli.run_program(p, args.out, argv, prepare, whole, at_once=True)
+    return cli.run_program(p, args, argv, lambda team: prepare(), whole, at_once=True)

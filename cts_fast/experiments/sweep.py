@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cts_fast.distributed.launch import ALONE, Team
 from cts_fast.experiments import plots
 from cts_fast.experiments.experiment import Experiment
 from cts_fast.experiments.files import write_csv, write_json
@@ -24,7 +25,8 @@ class Sweep:
     """Runs of one experiment in the folders `horizon-K` of `out`, one after the other.
 
     configs: of the runs; experiments: what makes one, given its folder and what to do with an older run there;
-    started: when the program was, by time.monotonic(). Raises CheckpointError as `RunFolder` does.
+    started: when the program was, by time.monotonic(); team: the ranks that share the work. Raises CheckpointError as
+    `RunFolder` does.
     """
 
     def __init__(
@@ -37,15 +39,17 @@ class Sweep:
         resume: bool = False,
         overwrite: bool = False,
         save_every: float | None = None,
+        team: Team = ALONE,
     ) -> None:
-        self.out, self.started, self.resume, self.save_every = out, started, resume, save_every
+        self.out, self.started, self.save_every, self.team = out, started, save_every, team
         self.make = {config["meta_train"]["horizon"]: make for config, make in zip(configs, experiments, strict=True)}
         shared = {key: value for key, value in configs[0].items() if key != "meta_train"}
         self.config = {
             **shared,
             "meta_train": {str(k): c["meta_train"] for k, c in zip(self.make, configs, strict=True)},
         }
-        self.folder = RunFolder(out, self.config, resume=resume, overwrite=overwrite, parts=(SWEPT,))
+        options = {"resume": resume, "overwrite": overwrite, "team": team}
+        self.folder = RunFolder(out, self.config, parts=(SWEPT,), **options)
 
     def run(self, stop: Stop) -> None:
         """All runs, each with a report of its own, then the report on all of them."""
@@ -54,14 +58,15 @@ class Sweep:
             out = self.out / SWEPT.replace("*", str(horizon))
             print(f"\nhorizon {horizon}, in {out}", flush=True)
             begun = time.monotonic()
-            resume = self.resume and (out / CONFIG).exists()
-            experiment = make(out, resume=resume, save_every=self.save_every)
+            resume = self.folder.resume and (out / CONFIG).exists()
+            experiment = make(out, resume=resume, save_every=self.save_every, team=self.team)
             with experiment.folder:
                 experiment.run(stop)
                 report(experiment, out, begun, stop)
             accuracy[horizon], losses[horizon] = experiment.final_accuracy(), meta_train(experiment)
         stop.check()
-        self._report(accuracy, losses)
+        if self.team.is_first:
+            self._report(accuracy, losses)
 
     def _report(self, accuracy: ByHorizon, losses: Mapping[int, dict]) -> None:
         named = labels(self.config["methods"], self.config["meta_lr"])

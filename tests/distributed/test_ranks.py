@@ -132,7 +132,9 @@ def test_a_gradient_that_is_not_finite_is_reported_on_all_ranks(pool):
     for name in BACKENDS:
         given = (checks.replace(PAIR, tasks=4), (1, 1, 2), checks.put_nan, name, "raise")
         for ((error, same), _), counters, _ in pool.values(3, checks.step_with, *given):
-            assert error.startswith("RankError: rank 2, task 0, parameter '1': the gradient of the last step held")
+            assert error.startswith(
+                "NonFiniteOnRank: rank 2, task 0, parameter '1': the gradient of the last step held"
+            )
             assert not same and counters[0] == 0  # applied, and counted; four steps are a round
 
 

@@ -9,7 +9,7 @@ from support.nets import SmallNet
 from torch import nn
 
 from cts_fast.baselines import METHODS
-from cts_fast.experiments import experiment as experiments
+from cts_fast.experiments import training as trainings
 from cts_fast.experiments.experiment import Experiment, MethodSetup
 from cts_fast.experiments.report import report
 from cts_fast.experiments.settings import PRESETS
@@ -77,7 +77,7 @@ def through_interruptions(out, **options):
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """Networks that draw random numbers do so in one order, and points of the curve take two steps."""
-    monkeypatch.setattr(experiments, "POINTS", 4)
+    monkeypatch.setattr(trainings, "POINTS", 4)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
