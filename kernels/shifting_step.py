@@ -25,10 +25,11 @@ import triton.language as tl
 
 # entries of a tile: its column in the buffers, columns left in its tensor, its start there, group, first gradient
 TILE = tl.constexpr(5)
-# entries of a group: Hyper's eight, the gradients' factor, addresses of a tensor α and β, T of the mean
-HYPER = tl.constexpr(12)
+# entries of a group: Hyper's eight, the gradients' factor, a tensor α's address and whether it is float64, β's, T of the
+# mean
+HYPER = tl.constexpr(14)
 LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE = (tl.constexpr(i) for i in range(6))
-META_LR, SHIFT, FACTOR, LR_TENSOR, META_LR_TENSOR, NUM_TASKS = (tl.constexpr(i) for i in range(6, 12))
+META_LR, SHIFT, FACTOR, LR_TENSOR, META_LR_TENSOR, NUM_TASKS = (tl.constexpr(i) for i in (6, 7, 8, 9, 11, 13))
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 META_UPDATE, RESET, RESET_MOMENTUM = (tl.constexpr(1 << i) for i in range(3))  # bits of `mode`
 
@@ -44,14 +45,16 @@ def _rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _learning_rate(value, address):
-    """A rate as the user gave it: a number, or the address of a float32 tensor, or of a float64 tensor plus one."""
+def _learning_rate(value, tensor):
+    """A rate as the user gave it: a number, or a tensor of one, by its address and whether it is float64."""
     rate = tl.load(value)
-    where = tl.load(address.to(tl.pointer_type(tl.int64), bitcast=True))
-    if (where & 1) != 0:
-        rate = tl.load((where - 1).to(tl.pointer_type(tl.float64)))
-    elif where != 0:
-        rate = tl.load(where.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    entries = tensor.to(tl.pointer_type(tl.int64), bitcast=True)
+    address = tl.load(entries)
+    if address != 0:
+        if tl.load(entries + 1) != 0:
+            rate = tl.load(address.to(tl.pointer_type(tl.float64)))
+        else:
+            rate = tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
     return rate
 
 

@@ -65,10 +65,14 @@ struct Counting {
   bool advances;
 };
 
-// Where a group's rates are on the device: the address of a float tensor, or of a double tensor plus one; 0: the host
-// has told them.
-struct RateAddresses {
-  uintptr_t lr, meta_lr;
+// A rate that the device reads, a float's address or a double's; null: the host has told it.
+struct DeviceRate {
+  const void* address;
+  bool is_double;
+};
+
+struct DeviceRates {
+  DeviceRate lr, meta_lr;
 };
 
 // Buffers and tiles of one device and dtype (0 float32, 1 float64, 2 bfloat16, 3 float16), all in device memory. count:
@@ -81,7 +85,7 @@ struct Launch {
   const Tile* tiles;
   const void* table;
   uint8_t* started;
-  const RateAddresses* rates;
+  const DeviceRates* rates;
   void* stream;
   bool streams;
 };

@@ -57,8 +57,9 @@ __device__ __forceinline__ Rule<C> rule_of(const Launch& p, const Tile& tile, co
   Rule<C> rule = p.rules[tile.group];
   const Counting& c = p.counting;
   if (c.counters != nullptr) {
-    if (p.lr[tile.group] != 0) rule.descent = C(-value_at(p.lr[tile.group]));
-    if (p.meta_lr[tile.group] != 0) rule.rate = C(value_at(p.meta_lr[tile.group]) / p.num_tasks);
+    const DeviceRates& rates = p.rates[tile.group];
+    if (rates.lr.address != nullptr) rule.descent = C(-value_of(rates.lr));
+    if (rates.meta_lr.address != nullptr) rule.rate = C(value_of(rates.meta_lr) / p.num_tasks);
     if (c.grad_scale != nullptr) rule.scale = C(1 / double(*c.grad_scale)), rule.scaled = true;
     rule.meta_update = rule.rate != 0 && decision.meta_update;
     rule.reset = decision.reset;
@@ -270,7 +271,7 @@ void fill(Params<P, POINTERS, GROUPS>& p, const Launch& l, const Step& step, con
   p.dampened = std::any_of(step.groups, step.groups + l.num_groups, [](const SgdGroup& g) { return g.dampening != 0; });
   for (int i = 0; i < l.num_groups; ++i) {
     p.rules[i] = make_rule<C>(step.groups[i], step, true);
-    p.lr[i] = l.rates[i].lr, p.meta_lr[i] = l.rates[i].meta_lr;
+    p.rates[i] = l.rates[i];
   }
   if (l.table == nullptr) memcpy(p.gradients, step.gradients, l.count * sizeof(void*));
 }

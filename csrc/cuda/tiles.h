@@ -32,15 +32,14 @@ template <class P, int POINTERS, int GROUPS> struct Params {
   int32_t tasks, num_tasks, share, count, shared_count;
   bool reset_momentum, wide, streams, dampened;
   Rule<typename Work<P>::type> rules[GROUPS];
-  // where a tensor's value is: a float's address, or a double's plus one; 0: it is in the rule
-  uintptr_t lr[GROUPS], meta_lr[GROUPS];
+  DeviceRates rates[GROUPS];
   const P* gradients[POINTERS];
 
   __device__ __forceinline__ const P* gradient(int i) const { return table != nullptr ? table[i] : gradients[i]; }
 };
 
-__device__ __forceinline__ double value_at(uintptr_t address) {
-  return address & 1 ? *reinterpret_cast<const double*>(address - 1) : *reinterpret_cast<const float*>(address);
+__device__ __forceinline__ double value_of(const DeviceRate& rate) {
+  return rate.is_double ? *static_cast<const double*>(rate.address) : *static_cast<const float*>(rate.address);
 }
 
 // The inner step of the first `tasks` of N tasks at W columns: theta [N][W] holds the result, momentum is stored.

@@ -15,7 +15,7 @@ using cts::FlatTuple;
 using cts::pointer;
 
 using CountingTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int32_t, bool>;
-using RatesTuple = std::pair<uintptr_t, uintptr_t>;
+using RateTuple = std::pair<uintptr_t, bool>;
 
 // What stays the same from step to step.
 struct Plan {
@@ -32,14 +32,14 @@ struct Plan {
   }
 
   void step(uintptr_t gradients, uintptr_t table, uintptr_t started, uintptr_t host_started, uintptr_t nonfinite,
-            const std::vector<cts::GroupTuple>& hyper, const std::vector<RatesTuple>& rates,
+            const std::vector<cts::GroupTuple>& hyper, const std::vector<std::pair<RateTuple, RateTuple>>& rates,
             const cts::ControlTuple& control, const cts::AfterTuple& after, const CountingTuple& counting,
             uintptr_t stream) const {
     const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
     const cts::Step step = cts::step_of(gradients, started, nonfinite, groups, control);
-    if (rates.size() != groups.size()) throw std::invalid_argument("one pair of addresses for each group");
-    std::vector<cts::RateAddresses> addresses;
-    for (auto [lr, meta_lr] : rates) addresses.push_back({lr, meta_lr});
+    if (rates.size() != groups.size()) throw std::invalid_argument("one pair of rates for each group");
+    std::vector<cts::DeviceRates> on_device;
+    for (auto [lr, meta_lr] : rates) on_device.push_back({unpacked(lr), unpacked(meta_lr)});
     auto [counters, ticket, found_inf, grad_scale, group_of, horizon, meta_interval, advances] = counting;
     const cts::Counting counts{pointer<int64_t>(counters),
                                pointer<unsigned>(ticket),
@@ -49,7 +49,7 @@ struct Plan {
                                horizon,
                                meta_interval,
                                advances};
-    cts::launch(completed(groups.size(), addresses.data(), table, started, stream), step, counts);
+    cts::launch(completed(groups.size(), on_device.data(), table, started, stream), step, counts);
     notes.write(step, pointer<uint8_t>(host_started), false, after);
   }
 
@@ -58,7 +58,7 @@ struct Plan {
                uintptr_t stream) const {
     const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
     const cts::Step step = cts::step_of(gradients, started, nonfinite, groups, control);
-    const std::vector<cts::RateAddresses> none(groups.size());
+    const std::vector<cts::DeviceRates> none(groups.size());
     cts::launch_partial(completed(groups.size(), none.data(), table, started, stream), step, pointer<void>(total));
     notes.write(step, pointer<uint8_t>(host_started), false, std::nullopt);
   }
@@ -72,7 +72,9 @@ struct Plan {
   }
 
  private:
-  cts::Launch completed(size_t num_groups, const cts::RateAddresses* rates, uintptr_t table, uintptr_t started,
+  static cts::DeviceRate unpacked(const RateTuple& rate) { return {pointer<const void>(rate.first), rate.second}; }
+
+  cts::Launch completed(size_t num_groups, const cts::DeviceRates* rates, uintptr_t table, uintptr_t started,
                         uintptr_t stream) const {
     cts::Launch now = launch;
     now.num_groups = static_cast<int>(num_groups), now.rates = rates;
@@ -117,8 +119,10 @@ PYBIND11_MODULE(_cuda, m) {
           "rates"_a, "control"_a, "after"_a, "counting"_a, "stream"_a,
           "Queue one step. gradients: address of the table in host memory; table: of its copy on the device, or 0. "
           "started: of the first-gradient flags on the device, or 0; host_started: of the host's, which are brought up "
-          "to date once the step is queued, or 0. rates: for each group, addresses of lr and meta_lr where they are "
-          "tensors, or 0. control: (meta_update, reset, reset_momentum, num_tasks, inverse_scale). after: None, or "
+          "to date once the step is queued, or 0. rates: for each group, of lr and of meta_lr (the address of a float, "
+          "or "
+          "of a double, whether it is a double), (0, False) for one that hyper holds. control: (meta_update, reset, "
+          "reset_momentum, num_tasks, inverse_scale). after: None, or "
           "(address of the host's counters, their values after the step). counting: (counters, ticket, found_inf, "
           "grad_scale, groups, horizon, meta_interval, advances), 0 for none.")
       .def(

@@ -138,8 +138,8 @@ class Training:
         count = len(self.curve.steps)
         self.curve.take(closed)
         if writer:
-            for step, loss in zip(self.curve.steps[count:], self.curve.mean[count:], strict=True):
-                writer.add_scalar("meta-train/loss", loss, step)
+            for step, losses in zip(self.curve.steps[count:], self.curve.losses[count:], strict=True):
+                writer.add_scalar("meta-train/loss", sum(losses) / len(losses), step)
 
     # Gradients that are not finite ------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from support.step_cases import (
     assert_is_torch_sgd,
     build,
     cases,
+    many_sizes,
     places,
     result,
     run,
@@ -54,10 +55,9 @@ def test_every_backend_is_as_exact_as_the_reference(backend, device, case):
 @pytest.mark.parametrize("tasks", [1, 2, 3, 5, 8, 9, 16, 17, 32, 128, 133])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_any_number_of_tasks_and_odd_sizes(backend, device, tasks, dtype):
-    horizon = 3 if tasks < 100 else 1  # interpreters are slow: a reset, and a step after it
+    horizon = 3 if tasks < 16 else 1  # interpreters are slow: a reset, and a step after it
     options = dict(lr=0.1, momentum=0.9, weight_decay=0.01, meta_lr=0.3, horizon=horizon)
-    heads = tuple(((t % 5 + 1, 3),) for t in range(tasks))
-    shapes = ((129,), (3, 5, 3, 3), (), (0, 4), (1,), (1030,))
+    shapes, heads = many_sizes(tasks)
     assert_as_exact_as_reference(Case(tasks, shapes, heads, dtype, horizon + 1, options=options), backend, device)
 
 

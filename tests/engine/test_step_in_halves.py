@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from support.ranks import init
-from support.step_cases import Case, assert_as_exact_as_reference, cases, places, run
+from support.step_cases import Case, assert_as_exact_as_reference, cases, many_sizes, places, run
 
 QUICK = [place for place in places() if place[0] != "triton"]
 everywhere = pytest.mark.parametrize(("backend", "device"), places(), ids=["-".join(place) for place in places()])
@@ -48,9 +48,9 @@ def test_two_halves_in_triton_are_as_exact_as_the_reference_step(case):
 @pytest.mark.parametrize("tasks", [1, 2, 3, 5, 8, 9, 17, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_two_halves_of_any_number_of_tasks_and_odd_sizes(backend, device, tasks, dtype):
-    options = dict(lr=0.1, momentum=0.9, weight_decay=0.01, meta_lr=0.3, horizon=2)
-    heads = tuple(((t % 5 + 1, 3),) for t in range(tasks))
-    case = Case(tasks, ((129,), (3, 5, 3, 3), (), (0, 4), (1,), (1030,)), heads, dtype, 3, options=options)
+    horizon = 2 if tasks < 16 else 1
+    options = dict(lr=0.1, momentum=0.9, weight_decay=0.01, meta_lr=0.3, horizon=horizon)
+    case = Case(tasks, *many_sizes(tasks), dtype, horizon + 1, options=options)
     assert_as_exact_as_reference(case, backend, device, process_group=dist.group.WORLD)
 
 

@@ -140,7 +140,7 @@ KILLS = {
     "in an all-reduce": At(1, launches.ALL_REDUCE, 6, launches.killed),
     "in a save": At(1, launches.WRITE_PART, 6, launches.killed),
     "in a save, rank 0": At(0, launches.WRITE_PART, 12, launches.killed),
-    "in the meta-test": At(1, launches.FINE_TUNING, 2, launches.killed),
+    "in the meta-test": At(1, launches.FINE_TUNING, 1, launches.killed),
     "before the start": At(1, launches.DATA, 1, launches.killed),
 }
 QUICK = ("in an all-reduce", "in a save")
@@ -196,12 +196,12 @@ def test_a_folder_that_is_refused_is_refused_after_a_restart_too(tmp_path, launc
 
 @pytest.mark.slow
 def test_what_ranks_cannot_do_is_said_before_anything_starts(tmp_path, launched):
-    for arguments, words in (
-        (["--methods", "cts"], "cts: 3 tasks cannot be spread over 4 ranks: give torchrun --nproc-per-node 3 or fewer"),
-        (["--seed", "{rank}"], "rank 1 was given something else than rank 0 (config.seed was 0, now 1)"),
+    for size, arguments, words in (
+        (4, [], "cts: 3 tasks cannot be spread over 4 ranks: give torchrun --nproc-per-node 3 or fewer"),
+        (2, ["--seed", "{rank}"], "rank 1 was given something else than rank 0 (config.seed was 0, now 1)"),
     ):
-        launch = launched(4, tmp_path / "out", *arguments)
-        assert launch.statuses == [2] * 4 and not (tmp_path / "out").exists()
+        launch = launched(size, tmp_path / "out", *arguments)
+        assert launch.statuses == [2] * size and not (tmp_path / "out").exists()
         (line,) = launch.errors
         assert words in line
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cts_fast.engine.backends.base import CONTROL_FIELDS, DTYPES, Backend, packed_flat
-from cts_fast.engine.backends.device_table import DeviceTable, host_addresses, rate_address
+from cts_fast.engine.backends.device_table import DeviceTable, device_rate, host_addresses
 from cts_fast.engine.gradients import Gradients
 from cts_fast.engine.layout import Flat
 from cts_fast.engine.native import load
@@ -86,10 +86,10 @@ class Cuda(Backend):
         if not self.num_tiles and counting is None:
             return
         hyper = hyper[: self.num_groups]
-        rates = [[rate_address(rate) for rate in (h.lr, h.meta_lr)] for h in hyper]
+        rates = [(device_rate(h.lr), device_rate(h.meta_lr)) for h in hyper]
         numbers = [
-            h._replace(lr=0.0 if a else h.lr, meta_lr=1.0 if b else h.meta_lr)
-            for h, (a, b) in zip(hyper, rates, strict=True)
+            h._replace(lr=0.0 if lr else h.lr, meta_lr=1.0 if meta_lr else h.meta_lr)
+            for h, ((lr, _), (meta_lr, _)) in zip(hyper, rates, strict=True)
         ]
         on_gpu = self.flats[0].device.type == "cuda"
         with torch.cuda.device(self.index if on_gpu else -1):

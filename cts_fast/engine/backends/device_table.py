@@ -54,16 +54,15 @@ class DeviceTable:
         return self.table
 
 
-def rate_address(rate: float | Tensor) -> int:
-    """Where the device reads a tensor lr or meta_lr: a float32 tensor's address, or a float64 tensor's plus one; 0 for
-    a number.
+def device_rate(rate: float | Tensor) -> tuple[int, bool]:
+    """Where the device reads a tensor lr or meta_lr, and whether it is float64 there; (0, False) for a number.
 
     Raises ValueError for other dtypes.
     """
     if not isinstance(rate, Tensor):
-        return 0
+        return 0, False
     if rate.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"a tensor lr or meta_lr that the device reads must be float32 or float64, but is {rate.dtype}"
         )
-    return rate.data_ptr() + (rate.dtype == torch.float64)
+    return rate.data_ptr(), rate.dtype == torch.float64

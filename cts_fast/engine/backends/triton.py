@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cts_fast.engine.backends.base import Backend
-from cts_fast.engine.backends.device_table import DeviceTable, host_addresses, rate_address
+from cts_fast.engine.backends.device_table import DeviceTable, device_rate, host_addresses
 from cts_fast.engine.gradients import Gradients
 from cts_fast.engine.layout import Flat
 from cts_fast.engine.plan import Control
@@ -212,7 +212,7 @@ class Triton(Backend):
 
 def _numbers(hyper: Sequence[Hyper], control: Control) -> Tensor:
     """The hyper-parameters' bits as the kernels read them, int64 [groups, HYPER]."""
-    rates = [[rate_address(rate) for rate in (h.lr, h.meta_lr)] for h in hyper]
+    rates = [(*device_rate(h.lr), *device_rate(h.meta_lr)) for h in hyper]
     numbers = [[0.0 if isinstance(value, Tensor) else float(value) for value in h] for h in hyper]
     last = torch.full((len(hyper), 1), float(control.num_tasks), dtype=torch.float64, device="cpu")
     scaled = [[*values, control.inverse_scale] for values in numbers]
