@@ -66,7 +66,7 @@ def finished(tmp_path_factory):
 
 def test_results_have_the_promised_form(finished):
     results = json.loads((finished / "results.json").read_text())
-    assert set(results) == {"config", "meta_train", "meta_test", "paired_differences"}
+    assert set(results) == {"config", "ranks", "meta_train", "meta_test", "paired_differences"}
     assert set(results["meta_train"]) == {"cts", "reptile", "finetune"}
     for curve in results["meta_train"].values():
         assert curve["steps"] == [1, 2, 3, 4]
