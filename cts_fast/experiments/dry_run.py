@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -127,21 +127,21 @@ def bytes_of(trainer: MetaTrainer) -> tuple[int, int]:
     """Bytes of all parameters with their gradients, and of what the optimizer keeps beside them."""
     parameters = [p for net in trainer.nets for p in net.parameters()]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    state = [value for entry in _entries(trainer.optimizer.state_dict()["state"]) for value in entry]
+    state = _tensors(trainer.optimizer.state_dict()["state"])
     own = {tensor.untyped_storage().data_ptr() for tensor in parameters}
     return _bytes(parameters + gradients), _bytes(t for t in state if t.untyped_storage().data_ptr() not in own)
 
 
-def _entries(value: Any) -> Iterable[list[Tensor]]:
+def _tensors(value: Any) -> Iterator[Tensor]:
     """All tensors in nested dicts and lists."""
     if isinstance(value, Tensor):
-        yield [value]
+        yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _entries(item)
+            yield from _tensors(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _entries(item)
+            yield from _tensors(item)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
