@@ -377,10 +377,10 @@ def test_a_folder_that_is_gone_is_named(tmp_path, capsys, monkeypatch):
 def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path, capsys, monkeypatch, error):
     run(tmp_path, "--methods", "cts", "--targets", "rings")
 
-    def fails(self, state):
+    def fails(self, *state, **options):
         raise error
 
-    monkeypatch.setattr(MetaTrainer, "load_state_dict", fails)
+    monkeypatch.setattr(MetaTrainer, "load_own", fails)
     message = refused(capsys, tmp_path, "--methods", "cts", "--targets", "rings", "--resume")
     assert str(newest(tmp_path).parent) in message and "nothing is lost" in message
     assert "damaged" not in message and "delete" not in message
