@@ -83,10 +83,10 @@ def _of(experiment: Experiment) -> tuple[str, float]:
             per_step = f"{1e3 * found.seconds / train.steps:,.1f}"
             rows.append([named[name], size, per_step, duration(found.seconds), *map(in_bytes, found.memory)])
         tests, seconds = _meta_test(experiment, map_tasks, at_a_time)
+    tasks, rounds = number_of(len(experiment.config["tasks"]), "task"), number_of(train.rounds, "round")
     steps = (
-        f"{len(experiment.config['tasks'])} tasks, each {train.steps:,} steps of batch {train.batch_size} in "
-        f"{train.rounds:,} rounds of {train.horizon:,}; phi is meta-tested after "
-        f"{', '.join(f'{step:,}' for step in sorted(experiment.snapshot_steps))} of them"
+        f"{tasks}, each {train.steps:,} steps of batch {train.batch_size} in {rounds} of {train.horizon:,}; phi is "
+        f"meta-tested after {', '.join(f'{step:,}' for step in sorted(experiment.snapshot_steps))} of them"
     )
     settings = "\n".join(f"{name}: {json.dumps(value)}" for name, value in experiment.config.items())
     trained = [fill(steps), aligned(rows)] if experiment.methods else []
@@ -168,9 +168,9 @@ def _meta_test(experiment: Experiment, map_tasks: Callable[..., list], at_a_time
         used = min(images or test.images or len(task.train), len(task.train))
         rows.append([target, f"{count:,}", f"{used:,}", f"{each:,.1f}", duration(seconds)])
     steps = (
-        f"Each run: {test.steps:,} steps of batch {test.batch_size} and a test on the whole test set; {test.seeds} "
-        f"runs, of seeds of their own, for each of {', '.join(experiment.untrained)} and of the initializations, "
-        f"{at_a_time} at a time"
+        f"Each run: {test.steps:,} steps of batch {test.batch_size} and a test on the whole test set; "
+        f"{number_of(test.seeds, 'run')}, of seeds of their own, for each of {', '.join(experiment.untrained)} and of "
+        f"the initializations, {at_a_time} at a time"
     )
     return f"{fill(steps)}\n\n{aligned(rows)}", total
 
@@ -231,6 +231,11 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"
     return f"{seconds:,.1f} seconds"
+
+
+def number_of(count: int, what: str) -> str:
+    """A count of things."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def in_bytes(count: int) -> str:
