@@ -122,7 +122,7 @@ def split_by_class(labels: Tensor, fraction: float, seed: str) -> tuple[Tensor, 
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         held += members[:count]
         kept += members[count:]
-    return torch.tensor(sorted(kept)), torch.tensor(sorted(held), dtype=torch.int64)
+    return torch.tensor(sorted(kept), dtype=torch.int64), torch.tensor(sorted(held), dtype=torch.int64)
 
 
 def _read_dataset(title: str, data: Any, size: int, channels: int, cache: Path | str | None, version: str) -> ImageSet:

@@ -18,8 +18,8 @@ from cts_fast.experiments.comparison import Comparison
 from cts_fast.experiments.files import write_json
 from cts_fast.experiments.report import aligned, fill, percent, reference, table
 from cts_fast.experiments.run_folder import CONFIG
-from cts_fast.experiments.settings import UNTRAINED
 from cts_fast.experiments.statistics import EqualAccuracy, paired_differences, steps_to_equal_accuracy
+from cts_fast.experiments.weights import UNTRAINED
 
 Differences = dict[str, dict[int, list[float]]]  # other method to steps to fractions, one per seed
 # who has an accuracy, who is to reach it, after how many steps of the first
@@ -116,9 +116,9 @@ def results(compared: Comparison, best: str, ahead: Differences, equal: Equal) -
 def draw(out: Path, compared: Comparison, best: str) -> None:
     """The figures, with intervals over meta-training seeds."""
     points = {name: compared.curve(name) for name in compared.methods}
-    scratch = compared.curve("scratch")[0]
+    levels = {name: compared.curve(name)[0] for name in compared.config["methods"] if name in UNTRAINED}
     over = "meta-training"
-    plots.accuracy_vs_steps(out / "accuracy-vs-steps.png", points, scratch, compared.labels, reference=best, seeds=over)
+    plots.accuracy_vs_steps(out / "accuracy-vs-steps.png", points, levels, compared.labels, reference=best, seeds=over)
     plots.final_accuracy(out / "accuracy.png", compared.final, compared.labels, seeds=over)
 
 

@@ -8,7 +8,6 @@ other folds, and is then fine-tuned on the tasks of this one. The table holds th
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -39,11 +38,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--grid", action="append", required=True, metavar="METHOD=X,Y,...", help=grid_help)
     cli.add_data_arguments(p)
     cli.add_model_arguments(p)
+    p.add_argument("--tasks", type=cli.names, metavar="A,B,...", help="tasks to deal out (default: the suite's)")
     for name, kind in (
+        ("size", cli.positive),
         ("horizon", cli.positive),
         ("rounds", cli.positive),
         ("lr", cli.number),
         ("batch-size", cli.positive),
+        ("test-batch-size", cli.positive),
     ):
         p.add_argument(f"--{name}", type=kind, help="instead of the preset's")
     p.add_argument("--test-steps", type=cli.positive, help="fine-tuning steps, instead of the preset's")
@@ -91,8 +93,7 @@ def fold_experiment(args: argparse.Namespace, fold: int, tuning: Tuning) -> Expe
         "grid": sorted(tuning.grid),
         "seed": args.seed,
         **cli.about_model(tuning.model, tuning.weights),
-        "meta_train": dataclasses.asdict(tuning.train),
-        "meta_test": json.loads(json.dumps(dataclasses.asdict(tuning.test))),
+        **cli.about_settings(tuning.train, tuning.test),
     }
     out = args.out / f"fold{fold}"
     return Experiment(
@@ -116,12 +117,15 @@ def fold_experiment(args: argparse.Namespace, fold: int, tuning: Tuning) -> Expe
 def prepare(args: argparse.Namespace, team: Team) -> Tuning:
     """From arguments to what they ask for; raises ValueError or OSError that says what is wrong with them."""
     preset = PRESETS[args.preset]
+    sizes = cli.sizes(args)
     train_changes = cli.given(args, horizon="horizon", rounds="rounds", lr="lr", batch_size="batch_size")
-    train = dataclasses.replace(preset.train, **train_changes)
-    test_changes = cli.given(args, steps="test_steps", images="test_images", seeds="test_seeds")
-    test = dataclasses.replace(preset.test, **test_changes)
+    train = dataclasses.replace(preset.train, **sizes, **train_changes)
+    test_changes = cli.given(
+        args, steps="test_steps", images="test_images", seeds="test_seeds", batch_size="test_batch_size"
+    )
+    test = dataclasses.replace(preset.test, **sizes, **test_changes)
     grid = read_grid(args.grid)
-    names = cli.chosen_names(None, task_roles(args.suite, args.data_root), "train")
+    names = cli.chosen_names(args.tasks, task_roles(args.suite, args.data_root), "train")
     tasks = cli.load_tasks(args, names, train.size)
     if args.validation:
         tasks = tuple(task.validation() for task in tasks)

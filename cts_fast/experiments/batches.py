@@ -11,6 +11,13 @@ from torch import Tensor
 from cts_fast.data.images import LazyImages
 
 RESIDENT = 4 << 30  # bytes of a task's images that a GPU may hold
+Scale = Tensor | None  # float32 [2, 1, C, 1, 1]: mean and deviation of pixels 0 ... 255; None: 127.5 of both
+SCALES = {
+    "half": None,  # mean and deviation 0.5
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # what torchvision's weights were trained with
+    "own": None,  # of a task's own images
+}
+"""How images are normalised, by name."""
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
@@ -24,9 +31,43 @@ def resize(images: Tensor, size: int | None) -> Tensor:
     return torch.cat(parts)
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 [N, C, H, W] to float32 [N, 3, H, W], channels-last: (x / 255 - 0.5) / 0.5, grey repeated to 3 channels."""
-    x = images.float().div_(127.5).sub_(1.0)
+def usual_padding(side: int) -> int:
+    """Of a random crop: 4 up to 32 pixels, 8 above."""
+    return 4 if side <= 32 else 8
+
+
+def channel_scale(normalization: str, images: Tensor | LazyImages, size: int | None) -> Scale:
+    """Mean and deviation by the name of a normalization; "own": of each channel over these images, uint8 [N, C, H, W].
+
+    A channel that is the same everywhere counts as one with a deviation of 1.
+    """
+    if normalization == "own":
+        counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)  # of each value in each channel
+        for part in _parts(len(images)):
+            channels = resize(images[part], size).transpose(0, 1).flatten(1)
+            counts += torch.stack([channel.bincount(minlength=256) for channel in channels])
+        share = counts.double() / counts.sum(1, keepdim=True)
+        values = torch.arange(256.0, dtype=torch.float64)
+        mean = share @ values
+        deviation = (share * (values - mean[:, None]) ** 2).sum(1).sqrt()
+        scale = torch.stack([mean, torch.where(deviation > 0, deviation, 1.0)]).float()
+    elif (published := SCALES[normalization]) is None:
+        return None
+    else:
+        scale = 255 * torch.tensor(published)
+    return scale[:, None, :, None, None]
+
+
+def normalize(images: Tensor, scale: Scale = None) -> Tensor:
+    """uint8 [N, C, H, W] to float32 [N, 3, H, W], channels-last, grey repeated to 3 channels.
+
+    (x - mean) / deviation, by `scale`; without one (x / 255 - 0.5) / 0.5.
+    """
+    if scale is None:
+        x = images.float().div_(127.5).sub_(1.0)
+    else:
+        mean, deviation = scale.to(images.device)
+        x = (images.float() - mean).div_(deviation)
     return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
@@ -58,6 +99,7 @@ class TaskBatches:
         images: uint8 [N, C, H, W] with C 1 or 3, or `LazyImages`; labels: int64 [N].
         part: numbers of the images that the stream draws from; None: all.
         size: side length S, or None for the images' own size; padding: None for 4 up to 32 pixels and 8 above.
+        normalization: one of `SCALES`; "own" is by the images of `part`.
     """
 
     def __init__(
@@ -71,6 +113,7 @@ class TaskBatches:
         size: int | None = None,
         padding: int | None = None,
         flip: bool = False,
+        normalization: str = "half",
         device: torch.device | str = "cpu",
     ):
         if part is not None:
@@ -80,9 +123,11 @@ class TaskBatches:
             raise ValueError("a task needs at least one image")
         self.device = torch.device(device)
         side = size or images.shape[-1]
-        self.padding = (4 if side <= 32 else 8) if padding is None else padding
+        self.padding = usual_padding(side) if padding is None else padding
         self.size = size
         self.shape = [size or length for length in images.shape[-2:]]
+        scale = channel_scale(normalization, images, size)
+        self.scale = None if scale is None else scale.to(self.device)
         self.lazy: LazyImages | None = None
         self.images = torch.empty(0)
         if isinstance(images, Tensor):
@@ -148,7 +193,7 @@ class TaskBatches:
             columns = torch.where(flipped > 0, columns.flip(1), columns)
         place = index if place is None else place[:, None]
         x = source[place[:, None], rows[:, :, None], columns[:, None, :]]
-        return normalize(x.permute(0, 3, 1, 2)), self.labels[index[:, 0]]
+        return normalize(x.permute(0, 3, 1, 2), self.scale), self.labels[index[:, 0]]
 
     def _padded(self, images: Tensor) -> Tensor:
         """[N, C, H, W] to padded [N, H, W, C]: crops come channels-last."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
+import json
 import math
 import os
 import shlex
@@ -24,9 +26,10 @@ from cts_fast.distributed import RankError
 from cts_fast.distributed.launch import ALONE, TIMEOUT, Team, launched
 from cts_fast.experiments.checkpoint import SAVE_EVERY, CheckpointError, is_out_of_memory
 from cts_fast.experiments.files import first_line
-from cts_fast.experiments.meta_train import PRECISIONS
+from cts_fast.experiments.meta_test import MetaTestSettings
+from cts_fast.experiments.meta_train import PRECISIONS, MetaTrainSettings
 from cts_fast.experiments.run_folder import RunFolder
-from cts_fast.experiments.settings import PRESETS
+from cts_fast.experiments.settings import PRESETS, Preset
 from cts_fast.experiments.signals import Interrupted, Stop, stop_on_signals
 from cts_fast.experiments.training import Diverged
 from cts_fast.experiments.weights import Weights, read_weights
@@ -37,7 +40,10 @@ from cts_fast.models.by_name import Model
 class HasFolder(Protocol):
     """What a program works on: it has a folder for itself."""
 
-    folder: RunFolder
+    @property
+    def folder(self) -> RunFolder:
+        """Closed at the end."""
+        ...
 
 
 Prepared = TypeVar("Prepared", bound=HasFolder)
@@ -71,6 +77,23 @@ def number(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0 on")
     return value
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to below 1."""
+    if (value := number(text)) >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not below 1")
+    return value
+
+
+def counts(text: str) -> list[int]:
+    """Whole numbers above 0 with commas between them, each once."""
+    return list(dict.fromkeys(map(positive, names(text))))
+
+
+def counts_or_all(text: str) -> list[int | None]:
+    """The same, or "all" alone: [None]."""
+    return [None] if text == "all" else [*counts(text)]
 
 
 def rates(text: str) -> dict[str, float]:
@@ -109,13 +132,18 @@ def add_run_arguments(p: argparse.ArgumentParser, out: str, *, seed: int = 0, se
     group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
 
 
-def add_data_arguments(p: argparse.ArgumentParser) -> None:
+def add_data_arguments(
+    p: argparse.ArgumentParser,
+    presets: Mapping[str, Preset] = PRESETS,
+    preset: str = "quick",
+    suite: str = "builtin",
+) -> None:
     """Of every program on images: the suite and its data, and the preset of both phases."""
     suite_help = (
-        "builtin (default: comes with the package), paper, imagenet, folder (every subfolder of --data-root is a "
-        "task), or several with commas between them"
+        "builtin (comes with the package), paper, imagenet, folder (every subfolder of --data-root is a task), or "
+        "several with commas between them (default: %(default)s)"
     )
-    p.add_argument("--suite", default="builtin", metavar="NAME", help=suite_help)
+    p.add_argument("--suite", default=suite, metavar="NAME", help=suite_help)
     p.add_argument("--data-root", type=Path, metavar="DIR", help="where the suite's data are")
     p.add_argument(
         "--list-data", action="store_true", help="say which of the paper's data are in --data-root, and stop"
@@ -128,8 +156,8 @@ def add_data_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--cache-dir", type=Path, metavar="DIR", help=cache_help)
     limit_help = "tasks with more decoded images than this are not kept but decoded for each batch (default: 20)"
     p.add_argument("--cache-limit", type=float, default=LIMIT / 1e9, metavar="GB", help=limit_help)
-    preset_help = "settings: quick (default; minutes on two CPU cores), long (up to an hour) or paper"
-    p.add_argument("--preset", choices=PRESETS, default="quick", help=preset_help)
+    preset_help = "settings: quick (minutes on two CPU cores), long (longer) or paper (default: %(default)s)"
+    p.add_argument("--preset", choices=presets, default=preset, help=preset_help)
 
 
 def add_save_every(p: argparse.ArgumentParser) -> None:
@@ -157,13 +185,18 @@ def given(args: argparse.Namespace, **arguments: str) -> dict:
     return {setting: value for setting, value in values.items() if value is not None}
 
 
-def add_model_arguments(p: argparse.ArgumentParser) -> None:
+def sizes(args: argparse.Namespace) -> dict[str, int | None]:
+    """Settings that `--size` changes: the usual padding belongs to it, a preset's own to the preset's size."""
+    return {"size": args.size, "padding": None} if args.size else {}
+
+
+def add_model_arguments(p: argparse.ArgumentParser, model: str = "resnet20") -> None:
     """Of every program on images: the network, and weights to begin at."""
     model_help = (
-        "network: resnet20 (default), resnet18 or another of torchvision's classifiers, or module:function, which is "
-        "called with the number of classes"
+        "network: resnet20, resnet18 or another of torchvision's classifiers, or module:function, which is called with "
+        "the number of classes (default: %(default)s)"
     )
-    p.add_argument("--model", default="resnet20", metavar="NAME", help=model_help)
+    p.add_argument("--model", default=model, metavar="NAME", help=model_help)
     weights_help = "state dict (.safetensors, .pt) to begin meta-training at; meta-tested as `none`, too"
     p.add_argument("--weights", type=Path, metavar="FILE", help=weights_help)
 
@@ -194,9 +227,10 @@ def storage(args: argparse.Namespace, size: int | None) -> Storage:
     return Storage(size, args.cache_dir, args.cache_limit * 1e9, args.partial, args.download)
 
 
-def choose_tasks(args: argparse.Namespace) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
+def choose_tasks(args: argparse.Namespace, size: int | None) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
     """The tasks to meta-train on and those to meta-test on, by `--tasks` and `--targets` or by their role.
 
+    size: at which images in files are decoded; None: each task's own.
     What is asked for as a target is not meta-trained on, unless `--tasks` asks for it too, which is refused.
     """
     if args.suite != "builtin":
@@ -210,8 +244,6 @@ def choose_tasks(args: argparse.Namespace) -> tuple[tuple[Task, ...], tuple[Task
         raise ValueError(
             f"{', '.join(both)}: a task is either meta-trained on or held out; take it out of --tasks or --targets"
         )
-    preset = PRESETS[args.preset]
-    size = preset.train.size if preset.train.size == preset.test.size else None
     loaded = load_tasks(args, [*tasks, *targets], size)
     held_out = loaded[len(tasks) :]
     return loaded[: len(tasks)], tuple(task.validation() for task in held_out) if args.validation else held_out
@@ -236,7 +268,23 @@ def about_data(args: argparse.Namespace, tasks: Sequence[Task]) -> dict:
     about: dict = {"validation": True} if args.validation else {}
     if args.suite != "builtin":
         about["images"] = {task.name: [len(task.train), len(task.test)] for task in tasks}
+        about["pixels"] = {task.name: list(task.train.images.shape[-2:]) for task in tasks}
     return about
+
+
+def about_settings(train: MetaTrainSettings, test: MetaTestSettings, more_images: Sequence[int] = ()) -> dict:
+    """What a run's config says of both phases: every constant, those that no argument changes as well."""
+    return {
+        "meta_train": {
+            **dataclasses.asdict(train),
+            **{"steps": train.steps, "nesterov": False, "reset_heads": False, "reset_statistics": False},
+        },
+        "meta_test": {
+            **json.loads(json.dumps(dataclasses.asdict(test))),
+            **({"more_images": list(more_images)} if more_images else {}),
+            **{"nesterov": test.momentum > 0, "new_head": True, "new_statistics": True},
+        },
+    }
 
 
 def list_data(args: argparse.Namespace) -> str:
@@ -265,15 +313,14 @@ def show_data(p: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     return 0
 
 
-def choose_source(name: str | None, tasks: Sequence[Task]) -> Task:
-    """The task that `finetune` trains on; by default the one with most images."""
-    if name is None:
-        return max(tasks, key=lambda task: len(task.train.labels))
-    for task in tasks:
-        if task.name == name:
-            return task
-    known = ", ".join(task.name for task in tasks)
-    raise ValueError(f"--source {name}: not one of the tasks to meta-train on: {known}")
+def choose_sources(names: Sequence[str] | None, usual: Sequence[str], tasks: Sequence[Task]) -> tuple[Task, ...]:
+    """The tasks that `finetune` trains on: those of these names, the usual ones, or the one with most images."""
+    by_name = {task.name: task for task in tasks}
+    unknown = [name for name in names or () if name not in by_name]
+    if unknown:
+        raise ValueError(f"--source {unknown[0]}: not one of the tasks to meta-train on: {', '.join(by_name)}")
+    found = tuple(by_name[name] for name in dict.fromkeys(names or usual) if name in by_name)
+    return found or (max(tasks, key=lambda task: len(task.train.labels)),)
 
 
 # Networks

@@ -9,8 +9,9 @@ from typing import Any
 from cts_fast.experiments.checkpoint import CheckpointError
 from cts_fast.experiments.files import first_line
 from cts_fast.experiments.run_folder import CONFIG, FINISHED
-from cts_fast.experiments.settings import UNTRAINED, labels
+from cts_fast.experiments.settings import labels
 from cts_fast.experiments.statistics import mean, per_seed_mean
+from cts_fast.experiments.weights import UNTRAINED
 
 ByTarget = dict[str, list[float]]  # held-out task to accuracies (fractions), one per meta-training seed
 

@@ -3,8 +3,8 @@
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ from cts_fast.experiments.files import write_csv
 from cts_fast.experiments.meta_test import MetaTester, MetaTestSettings
 from cts_fast.experiments.meta_train import MakeNet, MetaTrainer, MetaTrainSettings, check_held_out, pixels
 from cts_fast.experiments.parallel import deal, task_map
-from cts_fast.experiments.run_folder import CHECKPOINTS, FINISHED, RunFolder
+from cts_fast.experiments.run_folder import CHECKPOINTS, FINISHED, SWEPT, RunFolder
 from cts_fast.experiments.signals import Stop
 from cts_fast.experiments.training import Curve, Training
-from cts_fast.experiments.weights import Weights, untrained
+from cts_fast.experiments.weights import UNTRAINED, Weights, untrained_phis
 
 META_TEST, ACCURACY = "meta-test", "accuracy.json"
 DIGESTED = 1 << 26  # bytes of a set's images that tell it from another
-Job = tuple[str, int, str, int]  # of the meta-test: method, step, target, seed
+Job = tuple[str, int, str, int]  # of the meta-test: method, step, target as `_at` names it, seed
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Experiment:
         make_net: number of classes to a network with a meta-learned `body` and a `head` of the task's own.
         train, test: settings; `snapshots`: meta-training steps at which phi is kept and meta-tested, beside the last.
         weights: to begin meta-training at, and to meta-test as `none`; None: the random body of the seed.
+        untrained: what is meta-tested without meta-training: `scratch`, and `none` where there are weights.
+        more_images: further numbers of training images to fine-tune the last phi on, beside `test.images`.
         resume: go on from the checkpoints in `out`; overwrite: replace the run in `out`; otherwise a run in `out`
             raises `CheckpointError`. save_every: seconds between checkpoints; see `Checkpoints`.
         team: the ranks that share the work, each with the same arguments; device: of this one.
@@ -72,6 +74,8 @@ class Experiment:
         snapshots: Sequence[int],
         seed: int,
         weights: Weights | None = None,
+        untrained: Sequence[str] = UNTRAINED,
+        more_images: Sequence[int] = (),
         device: str = "cpu",
         resume: bool = False,
         overwrite: bool = False,
@@ -84,11 +88,13 @@ class Experiment:
     ):
         self.out, self.config, self.methods, self.targets, self.team = out, config, methods, targets, team
         self.make_net, self.train, self.test, self.seed, self.device = make_net, train, test, seed, device
-        self.weights, self.untrained = weights, untrained(weights)
+        self.weights, self.more_images = weights, tuple(more_images)
+        self.untrained = {name: phi for name, phi in untrained_phis(weights).items() if name in untrained}
         self.snapshot_steps = frozenset(snapshots) | {train.steps}
         self.tensorboard, self.capture, self.streams, self.precision = tensorboard, capture, streams, precision
         self.curves: dict[str, Curve] = {}
         self.snapshots: dict[str, dict[int, dict[str, Tensor]]] = {}  # method to step to phi
+        self.bodies: dict[str, dict[str, Tensor]] = {}  # of methods that train one task: its last body, statistics too
         self.accuracy: dict[Job, float] = {}
         tasks = [task for setup in methods.values() for task in setup.tasks]
         self.digests = {task.name: digest(task) for task in {task.name: task for task in (*tasks, *targets)}.values()}
@@ -97,7 +103,8 @@ class Experiment:
         self.together, self.alone = self._spread()
         self._check_ranks()
         # last: whatever is wrong with the arguments, an older run is still there
-        self.folder = RunFolder(out, config, resume=resume, overwrite=overwrite, save_every=save_every, team=team)
+        folder = {"resume": resume, "overwrite": overwrite, "save_every": save_every}
+        self.folder = RunFolder(out, config, parts=(SWEPT,), team=team, **folder)  # a sweep may be what is there
         self.resume = self.folder.resume
 
     def _spread(self) -> tuple[list[str], list[list[str]]]:
@@ -107,7 +114,9 @@ class Experiment:
         """
         if self.team.size == 1:
             return list(self.methods), [[]]
-        alone = [name for name, setup in self.methods.items() if setup.method.one_process or len(setup.tasks) == 1]
+        most = max((len(setup.tasks) for setup in self.methods.values()), default=0)
+        enough = max(2, min(self.team.size, most))  # `finetune` may have fewer tasks than the others
+        alone = [n for n, setup in self.methods.items() if setup.method.one_process or len(setup.tasks) < enough]
         together = [name for name in self.methods if name not in alone]
         for name in together:
             if (count := len(self.methods[name].tasks)) < self.team.size:
@@ -148,22 +157,33 @@ class Experiment:
 
     def _tell_of_methods_trained_alone(self) -> None:
         """All ranks have the curves and initializations of all methods, in the methods' order."""
-        own = {name: (self.curves[name], on_cpu(self.snapshots[name])) for name in self.alone[self.team.rank]}
+        own = {}
+        for name in self.alone[self.team.rank]:
+            snapshots = {step: on_cpu(phi) for step, phi in self.snapshots[name].items()}
+            own[name] = self.curves[name], snapshots, self.bodies.get(name)
         for found in self.team.gather(own, patiently=True):
-            for name, (curve, snapshots) in found.items():
+            for name, (curve, snapshots, body) in found.items():
                 self.curves[name], self.snapshots[name] = curve, snapshots
+                if body is not None:
+                    self.bodies[name] = body
         self.curves = {name: self.curves[name] for name in self.methods}
         self.snapshots = {name: self.snapshots[name] for name in self.methods}
 
-    def accuracy_at(self, method: str, step: int) -> dict[str, list[float]]:
-        """Held-out task to accuracies, one per seed, of phi after `step` meta-training steps."""
-        seeds = range(self.test.seeds)
-        return {task.name: [self.accuracy[method, step, task.name, seed] for seed in seeds] for task in self.targets}
+    def accuracy_at(self, method: str, step: int, images: int | None = None) -> dict[str, list[float]]:
+        """Held-out task to accuracies, one per seed, of phi after `step` meta-training steps.
 
-    def final_accuracy(self) -> dict[str, dict[str, list[float]]]:
-        """Method to held-out task to accuracies of the last phi; `scratch`, and with weights `none`, are among them."""
-        last = {name: self.accuracy_at(name, self.train.steps) for name in self.methods}
-        return {**last, **{name: self.accuracy_at(name, 0) for name in self.untrained}}
+        images: one of `more_images`, for the last phi; None: `test.images`.
+        """
+        seeds = range(self.test.seeds)
+        return {
+            task.name: [self.accuracy[method, step, _at(task.name, images), seed] for seed in seeds]
+            for task in self.targets
+        }
+
+    def final_accuracy(self, images: int | None = None) -> dict[str, dict[str, list[float]]]:
+        """Method to held-out task to accuracies of the last phi, and of what is `untrained`; images: as above."""
+        last = {name: self.accuracy_at(name, self.train.steps, images) for name in self.methods}
+        return {**last, **{name: self.accuracy_at(name, 0, images) for name in self.untrained}}
 
     # Meta-training
 
@@ -176,7 +196,7 @@ class Experiment:
         shares = deal([pixels(task, self.train.size) for task in setup.tasks], team.size)
         others = (team.rank,) if team.rank else ()  # ranks draw apart
         torch.manual_seed(task_seed(self.seed, "meta-train", *others))  # of what networks draw: as after another method
-        trainer = self._trainer(name, team, [setup.tasks[i] for i in shares[team.rank]], map_tasks)
+        trainer = self.trainer(name, map_tasks, [setup.tasks[i] for i in shares[team.rank]], team)
         raises = setup.options.get("nonfinite", "raise") == "raise"
         training = Training(
             name,
@@ -200,13 +220,18 @@ class Experiment:
         if self.resume:
             print(f"meta-train {name}: goes on from {found or 'its first step: nothing was saved yet'}", flush=True)
         training.run(stop, self._tensorboard_writer(name) if team.is_first else None)
+        if len(setup.tasks) == 1:
+            self.bodies[name] = on_cpu(trainer.nets[0].body.state_dict())
 
-    def _trainer(self, name: str, team: Team, tasks: Sequence[Any], map_tasks: Callable[..., list]) -> MetaTrainer:
+    def trainer(
+        self, name: str, map_tasks: Callable[..., list], tasks: Sequence[Any] | None = None, team: Team = ALONE
+    ) -> MetaTrainer:
+        """What meta-trains a method, at its first step; tasks: of this rank of the team, None for all."""
         setup = self.methods[name]
         group = {"process_group": team.group} if team.group is not None else {}
         return MetaTrainer(
             setup.method,
-            tasks,
+            setup.tasks if tasks is None else tasks,
             self.train,
             make_net=self.make_net,
             meta_lr=setup.meta_lr,
@@ -236,23 +261,16 @@ class Experiment:
         """
         phis = {(name, step): phi for name, kept in self.snapshots.items() for step, phi in kept.items()}
         phis |= {(name, 0): phi for name, phi in self.untrained.items()}  # of `scratch` every seed draws its own body
-        seeds = range(self.test.seeds)
-        jobs = [(*phi, task.name, seed) for seed in seeds for task in self.targets for phi in phis]
+        jobs = self.jobs(phis)
         if self.resume:
             self._load_accuracy()
-        team, todo, targets = (
-            self.team,
-            [job for job in jobs if job not in self.accuracy],
-            {t.name: t for t in self.targets},
-        )
-        costs = [pixels(targets[target], self.test.size) for _, _, target, _ in todo]
-        share = [todo[i] for i in deal(costs, team.size)[team.rank]]
-        testers = {
-            name: MetaTester(
-                targets[name], self.test, make_net=self.make_net, device=self.device, precision=self.precision
-            )
-            for name in dict.fromkeys(target for _, _, target, _ in share)
+        team, todo = self.team, [job for job in jobs if job not in self.accuracy]
+        cases = {
+            _at(task.name, images): (task, images) for task in self.targets for images in (None, *self.more_images)
         }
+        costs = [pixels(cases[target][0], self.test.size) for _, _, target, _ in todo]
+        share = [todo[i] for i in deal(costs, team.size)[team.rank]]
+        testers = {name: self.tester(*cases[name]) for name in dict.fromkeys(target for _, _, target, _ in share)}
         kept = self._checkpoints(f"{META_TEST}-{team.rank}" if team.rank else META_TEST, self.targets)
         lock = threading.Lock()
 
@@ -284,6 +302,23 @@ class Experiment:
                 kept.load(lambda parts: self.accuracy.update({tuple(job): x for *job, x in parts[ACCURACY]}))
         self.accuracy = self.team.gather(self.accuracy)[0]
 
+    def tester(self, task: Any, images: int | None = None) -> MetaTester:
+        """What fine-tunes on a held-out task; images: how many, None for `test.images`."""
+        test = self.test if images is None else replace(self.test, images=images)
+        return MetaTester(task, test, make_net=self.make_net, device=self.device, precision=self.precision)
+
+    def jobs(self, phis: Iterable[tuple[str, int]]) -> list[Job]:
+        """Runs of the meta-test of these (method, step): all on `test.images`, the last phi on `more_images` too."""
+        last = (0, self.train.steps)
+        return [
+            (method, step, _at(task.name, images), seed)
+            for seed in range(self.test.seeds)
+            for images in (None, *self.more_images)
+            for task in self.targets
+            for method, step in phis
+            if images is None or step in last
+        ]
+
     # Files
 
     def _checkpoints(self, part: str, tasks: Sequence[Any], team: Team = ALONE) -> Checkpoints:
@@ -304,9 +339,14 @@ class Experiment:
             yield "meta-test", method, step, target, seed, "", accuracy
 
 
-def on_cpu(snapshots: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-    """Initializations as another rank can have them."""
-    return {step: {name: tensor.cpu() for name, tensor in phi.items()} for step, phi in snapshots.items()}
+def _at(target: str, images: int | None) -> str:
+    """What a held-out task is called where another number of its images than `test.images` is fine-tuned on."""
+    return target if images is None else f"{target}@{images}"
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as another rank can have them."""
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def digest(task: Any) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cts_fast.data.suite import stratified_order
-from cts_fast.experiments.batches import TaskBatches, normalize, resize, task_seed
+from cts_fast.experiments.batches import Scale, TaskBatches, normalize, resize, task_seed
 from cts_fast.experiments.meta_train import MakeNet, logits, loss, new_net, seed_draws
 
 
@@ -16,8 +16,8 @@ from cts_fast.experiments.meta_train import MakeNet, logits, loss, new_net, seed
 class MetaTestSettings:
     """How an initialization is fine-tuned: SGD with Nesterov momentum; lr times `decay` at each fraction of the steps.
 
-    images: training images drawn from each task (each class in turn), None for all of them; the rest as in
-    `MetaTrainSettings`.
+    images: training images drawn from each task (each class in turn), None for all of them; normalization "own" is by
+    these images; the rest as in `MetaTrainSettings`.
     """
 
     steps: int
@@ -31,6 +31,7 @@ class MetaTestSettings:
     weight_decay: float = 5e-4
     decay: float = 0.3
     decay_at: tuple[float, ...] = (0.4, 0.7, 0.9)
+    normalization: str = "half"
 
 
 class MetaTester:
@@ -63,6 +64,11 @@ class MetaTester:
         The head and the batch-norm statistics are new. `initialization` maps names of the body's parameters to tensors;
         an empty one leaves the random body of `seed`: training from scratch.
         """
+        net, scale = self.fine_tune(initialization, seed)
+        return self.test(net, scale)
+
+    def fine_tune(self, initialization: Mapping[str, Tensor], seed: int) -> tuple[torch.nn.Module, Scale]:
+        """The net that `accuracy` tests, and how its images are normalised."""
         settings = self.settings
         name = self.task.name
         net = new_net(self.make_net, len(self.task.classes), seed=seed, head=("meta-test", name))
@@ -82,6 +88,7 @@ class MetaTester:
             size=settings.size,
             padding=settings.padding,
             flip=self.task.flip,
+            normalization=settings.normalization,
             device=self.device,
             seed=task_seed(seed, "meta-test", name),
         )
@@ -100,16 +107,19 @@ class MetaTester:
             loss(net, x, y, self.precision).backward()
             optimizer.step()
             schedule.step()
-        return self._test(net)
+        return net, batches.scale
 
     @torch.inference_mode()
-    def _test(self, net: torch.nn.Module) -> float:
+    def test(self, net: torch.nn.Module, scale: Scale = None) -> float:
+        """Fraction of the test set that a net classifies correctly."""
         net.eval()
         correct = 0
         for start in range(0, len(self.test_labels), 500):
             chosen = slice(start, start + 500)
             images = resize(self.test_images[chosen].to(self.device), self.settings.size)
-            correct += (logits(net, normalize(images), self.precision).argmax(1) == self.test_labels[chosen]).sum()
+            correct += (
+                logits(net, normalize(images, scale), self.precision).argmax(1) == self.test_labels[chosen]
+            ).sum()
         return int(correct) / len(self.test_labels)
 
 

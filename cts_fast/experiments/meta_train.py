@@ -29,7 +29,9 @@ class MetaTrainSettings:
     horizon: inner steps per round (K); rounds: M; size: side length of the images, None for each task's own;
     padding: of the random crop, None for 4 up to 32 pixels and 8 above; lr, momentum, weight_decay: inner SGD without
     Nesterov; held_back: fraction of each task's training images that no inner step sees, for methods that need
-    held-out losses (the same for every method).
+    held-out losses (the same for every method); normalization: see `cts_fast.experiments.batches.SCALES`;
+    reset_momentum: whether a reset clears the momentum of the shared parameters too. Heads, their momentum and
+    batch-norm statistics go on.
     """
 
     horizon: int
@@ -41,6 +43,8 @@ class MetaTrainSettings:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     held_back: float = 0.1
+    normalization: str = "half"
+    reset_momentum: bool = True
 
     @property
     def steps(self) -> int:
@@ -129,7 +133,8 @@ class MetaTrainer:
             for net in self.nets:
                 net.body.load_state_dict(start)
         self.batches, self.held_out = _split_batches(tasks, settings, seed, device)
-        settings_of_all = {name: getattr(settings, name) for name in ("lr", "momentum", "weight_decay", "horizon")}
+        shared = ("lr", "momentum", "weight_decay", "horizon", "reset_momentum")
+        settings_of_all = {name: getattr(settings, name) for name in shared}
         if capture:
             settings_of_all["capturable"] = True
         self.optimizer = method(
@@ -279,6 +284,7 @@ def _split_batches(
             size=settings.size,
             padding=settings.padding,
             flip=task.flip,
+            normalization=settings.normalization,
             device=device,
         )
         inner.append(make(part=order[held:], seed=task_seed(seed, "train", task.name)))

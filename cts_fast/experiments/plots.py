@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from cts_fast.experiments.files import save_figure
 from cts_fast.experiments.statistics import mean_and_interval, paired_differences
+from cts_fast.experiments.weights import UNTRAINED
 
 # Okabe and Ito's colours, which remain distinct to the colour-blind; one per method, the same in every figure.
 _COLOURS = (
@@ -22,7 +23,7 @@ _COLOURS = (
     "#4D4D4D",
     "#7A2048",
 )
-_SCRATCH = "#9A9A9A"
+_SCRATCH, _GIVEN = "#9A9A9A", "#1A1A1A"  # without meta-training: a random body, the given weights
 Layout = Literal["constrained", "compressed", "tight"]  # how matplotlib places the plots of a figure
 
 
@@ -55,9 +56,11 @@ def _bare(axes: Any) -> None:
 
 
 def colours(methods: Sequence[str]) -> dict[str, str]:
-    """Method to colour; `scratch` is grey."""
-    named = [method for method in methods if method != "scratch"]
-    return {"scratch": _SCRATCH} | {method: _COLOURS[i % len(_COLOURS)] for i, method in enumerate(named)}
+    """Method to colour; without meta-training `scratch` is grey, `none` nearly black."""
+    named = [method for method in methods if method not in UNTRAINED]
+    return {"scratch": _SCRATCH, "none": _GIVEN} | {
+        method: _COLOURS[i % len(_COLOURS)] for i, method in enumerate(named)
+    }
 
 
 def smooth(values: Sequence[float], weight: float) -> list[float]:
@@ -92,7 +95,7 @@ def convergence(
 def accuracy_vs_steps(
     path: Path,
     points: Mapping[str, Mapping[int, Sequence[float]]],
-    scratch: Sequence[float],
+    untrained: Mapping[str, Sequence[float]],
     labels: Mapping[str, str],
     *,
     reference: str,
@@ -100,8 +103,8 @@ def accuracy_vs_steps(
 ) -> None:
     """Held-out accuracy against meta-training steps spent, and below it what `reference` is ahead of the others.
 
-    points: method to step to accuracies (fractions, one per seed, the same seeds for all); seeds: "fine-tuning" or
-    "meta-training".
+    points: method to step to accuracies (fractions, one per seed, the same seeds for all); untrained: what was not
+    meta-trained to its accuracies; seeds: "fine-tuning" or "meta-training".
     """
     rows = min(len(points), 2)
     figure, grid = new_figure(rows, 1, 7, 3 + 2 * rows, ratios=[2, 1][:rows])
@@ -117,12 +120,11 @@ def accuracy_vs_steps(
         if method != reference:
             ahead = {step: paired_differences(points[reference][step], values) for step, values in by_step.items()}
             _curve(bottom, ahead, aside, palette[method])
-    centre, half = mean_and_interval(scratch)
-    top.axhline(100 * centre, color=_SCRATCH, linestyle="--", label=labels["scratch"])
-    if math.isfinite(half):
-        top.axhspan(100 * (centre - half), 100 * (centre + half), color=_SCRATCH, alpha=0.15, linewidth=0)
+    for name, values in untrained.items():
+        _level(top, values, palette[name], labels[name])
     top.set_ylabel("accuracy after fine-tuning, %")
-    top.set_title(f"Held-out tasks: mean accuracy, {_intervals(scratch, seeds)}")
+    values = points[reference][steps[-1]]
+    top.set_title(f"Held-out tasks: mean accuracy, {intervals(values, seeds)}")
     for (axes,) in grid:
         _bare(axes)
         axes.set_xscale("log", base=2)
@@ -143,6 +145,53 @@ def _curve(axes: Any, by_step: Mapping[int, Sequence[float]], aside: float, colo
     style = {"marker": "o", "markersize": 5, "linewidth": 2, "elinewidth": 1, "capsize": 3}
     x, y = [step * aside for step in by_step], [100 * centre for centre in centres]
     axes.errorbar(x, y, _bars(halves), color=colour, label=label or None, **style)
+
+
+def _level(axes: Any, values: Sequence[float], colour: str, label: str = "") -> None:
+    """A line across at the mean, with its interval, of values in percent."""
+    centre, half = mean_and_interval(values)
+    axes.axhline(100 * centre, color=colour, linestyle="--", label=label or None)
+    if math.isfinite(half):
+        axes.axhspan(100 * (centre - half), 100 * (centre + half), color=colour, alpha=0.15, linewidth=0)
+
+
+def by_target(
+    path: Path,
+    curves: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]],
+    labels: Mapping[str, str],
+    *,
+    x: str,
+    y: str,
+    title: str,
+    levels: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> None:
+    """A plot for each held-out task: method to x to fractions (one per seed), on a log axis of x.
+
+    curves: by held-out task; levels: by held-out task, method to the values of a line across; x, y: what the axes are.
+    """
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure, grid = new_figure(rows, columns, 1 + 3.2 * columns, 1.3 + 2.5 * rows)
+    for axes in grid.flat[len(curves) :]:
+        axes.set_visible(False)
+    for axes, (target, methods) in zip(grid.flat, curves.items(), strict=False):
+        across = (levels or {}).get(target, {})
+        palette = colours([*methods, *across])
+        _bare(axes)
+        for name, values in across.items():
+            _level(axes, values, palette[name], labels[name])
+        for method, points in methods.items():
+            _curve(axes, dict(sorted(points.items())), 1.0, palette[method], labels[method])
+        ticks = sorted({point for points in methods.values() for point in points})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30 if len(ticks) > 4 else 0, fontsize="small")
+        axes.minorticks_off()
+        axes.set_title(target, fontsize="medium")
+    figure.suptitle(f"{title}\nagainst {x}, log scale", fontsize="medium")  # under the plots it would hide the legend
+    figure.supylabel(y, fontsize="medium")
+    handles, named = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, named, frameon=False, ncols=2 if columns < 3 else 3, loc="outside lower center")
+    save_figure(path, figure)
 
 
 def final_accuracy(
@@ -170,13 +219,13 @@ def final_accuracy(
     axes.set_xticks(range(len(targets)), targets)
     axes.set_ylim(bottom=max(0.0, 10 * math.floor(10 * lowest - 0.5)))
     axes.set_ylabel("accuracy after fine-tuning, %" + (" (axis cut)" if axes.get_ylim()[0] else ""))
-    axes.set_title(f"Held-out tasks: accuracy by initialization, {_intervals(accuracy[methods[0]][targets[0]], seeds)}")
+    axes.set_title(f"Held-out tasks: accuracy by initialization, {intervals(accuracy[methods[0]][targets[0]], seeds)}")
     axes.grid(axis="x", visible=False)
     figure.legend(frameon=False, ncols=2 if len(methods) < 6 else 4, loc="outside lower center")
     save_figure(path, figure)
 
 
-def _intervals(values: Sequence[float], seeds: str) -> str:
+def intervals(values: Sequence[float], seeds: str) -> str:
     """Over what the intervals of a figure are."""
     return f"95 % intervals over {len(values)} {seeds} seeds" if len(values) > 1 else f"one {seeds} seed"
 

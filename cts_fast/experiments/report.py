@@ -1,4 +1,4 @@
-"""What a run of `resnet20` leaves behind: results.json, initializations, figures and the printed table."""
+"""What a run of an image program leaves behind: results.json, initializations, figures and the printed table."""
 
 import math
 import textwrap
@@ -10,11 +10,12 @@ from pathlib import Path
 from cts_fast.experiments import plots
 from cts_fast.experiments.experiment import Experiment
 from cts_fast.experiments.files import save_tensors, write_json
-from cts_fast.experiments.settings import labels
+from cts_fast.experiments.settings import LABELS, labels
 from cts_fast.experiments.signals import Stop
 from cts_fast.experiments.statistics import mean_and_interval, paired_differences, per_seed_mean
 
 Accuracy = Mapping[str, Mapping[str, Sequence[float]]]  # method to held-out task to fractions, one per seed
+Files = list[tuple[str, Callable[[Path], None]]]
 PAIRED = (
     "Differences of the last column, paired: with equal fine-tuning seeds, images, batches and last layers are equal. "
     "The interval is over these seeds. All is of one meta-training seed, and what another one would change is not in "
@@ -42,6 +43,8 @@ def report(experiment: Experiment, out: Path, started: float, stop: Stop) -> Non
     stop.check()
     experiment.folder.finish()
     print(f"\n{table(accuracy, named)}\n")
+    for images in experiment.more_images:
+        print(f"Fine-tuned on {images:,} images:\n\n{table(experiment.final_accuracy(images), named)}\n")
     if best:
         print(f"{table_of_differences(accuracy, best, named)}\n\n{fill(PAIRED)}\n")
     print(f"{account(experiment)}\n")
@@ -54,16 +57,35 @@ def results(experiment: Experiment, accuracy: Accuracy) -> dict:
     return {
         "config": experiment.config,
         "ranks": experiment.team.size,
+        **meta_train(experiment),
+        "meta_test": by_method(accuracy),
+        **more_images(experiment),
+        "paired_differences": differences(accuracy, reference(experiment.methods)),
+    }
+
+
+def meta_train(experiment: Experiment) -> dict:
+    """Its part of results.json."""
+    return {
         "meta_train": {
             name: {"steps": curve.steps, "loss": [x if math.isfinite(x) else None for x in curve.mean]}
             for name, curve in experiment.curves.items()
-        },
-        "meta_test": {
-            name: {target: {"accuracy": values} for target, values in by_target.items()}
-            for name, by_target in accuracy.items()
-        },
-        "paired_differences": differences(accuracy, reference(experiment.methods)),
+        }
     }
+
+
+def by_method(accuracy: Accuracy) -> dict:
+    """Accuracies as results.json has them."""
+    return {
+        name: {target: {"accuracy": values} for target, values in by_target.items()}
+        for name, by_target in accuracy.items()
+    }
+
+
+def more_images(experiment: Experiment) -> dict:
+    """The meta-test with other numbers of images, number to accuracies; nothing where there is one number."""
+    found = {str(images): by_method(experiment.final_accuracy(images)) for images in experiment.more_images}
+    return {"meta_test_by_images": found} if found else {}
 
 
 def reference(methods: Iterable[str]) -> str | None:
@@ -80,12 +102,19 @@ def differences(accuracy: Accuracy, of: str | None) -> dict[str, dict[str, list[
     return {of: {name: paired_differences(means[of], values) for name, values in means.items() if name != of}}
 
 
-def initializations(experiment: Experiment, best: str | None) -> list[tuple[str, Callable[[Path], None]]]:
-    """(name, what writes it) of one file per method, and of `initialization.safetensors` for the method `best`."""
+def initializations(experiment: Experiment, best: str | None) -> Files:
+    """(name, what writes it) of one file per method, and of `initialization.safetensors` for the method `best`.
+
+    Of a method that trains one task also its body with batch-norm statistics, which are fit to be given as --weights.
+    """
     files = [("initialization", best)] if best else []
     files += [(f"initialization-{name}", name) for name in experiment.methods]
     last = experiment.train.steps
-    return [
+    bodies = [
+        (f"body-{name}.safetensors", partial(save_tensors, tensors=body, metadata={"method": name}))
+        for name, body in experiment.bodies.items()
+    ]
+    return bodies + [
         (
             f"{file}.safetensors",
             partial(save_tensors, tensors=experiment.snapshots[name][last], metadata={"method": name}),
@@ -94,23 +123,65 @@ def initializations(experiment: Experiment, best: str | None) -> list[tuple[str,
     ]
 
 
-def drawings(
-    experiment: Experiment, accuracy: Accuracy, named: Mapping[str, str]
-) -> list[tuple[str, Callable[[Path], None]]]:
+def drawings(experiment: Experiment, accuracy: Accuracy, named: Mapping[str, str]) -> Files:
     """(name, what draws it) of the plots."""
-    drawn = [("accuracy.png", lambda path: plots.final_accuracy(path, accuracy, named, seeds="fine-tuning"))]
+    over = "fine-tuning"
+    drawn: Files = [("accuracy.png", lambda path: plots.final_accuracy(path, accuracy, named, seeds=over))]
     best = reference(experiment.methods)
-    if best:
-        curves = {name: (curve.steps, curve.mean) for name, curve in experiment.curves.items()}
-        points = {
-            name: {step: per_seed_mean(experiment.accuracy_at(name, step)) for step in kept}
-            for name, kept in experiment.snapshots.items()
-        }
-        scratch = per_seed_mean(accuracy["scratch"])
-        vs_steps = partial(plots.accuracy_vs_steps, reference=best, seeds="fine-tuning")
-        drawn.append(("convergence.png", lambda path: plots.convergence(path, curves, named)))
-        drawn.append(("accuracy-vs-steps.png", lambda path: vs_steps(path, points, scratch, named)))
+    if best is None:
+        return drawn
+    curves = {name: (curve.steps, curve.mean) for name, curve in experiment.curves.items()}
+    tested = {
+        name: {step: experiment.accuracy_at(name, step) for step in sorted(kept)}
+        for name, kept in experiment.snapshots.items()
+    }
+    levels = {name: accuracy[name] for name in experiment.untrained}
+    means = {name: {step: per_seed_mean(found) for step, found in steps.items()} for name, steps in tested.items()}
+    across = {name: per_seed_mean(found) for name, found in levels.items()}
+    vs_steps = partial(plots.accuracy_vs_steps, reference=best, seeds=over)
+    drawn.append(("convergence.png", lambda path: plots.convergence(path, curves, named)))
+    by_target = partial(plots.by_target, labels=named, y="accuracy after fine-tuning, %")
+    by_steps = partial(
+        by_target,
+        curves=turned(tested),
+        levels={task.name: {name: found[task.name] for name, found in levels.items()} for task in experiment.targets},
+        x="meta-training steps spent (inner steps of each task)",
+        title=f"Each held-out task, {plots.intervals(next(iter(across.values())), over)}",
+    )
+    if len(experiment.snapshot_steps) > 1:
+        drawn.append(("accuracy-vs-steps.png", lambda path: vs_steps(path, means, across, named)))
+        drawn.append(("accuracy-vs-steps-by-task.png", by_steps))
+    if experiment.more_images:
+        drawn.append(("gain-by-images.png", partial(plots.by_target, labels=named, **gain_by_images(experiment))))
     return drawn
+
+
+def turned(tested: Mapping[str, Mapping[int, Mapping[str, Sequence[float]]]]) -> dict:
+    """From method to number to held-out task, to held-out task to method to number."""
+    targets = dict.fromkeys(target for points in tested.values() for found in points.values() for target in found)
+    return {
+        target: {name: {x: found[target] for x, found in points.items()} for name, points in tested.items()}
+        for target in targets
+    }
+
+
+def gain_by_images(experiment: Experiment) -> dict:
+    """What a figure as the paper's Figure 9 shows: points gained over the start without meta-learning, paired."""
+    base = "none" if "none" in experiment.untrained else next(iter(experiment.untrained))
+    sizes = {images or experiment.test.images or 0: images for images in (None, *experiment.more_images)}
+    gains: dict = {}
+    for count, images in sorted(sizes.items()):
+        accuracy = experiment.final_accuracy(images)
+        for name in experiment.methods:
+            gains.setdefault(name, {})[count] = {
+                target: paired_differences(values, accuracy[base][target]) for target, values in accuracy[name].items()
+            }
+    return {
+        "curves": turned(gains),
+        "x": "training images of the held-out task",
+        "y": f"ahead of {LABELS[base]}, points",
+        "title": "What meta-training adds, by the number of images",
+    }
 
 
 def table(accuracy: Accuracy, named: Mapping[str, str]) -> str:

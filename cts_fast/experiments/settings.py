@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cts_fast.experiments.meta_test import MetaTestSettings
 from cts_fast.experiments.meta_train import MetaTrainSettings
@@ -22,7 +22,6 @@ LABELS = {
     "scratch": "no meta-learning (scratch)",
     "none": "the given weights, no meta-learning",
 }
-UNTRAINED = ("scratch", "none")  # what is meta-tested without meta-training
 
 
 def method_of(name: str) -> str:
@@ -57,23 +56,45 @@ def labels(names: Sequence[str], meta_lr: Mapping[str, float]) -> dict[str, str]
 class Preset:
     """Settings of both phases.
 
-    meta_lr: beta by method; snapshots: number of points on the accuracy curve; methods: those of a run that names none.
+    meta_lr: beta by method; snapshots: fractions of the steps at which phi is meta-tested; methods: those of a run that
+    names none; sources: tasks that `finetune` trains on, if the run has them.
     """
 
     train: MetaTrainSettings
     test: MetaTestSettings
     meta_lr: Mapping[str, float]
-    snapshots: int
+    snapshots: tuple[float, ...]
     methods: tuple[str, ...]
+    sources: tuple[str, ...] = ()
 
 
-def snapshot_steps(train: MetaTrainSettings, points: int) -> list[int]:
-    """The last step, and before each point one at half its steps; whole rounds, but for points within the first.
+def halvings(points: int) -> tuple[float, ...]:
+    """1, 1/2, 1/4, ... : that many."""
+    return tuple(0.5**i for i in range(points))
+
+
+def snapshot_steps(train: MetaTrainSettings, fractions: Sequence[float]) -> list[int]:
+    """Steps at these fractions of meta-training; whole rounds, but for points within the first.
 
     Within a round a method that updates once a round has spent steps and not used them yet: no fair point to look at.
     """
-    halved = [train.steps >> i for i in range(points)]
-    return [step - step % train.horizon if step > train.horizon else step for step in halved if step]
+    steps = [math.floor(train.steps * fraction) for fraction in fractions]
+    return [step - step % train.horizon if step > train.horizon else step for step in steps if step]
+
+
+def of_horizons(train: MetaTrainSettings, horizons: Sequence[int]) -> list[MetaTrainSettings]:
+    """The same number of steps in rounds of each length; `train.rounds` counts those of the longest.
+
+    Raises ValueError for a horizon that does not divide the steps.
+    """
+    steps = max(horizons) * train.rounds
+    uneven = [horizon for horizon in horizons if steps % horizon]
+    if uneven:
+        raise ValueError(
+            f"--horizon {uneven[0]} does not divide the {steps:,} steps that every horizon gets "
+            f"({train.rounds} rounds of {max(horizons)}): choose others, or another --rounds"
+        )
+    return [replace(train, horizon=horizon, rounds=steps // horizon) for horizon in horizons]
 
 
 def _of_small_images(
@@ -84,14 +105,18 @@ def _of_small_images(
     cts, reptile: their beta, the only tuned ones; the ablations have that of cts. seeds: fine-tuning runs.
     """
     untuned = {"fomaml": 0.1, "fomaml++": 0.1, "imaml": 0.1, "leap": 0.1, "mtl": 1.0}
-    shifting = dict.fromkeys(("cts", "no-shift", "random-shift", "cts-accurate"), cts)
     return Preset(
         MetaTrainSettings(horizon, rounds, batch_size=16, size=16, padding=1),
         MetaTestSettings(steps=50, seeds=seeds, images=500, batch_size=32, size=16, padding=1),
-        {**untuned, **shifting, "reptile": reptile},
-        snapshots,
+        {**untuned, **_shifting(cts), "reptile": reptile},
+        halvings(snapshots),
         methods,
     )
+
+
+def _shifting(beta: float) -> dict[str, float]:
+    """The method and what differs from it in one point share its beta."""
+    return dict.fromkeys(("cts", "no-shift", "random-shift", "cts-accurate"), beta)
 
 
 _BOTH = ("cts", "reptile")
@@ -102,23 +127,40 @@ PRESETS = {
     "quick": _of_small_images(100, 5, cts=0.1, reptile=3.0, seeds=3, snapshots=3, methods=_BOTH),
     # The time to see where the curves go, and Reptile at its best beta up to 1 as well: up to an hour on two CPU cores.
     "long": _of_small_images(200, 20, cts=0.06, reptile=2.0, seeds=5, snapshots=8, methods=(*_BOTH, "reptile@1")),
-    # The paper's image experiments (section 4.2): GPU days.
+    # The paper's section 4.2: GPU days. What is the paper's and what ours: README.md in cts_fast/examples.
     "paper": Preset(
         MetaTrainSettings(horizon=1000, rounds=200),
         MetaTestSettings(steps=1000),
-        {
-            "cts": 0.01,
-            "reptile": 1.0,
-            "fomaml": 0.01,
-            "fomaml++": 0.01,
-            "imaml": 0.1,
-            "leap": 0.1,
-            "mtl": 1.0,
-            "no-shift": 0.01,
-            "random-shift": 0.01,
-            "cts-accurate": 0.01,
-        },
-        snapshots=8,
+        {"fomaml": 0.01, "fomaml++": 0.01, "imaml": 0.1, "leap": 0.1, "mtl": 1.0, **_shifting(0.01), "reptile": 1.0},
+        snapshots=(0.025, 0.05, 0.125, 0.25, 0.5, 0.75, 1.0),  # 5,000 to 200,000 steps
         methods=_BOTH,
+        sources=("tiny_imagenet_a", "tiny_imagenet_b"),
     ),
+}
+
+# The paper's section 4.3: better than weights that were pretrained on ImageNet.
+_IMAGENET = Preset(
+    MetaTrainSettings(
+        horizon=1000, rounds=50, batch_size=256, weight_decay=0.0, held_back=0.0, normalization="imagenet"
+    ),
+    MetaTestSettings(
+        steps=1000, images=1000, batch_size=256, lr=0.01, weight_decay=1e-4, decay=0.2, normalization="own"
+    ),
+    {"fomaml": 0.01, "fomaml++": 0.01, "imaml": 0.1, "leap": 0.1, "mtl": 1.0, **_shifting(0.001), "reptile": 1.0},
+    snapshots=(1.0,),
+    methods=("none", "mtl", "reptile", "cts"),
+)
+
+
+def _imagenet_of_small_images(horizon: int, rounds: int, test_steps: int, seeds: int) -> Preset:
+    """The same protocol at 32 pixels for a CPU: shorter, in smaller batches; nothing is tuned for it."""
+    train = replace(_IMAGENET.train, horizon=horizon, rounds=rounds, batch_size=32, size=32)
+    test = replace(_IMAGENET.test, steps=test_steps, seeds=seeds, images=500, batch_size=64, size=32)
+    return replace(_IMAGENET, train=train, test=test)
+
+
+IMAGENET_PRESETS = {
+    "quick": _imagenet_of_small_images(50, 4, test_steps=50, seeds=2),
+    "long": _imagenet_of_small_images(200, 10, test_steps=200, seeds=5),
+    "paper": _IMAGENET,
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 from cts_fast.experiments.files import first_line, sha256_of
 from cts_fast.models.by_name import Model
 
+UNTRAINED = ("scratch", "none")  # what is meta-tested without meta-training
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms
 SHOWN = 5  # names of tensors in a message
 
@@ -32,7 +33,7 @@ class Weights:
     statistics: bool
 
 
-def untrained(weights: Weights | None) -> dict[str, Mapping[str, Tensor]]:
+def untrained_phis(weights: Weights | None) -> dict[str, Mapping[str, Tensor]]:
     """Name to the initialization of what is meta-tested without meta-training; an empty one is a random body."""
     return {"scratch": {}} | ({"none": weights.parameters} if weights else {})
 

@@ -79,6 +79,11 @@ def test_what_is_wrong_with_a_folder_is_named(root, tmp_path):
     refused("birds has no folder 'test'")
     shutil.rmtree(root / "birds")
     refused("'birds'; it has: cars", ValueError)
+    (root / "empty/one").mkdir(parents=True)
+    (root / "empty/other").mkdir()
+    with pytest.raises(DamagedFile, match="empty/one holds no image to train on"):
+        load_suite("folder", root, ["empty"])
+    shutil.rmtree(root / "empty")
     shutil.rmtree(root / "cars/new")
     with pytest.raises(DamagedFile, match="1 classes, and a task needs two"):
         load_suite("folder", root)

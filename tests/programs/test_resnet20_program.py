@@ -20,10 +20,10 @@ from torchvision.models import shufflenet_v2_x0_5
 from cts_fast.baselines import METHODS
 from cts_fast.data import suite
 from cts_fast.examples import resnet20, tune
-from cts_fast.experiments import plots
+from cts_fast.experiments import plots, protocol
 from cts_fast.experiments.experiment import Experiment
 from cts_fast.experiments.meta_train import MetaTrainer, MetaTrainSettings
-from cts_fast.experiments.settings import LABELS, PRESETS, method_of, snapshot_steps
+from cts_fast.experiments.settings import LABELS, PRESETS, halvings, method_of, snapshot_steps
 from cts_fast.models.resnet20 import ResNet20
 
 SMALL = ["--suite", "tiny", "--horizon", "2", "--rounds", "2", "--test-steps", "2", "--test-seeds", "2"]
@@ -147,7 +147,8 @@ def test_one_run_holds_a_method_at_several_step_sizes(tmp_path, capsys):
 
 def test_the_preset_names_the_methods_of_a_run_that_names_none():
     arguments = ["--preset", "long", "--suite", "tiny"]
-    names = resnet20.chosen_methods(resnet20.parser().parse_args(arguments))
+    args = protocol.parser(resnet20.PROGRAM).parse_args(arguments)
+    names = protocol.chosen_methods(args, PRESETS["long"])
     assert names == list(PRESETS["long"].methods) and len({method_of(name) for name in names}) == 2
 
 
@@ -165,7 +166,7 @@ def test_every_preset_has_a_step_size_for_every_method():
     ],
 )
 def test_accuracy_is_measured_at_halved_steps_and_after_whole_rounds(horizon, rounds, points, expected):
-    assert sorted(snapshot_steps(MetaTrainSettings(horizon, rounds), points)) == expected
+    assert sorted(snapshot_steps(MetaTrainSettings(horizon, rounds), halvings(points))) == expected
 
 
 def test_two_runs_with_one_seed_give_bit_equal_phi(finished, tmp_path):
@@ -417,3 +418,13 @@ def test_tuning_never_touches_held_out_tasks(tmp_path, capsys):
     assert set(results["mean"]) == {"cts@0.1", "reptile@0.5", "reptile@1", "scratch"}
     assert all(set(by_task) == {"stripes", "dots", "waves"} for by_task in results["accuracy"].values())
     assert "mean accuracy on 3 validation tasks" in capsys.readouterr().out
+
+
+def test_tuning_takes_some_of_the_tasks_at_a_size(tmp_path):
+    small = ["--suite", "tiny", "--horizon", "2", "--rounds", "1", "--test-steps", "2", "--grid", "cts=0.1"]
+    small += ["--model", "support.nets:SmallNet", "--tasks", "waves,stripes", "--size", "8"]
+    assert tune.main([*small, "--out", str(tmp_path)]) == 0
+    config = json.loads((tmp_path / "fold0" / "config.json").read_text())
+    assert config["meta_train"]["size"] == config["meta_test"]["size"] == 8
+    accuracy = json.loads((tmp_path / "tune.json").read_text())["accuracy"]
+    assert all(list(by_task) == ["waves", "stripes"] for by_task in accuracy.values())
