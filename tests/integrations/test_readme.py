@@ -1,4 +1,4 @@
-"""The README's snippets run as they stand."""
+"""The snippets of the README and of the page on integrations run as they stand."""
 
 import copy
 import os
@@ -14,9 +14,10 @@ from torch import nn
 
 from cts_fast import ShiftingMetaOptimizer
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-SECTION = README.partition("## Using it with")[2].partition("\n## ")[0]
-SNIPPETS = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+INTEGRATIONS = (ROOT / "cts_fast" / "examples" / "INTEGRATIONS.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", INTEGRATIONS, re.DOTALL)
 KEYS = ["GradScaler", "compile", "AveragedModel", "checkpoint", "lightning", "accelerate"]
 
 
