@@ -337,7 +337,7 @@ def test_validation_tests_on_training_images_only(everything, tmp_path):
         parser.add_argument(name, type=cli.names)
     common = ["--suite", "paper", "--data-root", str(root), "--partial", "--cache-dir", str(tmp_path)]
     args = parser.parse_args([*common, "--tasks", "cub", "--targets", "quickdraw", "--validation"])
-    (_,), (target,) = cli.choose_tasks(args)
+    (_,), (target,) = cli.choose_tasks(args, None)
     assert (len(target.train), len(target.test)) == (18, 2)  # a tenth of ten drawings of each class
     assert target.test.labels.tolist() == [0, 2]
     assert cli.about_data(args, (target,)) == {"validation": True, "images": {"quickdraw": [18, 2]}}

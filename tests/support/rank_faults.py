@@ -1,4 +1,4 @@
-"""What the ranks of tests/distributed/test_faults.py run: faults of one rank, and what becomes of all."""
+"""What the ranks of tests/distributed/test_rank_faults.py run: faults of one rank, and what becomes of all."""
 
 from __future__ import annotations
 
