@@ -340,7 +340,11 @@ def test_validation_tests_on_training_images_only(everything, tmp_path):
     (_,), (target,) = cli.choose_tasks(args, None)
     assert (len(target.train), len(target.test)) == (18, 2)  # a tenth of ten drawings of each class
     assert target.test.labels.tolist() == [0, 2]
-    assert cli.about_data(args, (target,)) == {"validation": True, "images": {"quickdraw": [18, 2]}}
+    assert cli.about_data(args, (target,)) == {
+        "validation": True,
+        "images": {"quickdraw": [18, 2]},
+        "pixels": {"quickdraw": [28, 28]},
+    }
 
 
 def test_importing_and_naming_data_sets_starts_no_download_and_needs_torch_alone(tmp_path):
