@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -36,17 +36,113 @@ class Team:
         torchrun has started the program anew.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.rank, self.size, self.device = 0, 1, device
+    def __init__(self) -> None:
+        self.rank, self.size, self.device = 0, 1, "cpu"
         self.group: Any = None
         self.patient: Any = None  # the same ranks: one that is gone is noticed, one that is slow may take its time
         self.launch, self.restarts = "", 0
-        self.store: dist.Store | None = None
+        self.agents: dist.Store | None = None  # torchrun's own, which outlives this start
+        self.store: dist.Store | None = None  # of this start
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, which shows progress and writes what all have found."""
         return self.rank == 0
+
+    def meet(self, device: str = "cpu", timeout: float = TIMEOUT) -> None:
+        """Make the group of all ranks, and choose this one's device.
+
+        device: "cuda" gives each rank the GPU of its number on its machine. timeout: seconds that a rank waits for
+        another. Raises RankError where the ranks do not find each other, ValueError for a device that several ranks
+        cannot share. Nothing to wait for is left to torch.distributed before all ranks are there: it hears no signal.
+        """
+        self.device = device
+        if self.size == 1:
+            return
+        wait, end = timedelta(seconds=timeout), time.monotonic() + timeout
+        with waiting_for_others(self.rank, self.size, "the start of the group"):
+            self.agents, _, _ = next(dist.rendezvous("env://", timeout=wait))
+            self._find_each_other(self.agents, end)
+        self.device = self._own(device)
+        with waiting_for_others(self.rank, self.size, "the start of the group"):
+            assert self.store is not None  # they have found each other
+            self.store.set(f"ready/{self.rank}", "")
+            self._wait(self.store, "ready", end)
+            backend = "cpu:gloo,cuda:nccl" if self.device.startswith("cuda") else "gloo"
+            store = dist.PrefixStore("group", self.store)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=wait)
+            self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.group = dist.group.WORLD
+        self.restarts = max(self.gather(self.restarts))  # a machine whose ranks were well has not counted
+
+    def _find_each_other(self, agents: dist.Store, end: float) -> None:
+        """A store that the ranks of this start share, and those of no other one.
+
+        torchrun starts ranks anew with the store of those before them, and old keys would lead the new ranks to
+        addresses where nobody is; how often it has done so is not the same number on all machines. So each rank says
+        hello under a name that nobody had, and rank 0 tells each name that it finds what this start is called, its own
+        name, until all have come.
+        """
+        name = uuid4().hex
+        agents.set(f"hello/{self.rank}", name)
+        try:
+            if self.is_first:
+                self.store = dist.PrefixStore(name, agents)
+                self._wait(self.store, "here", end, lambda: self._welcome(agents, name))
+                return
+            while not agents.check([f"welcome/{name}"]):
+                self._named(agents, 0)
+                _pause(end, "rank 0")
+        except BaseException:
+            agents.set(f"gone/{name}", str(self.restarts))
+            raise
+        self.store = dist.PrefixStore(agents.get(f"welcome/{name}").decode(), agents)
+        self.store.set(f"here/{self.rank}", "")
+
+    def _welcome(self, agents: dist.Store, start: str) -> None:
+        for rank in range(1, self.size):
+            if found := self._named(agents, rank):
+                agents.set(f"welcome/{found}", start)
+
+    def _named(self, agents: dist.Store, rank: int) -> str:
+        """The name under which a rank says hello, of an earlier start maybe; "" if it has not come yet.
+
+        Raises RuntimeError where it was there in this start and has gone.
+        """
+        if not agents.check([f"hello/{rank}"]):
+            return ""
+        found = agents.get(f"hello/{rank}").decode()
+        if agents.check([f"gone/{found}"]) and agents.get(f"gone/{found}").decode() == str(self.restarts):
+            raise RuntimeError(f"rank {rank} has gone")
+        return found
+
+    def _wait(self, store: dist.Store, what: str, end: float, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Until all other ranks are ``here`` or ``ready``; raises RuntimeError where one has ended, or is late."""
+        missing = {rank for rank in range(self.size) if rank != self.rank and (self.is_first or what == "ready")}
+        while missing := {rank for rank in missing if not store.check([f"{what}/{rank}"])}:
+            if store.check([ENDED]):
+                raise RuntimeError(f"rank {store.get(ENDED).decode().split()[0]} has ended")
+            meanwhile()
+            _pause(end, f"rank {min(missing)}")
+
+    def _own(self, device: str) -> str:
+        """This rank's device."""
+        try:
+            where = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"--device {device} is none: {str(error).splitlines()[0]}") from None
+        if where.type != "cuda":
+            return device
+        if where.index is not None:
+            raise ValueError(f"--device {device}: every rank takes a GPU of its own; give --device cuda")
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(
+                f"--device cuda: rank {self.rank} is number {local} on its machine and finds {count} GPUs there; every "
+                "rank takes one of its own"
+            )
+        torch.cuda.set_device(local)
+        return f"cuda:{local}"
 
     def gather(self, value: T, patiently: bool = False) -> list[T]:
         """What every rank gives, in their order. patiently: behind work that may take one rank much longer than others.
@@ -59,6 +155,15 @@ class Team:
         with waiting_for_others(self.rank, self.size, "an exchange"):
             dist.all_gather_object(found, value, group=self.patient if patiently else self.group)
         return found
+
+    def note(self, fact: str) -> None:
+        """Remember a fact for as long as the launch lasts, however often torchrun starts ranks anew."""
+        if self.agents is not None:
+            self.agents.set(f"note/{fact}", "")
+
+    def has_noted(self, fact: str) -> bool:
+        """Whether a rank of this launch has noted this fact."""
+        return self.agents is not None and self.agents.check([f"note/{fact}"])
 
     def end(self, status: int) -> tuple[int, int]:
         """This rank ends otherwise than well: which rank was the first to do so, and with what exit status."""
@@ -82,69 +187,20 @@ class Team:
 ALONE = Team()
 
 
-def launched(device: str = "cpu", timeout: float = TIMEOUT) -> Team:
-    """The team that torchrun's environment describes, in a group of its own; without torchrun this process alone.
-
-    device: "cuda" gives each rank the GPU of its number on its machine. timeout: seconds that a rank waits for another.
-    Raises RankError where the ranks do not find each other, ValueError for a device that several ranks cannot share.
-    """
-    team = Team(device)
-    if not dist.is_torchelastic_launched():
-        return team
-    team.launch, team.restarts = os.environ["TORCHELASTIC_RUN_ID"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    team.rank, team.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if team.size == 1:
-        return team
-    where = torch.device(device)
-    if where.type == "cuda":
-        if where.index is not None:
-            raise ValueError(f"--device {device}: every rank takes a GPU of its own; give --device cuda")
-        team.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            raise ValueError(
-                f"--device cuda: rank {team.rank} finds no GPU of its own among {torch.cuda.device_count()} here; give "
-                "torchrun --nproc-per-node as many as there are"
-            )
-        torch.cuda.set_device(team.device)
-    wait = timedelta(seconds=timeout)
-    with waiting_for_others(team.rank, team.size, "the start of the group"):
-        store, rank, size = next(dist.rendezvous("env://", timeout=wait))
-        team.store = dist.PrefixStore(_this_start(store, rank, size, timeout), store)
-        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("group", team.store), rank=rank, world_size=size, timeout=wait
-        )
-        team.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    team.group = dist.group.WORLD
-    team.restarts = max(team.gather(team.restarts))  # a machine whose ranks were well has not counted
+def launched() -> Team:
+    """The team that torchrun's environment describes, whose ranks have not met yet; without it this process alone."""
+    team = Team()
+    if dist.is_torchelastic_launched():
+        team.launch, team.restarts = os.environ["TORCHELASTIC_RUN_ID"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        team.rank, team.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return team
 
 
-def _this_start(store: dist.Store, rank: int, size: int, timeout: float) -> str:
-    """A name that the ranks of this start agree on, and those of no other one.
-
-    torchrun starts ranks anew with the store of those before them, and old keys would lead the new ranks to addresses
-    where nobody is; how often it has done so is not the same number on all machines. So each rank says hello under a
-    name that nobody had, and rank 0 tells each name that it finds what this start is called, until all have come.
-    """
-    name, end = uuid4().hex, time.monotonic() + timeout
-    store.set(f"hello/{rank}", name)
-    if rank > 0:
-        start = store.get(f"welcome/{name}").decode()  # waits
-        store.set(f"here/{start}/{rank}", "")
-        return start
-    missing, known = set(range(1, size)), set()
-    while missing:
-        for other in missing:
-            found = store.get(f"hello/{other}").decode()
-            if found not in known:  # it may be of a rank that is gone
-                known.add(found)
-                store.set(f"welcome/{found}", name)
-        missing = {other for other in missing if not store.check([f"here/{name}/{other}"])}
-        if missing and time.monotonic() > end:
-            raise RuntimeError(f"rank {min(missing)} has not come within {timeout:g} seconds")
-        time.sleep(0.01)
-    return name
+def _pause(end: float, missing: str) -> None:
+    """A moment in which signals are heard; raises RuntimeError when it is too late."""
+    if time.monotonic() > end:
+        raise RuntimeError(f"{missing} has not come in time")
+    time.sleep(0.02)
 
 
 @contextmanager

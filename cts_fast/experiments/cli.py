@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -50,6 +50,8 @@ Prepared = TypeVar("Prepared", bound=HasFolder)
 
 DATA_EXTRAS = ("PIL", "numpy", "scipy", "torchvision", "tqdm")  # what reading data sets needs
 
+LONGEST = 30 * 24 * 3600.0  # seconds
+
 # Types of arguments
 
 
@@ -59,6 +61,14 @@ def names(text: str) -> list[str]:
     if not found:
         raise argparse.ArgumentTypeError("give at least one name")
     return found
+
+
+def seconds(text: str) -> float:
+    """A time above 0, up to thirty days."""
+    value = number(text)
+    if not 0 < value <= LONGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time above 0 and up to {LONGEST:g} seconds")
+    return value
 
 
 def positive(text: str) -> int:
@@ -113,10 +123,18 @@ def rates(text: str) -> dict[str, float]:
 # Arguments
 
 
+class Parser(argparse.ArgumentParser):
+    """Speaks once for all ranks, which have the same arguments."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if launched().is_first:
+            super()._print_message(message, file)
+
+
 def new_parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """The parser of a program: ``python -m module``, described by its docstring."""
     layout = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(  # options in full: the command to go on with is made of them
+    return Parser(  # options in full: the command to go on with is made of them
         prog=f"python -m {module}", description=description, formatter_class=layout, allow_abbrev=False
     )
 
@@ -168,7 +186,7 @@ def add_save_every(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--save-every", type=number, metavar="SECONDS", help=every_help)
     timeout_help = "under torchrun: how long a rank waits for one that trains with it (default: %(default)g)"
-    p.add_argument("--rank-timeout", type=number, default=TIMEOUT, metavar="SECONDS", help=timeout_help)
+    p.add_argument("--rank-timeout", type=seconds, default=TIMEOUT, metavar="SECONDS", help=timeout_help)
 
 
 def add_compute_arguments(p: argparse.ArgumentParser) -> None:
@@ -307,7 +325,8 @@ def list_data(args: argparse.Namespace) -> str:
 def show_data(p: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """All of a program that was asked to list data; returns the exit status."""
     try:
-        print(list_data(args))
+        if launched().is_first:
+            print(list_data(args))
     except (ValueError, OSError) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
     return 0
@@ -368,11 +387,11 @@ def run_program(
     prepare: from arguments, and the ranks that torchrun started, to what `run` works on, whose folder is closed at the
     end; `args.device` is this rank's by then. at_once: `run` never asks whether to stop, and knows no ranks.
     """
-    team, prepared = ALONE, None
+    team, prepared = launched(), None
     with stop_on_signals() as early:  # what comes between the phases, or while ranks end
         try:
             with stop_on_signals(at_once=True):  # data are fetched and decoded there, and nobody asks in between
-                team = launched(args.device, getattr(args, "rank_timeout", TIMEOUT))
+                team.meet(args.device, getattr(args, "rank_timeout", TIMEOUT))
                 args.device = team.device
                 if at_once and team.size > 1:
                     raise ValueError("this program runs in one process: start it without torchrun")

@@ -80,8 +80,11 @@ class RunFolder:
     def _take(self, overwrite: bool) -> None:
         """Make the folder this run's."""
         path, launch = self.path, self.path / LAUNCH
+        begun = f"begun {path}"
         if self._is_begun():
             self.resume, overwrite = True, False
+        elif self.team.restarts and self.team.has_noted(begun):
+            raise CheckpointError(f"{path} has lost the run that this launch began there: start it anew")
         if self.resume and not (path / CONFIG).exists() and not (path / CHECKPOINTS).exists():
             raise CheckpointError(f"there is no run to resume: {path / CONFIG} is missing; start it without --resume")
         self._lock()
@@ -101,6 +104,7 @@ class RunFolder:
             if self.team.launch:
                 with written(launch, "w") as file:
                     file.write(self.team.launch)
+                self.team.note(begun)
         except BaseException:
             self.close()
             raise

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 
+from cts_fast.distributed.launch import Team
 from cts_fast.experiments.checkpoint import CheckpointError
 from cts_fast.experiments.files import write_json
 from cts_fast.experiments.run_folder import RunFolder
@@ -125,3 +127,16 @@ def test_signals_ask_to_stop_and_ignored_ones_stay_ignored():
         signal.raise_signal(signal.SIGHUP)
     assert seen == [signal.SIGHUP] and signal.getsignal(signal.SIGHUP) == before
     signal.signal(signal.SIGHUP, outside)
+
+
+def test_a_run_that_was_taken_away_is_not_begun_anew_by_a_restart(tmp_path):
+    team = Team()
+    team.agents, team.launch = dist.HashStore(), "launch"
+    with RunFolder(tmp_path / "run", {}, team=team):
+        pass
+    shutil.rmtree(tmp_path / "run")
+    team.restarts = 1
+    with pytest.raises(CheckpointError, match="has lost the run that this launch began there"):
+        RunFolder(tmp_path / "run", {}, team=team)
+    with RunFolder(tmp_path / "other", {}, team=team):  # it was never begun
+        pass

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import soak
@@ -199,11 +200,31 @@ def test_what_ranks_cannot_do_is_said_before_anything_starts(tmp_path, launched)
     for size, arguments, words in (
         (4, [], "cts: 3 tasks cannot be spread over 4 ranks: give torchrun --nproc-per-node 3 or fewer"),
         (2, ["--seed", "{rank}"], "rank 1 was given something else than rank 0 (config.seed was 0, now 1)"),
+        (2, ["--device", "foo"], "--device foo is none"),
+        (2, ["--device", "cuda:7"], "--device cuda:7: every rank takes a GPU of its own"),
     ):
         launch = launched(size, tmp_path / "out", *arguments)
         assert launch.statuses == [2] * size and not (tmp_path / "out").exists()
         (line,) = launch.errors
         assert words in line
+
+
+def test_an_argument_that_is_wrong_is_told_once(tmp_path, launched):
+    launch = launched(2, tmp_path, "--rank-timeout", "0")
+    assert launch.statuses == [2, 2]
+    assert len([line for line in launch.errors if "is not a time above 0" in line]) == 1
+
+
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_signal_before_all_ranks_are_there_ends_all(tmp_path, stopped):
+    launch = Launch(tmp_path / "launch", 2, *SMALL, "--out", str(tmp_path / "out"), fault=launches.Late(1 - stopped))
+    while not launch.store.check([f"hello/{stopped}"]):
+        time.sleep(0.01)
+    launch.ranks[stopped].terminate()
+    launch.ranks[stopped].join(20)
+    assert launch.ranks[stopped].exitcode == 143
+    launch.store.set("on with it", "")
+    assert launch.wait()[1 - stopped] == 1 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

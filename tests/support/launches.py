@@ -160,6 +160,18 @@ def slow() -> None:
     time.sleep(3)
 
 
+class Late:
+    """One rank comes when the launch's store says that it is to go on with it."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __call__(self, rank: int) -> None:
+        if rank == self.rank:
+            store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
+            store.wait(["on with it"])
+
+
 class Poisoned:
     """The loss of one rank's n-th batch is not a number."""
 
