@@ -223,10 +223,10 @@ def plans_of(args: argparse.Namespace, program: Program) -> list[Plan]:
     make = partial(Plan, methods=methods, targets=targets)
     return [
         make(
-            config={**about, **cli.about_settings(train, test, more_images)},
-            settings={**settings, "train": train, "snapshots": snapshot_steps(train, points)},
+            config={**about, **cli.about_settings(train, test, more_images, snapshots)},
+            settings={**settings, "train": train, "snapshots": snapshots},
         )
-        for train in trains
+        for train, snapshots in ((train, snapshot_steps(train, points)) for train in trains)
     ]
 
 

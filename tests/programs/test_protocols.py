@@ -103,6 +103,17 @@ def test_an_interrupted_sweep_goes_on_and_ends_in_the_same_results(swept, tmp_pa
         assert (tmp_path / file).read_bytes() == (swept / file).read_bytes(), file
 
 
+def test_other_points_are_another_run_also_in_a_sweep(swept, tmp_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in swept.rglob("*") if path.name != ".lock"}
+    assert "holds another run" in refused(capsys, swept, *SWEEP, "--points", "3", "--resume")
+    assert {path: path.stat().st_mtime_ns for path in swept.rglob("*") if path.name != ".lock"} == before
+    one = ["--horizon", "2", "--methods", "cts", "--targets", "rings"]
+    assert run(tmp_path, *one) == 0
+    assert results(tmp_path)["config"]["meta_train"]["snapshots"] == [2, 4]
+    assert "snapshots" in refused(capsys, tmp_path, *one, "--points", "1", "--resume")
+    assert run(tmp_path, *one, "--points", "2", "--resume") == 0
+
+
 def test_overwriting_a_sweep_takes_its_runs_away(tmp_path):
     assert run(tmp_path, "--horizon", "1,2", "--methods", "scratch", "--targets", "rings") == 0
     one = [*NET, "--methods", "scratch", "--targets", "rings", "--horizon", "1", "--overwrite"]
