@@ -27,7 +27,7 @@ from cts_fast.experiments.weights import UNTRAINED, Weights, untrained_phis
 
 META_TEST, ACCURACY = "meta-test", "accuracy.json"
 DIGESTED = 1 << 26  # bytes of a set's images that tell it from another
-Job = tuple[str, int, str, int]  # of the meta-test: method, step, target as `_at` names it, seed
+Job = tuple[str, int, str, int]  # of the meta-test: method, step, target as `at_images` names it, seed
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Experiment:
         """
         seeds = range(self.test.seeds)
         return {
-            task.name: [self.accuracy[method, step, _at(task.name, images), seed] for seed in seeds]
+            task.name: [self.accuracy[method, step, at_images(task.name, images), seed] for seed in seeds]
             for task in self.targets
         }
 
@@ -266,7 +266,9 @@ class Experiment:
             self._load_accuracy()
         team, todo = self.team, [job for job in jobs if job not in self.accuracy]
         cases = {
-            _at(task.name, images): (task, images) for task in self.targets for images in (None, *self.more_images)
+            at_images(task.name, images): (task, images)
+            for task in self.targets
+            for images in (None, *self.more_images)
         }
         costs = [pixels(cases[target][0], self.test.size) for _, _, target, _ in todo]
         share = [todo[i] for i in deal(costs, team.size)[team.rank]]
@@ -311,7 +313,7 @@ class Experiment:
         """Runs of the meta-test of these (method, step): all on `test.images`, the last phi on `more_images` too."""
         last = (0, self.train.steps)
         return [
-            (method, step, _at(task.name, images), seed)
+            (method, step, at_images(task.name, images), seed)
             for seed in range(self.test.seeds)
             for images in (None, *self.more_images)
             for task in self.targets
@@ -339,7 +341,7 @@ class Experiment:
             yield "meta-test", method, step, target, seed, "", accuracy
 
 
-def _at(target: str, images: int | None) -> str:
+def at_images(target: str, images: int | None) -> str:
     """What a held-out task is called where another number of its images than `test.images` is fine-tuned on."""
     return target if images is None else f"{target}@{images}"
 

@@ -49,7 +49,7 @@ def refused(capsys, out, *arguments, program=resnet20):
 
 # Several horizons
 
-SWEEP = ["--horizon", "4,1", "--methods", "cts,finetune"]
+SWEEP = ["--horizon", "4,1", "--methods", "cts,finetune", "--images", "20,8"]
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +69,15 @@ def test_every_horizon_gets_the_same_steps_in_a_folder_of_its_own(swept):
         train = own["config"]["meta_train"]
         assert (train["horizon"], train["rounds"], train["steps"]) == (horizon, rounds, 8)
         assert own["meta_train"]["cts"]["steps"][-1] == 8
-        assert of_all["horizons"][str(horizon)]["meta_test"] == own["meta_test"]
+        for part in ("meta_test", "meta_test_by_images"):
+            assert of_all["horizons"][str(horizon)][part] == own[part]
         assert of_all["config"]["meta_train"][str(horizon)] == train
-    assert (swept / "accuracy-by-horizon.png").read_bytes().startswith(b"\x89PNG")
     with open(swept / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if (row["method"], row["task"]) == ("cts", "stars")]
-    assert [(row["horizon"], row["seed"]) for row in rows] == [("4", "0"), ("4", "1"), ("1", "0"), ("1", "1")]
+        rows = list(csv.DictReader(file))
+    for target, figure in (("stars", "accuracy-by-horizon.png"), ("stars@8", "accuracy-by-horizon@8.png")):
+        own = [(row["horizon"], row["seed"]) for row in rows if (row["method"], row["task"]) == ("cts", target)]
+        assert own == [("4", "0"), ("4", "1"), ("1", "0"), ("1", "1")]
+        assert (swept / figure).read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_has_no_horizon_is_the_same_in_all_runs_of_a_sweep(swept):
@@ -99,6 +102,9 @@ def test_an_interrupted_sweep_goes_on_and_ends_in_the_same_results(swept, tmp_pa
     assert not (tmp_path / "horizon-1" / "finished.json").exists() and not (tmp_path / "results.json").exists()
     assert "interrupted" in refused(capsys, tmp_path, "--methods", "cts")  # a plain run takes it for what it is
     assert run(tmp_path, *SWEEP, "--resume") == 0
+    text = capsys.readouterr().out
+    of_all = text[text.rindex("Fine-tuned on 20 images:") :]
+    assert "Fine-tuned on 8 images:" in of_all and of_all.count("K = 4") == 2 and "accuracy-by-horizon@8.png" in of_all
     for file in ("results.json", "metrics.csv", "horizon-4/results.json", "horizon-1/initialization.safetensors"):
         assert (tmp_path / file).read_bytes() == (swept / file).read_bytes(), file
 
