@@ -198,6 +198,8 @@ def plans_of(args: argparse.Namespace, program: Program) -> list[Plan]:
     names = chosen_methods(args, preset)
     untrained = tuple(name for name in UNTRAINED if name in (*program.untrained, *names))
     tasks, targets = cli.choose_tasks(args, test.size if test.size == trains[0].size else None)
+    if args.images:
+        check_images(args.images, targets)
     model, weights = cli.choose_model(args, (*tasks, *targets), trains[0].size, test.size)
     sources = cli.choose_sources(args.source, preset.sources, tasks)
     methods = method_setups(names, {**preset.meta_lr, **args.meta_lr}, tasks, sources, args.capture)
@@ -213,6 +215,7 @@ def plans_of(args: argparse.Namespace, program: Program) -> list[Plan]:
         "source": ",".join(task.name for task in sources) if "finetune" in methods else None,
         "meta_lr": {name: setup.meta_lr for name, setup in methods.items() if name != "finetune"},
         **cli.about_data(args, (*tasks, *targets)),
+        **about_fewer_images(test, targets),
     }
     more_images = args.images[1:] if args.images else []
     settings = {
@@ -228,6 +231,24 @@ def plans_of(args: argparse.Namespace, program: Program) -> list[Plan]:
         )
         for train, snapshots in ((train, snapshot_steps(train, points)) for train in trains)
     ]
+
+
+def check_images(numbers: Sequence[int | None], targets: Sequence[Task]) -> None:
+    """Raises ValueError where a task has fewer images than one of several numbers: two would be the same images."""
+    for task in targets if len(numbers) > 1 else ():
+        there = len(task.train.labels)
+        if over := [number for number in numbers if number is not None and number > there]:
+            raise ValueError(
+                f"--images {over[0]}: {task.name} has {there:,} training images, and fewer would be compared as if "
+                f"they were {over[0]:,}: give numbers up to {there:,}, or leave it out of --targets"
+            )
+
+
+def about_fewer_images(test: MetaTestSettings, targets: Sequence[Task]) -> dict:
+    """What a run's config says of held-out tasks that are fine-tuned on all their images, fewer than `test.images`."""
+    there = {task.name: len(task.train.labels) for task in targets}
+    fewer = {name: count for name, count in there.items() if test.images is not None and count < test.images}
+    return {"fewer_images": fewer} if fewer else {}
 
 
 def chosen_methods(args: argparse.Namespace, preset: Preset) -> list[str]:

@@ -153,6 +153,17 @@ def test_the_last_phi_is_tested_with_each_number_of_images(tmp_path, capsys):
     assert (tmp_path / "both" / "gain-by-images.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_task_with_too_few_images_is_refused_among_several_numbers_and_named_beside_one(tmp_path, capsys):
+    some = ["--horizon", "2", "--methods", "scratch", "--targets", "rings"]
+    message = refused(capsys, tmp_path / "out", *some, "--images", "20,61")
+    assert "--images 61" in message and "rings has 60 training images" in message
+    assert not (tmp_path / "out").exists()
+    assert run(tmp_path / "out", *some, "--images", "61") == 0
+    assert results(tmp_path / "out")["config"]["fewer_images"] == {"rings": 60}
+    assert run(tmp_path / "all", *some, "--images", "60") == 0
+    assert "fewer_images" not in results(tmp_path / "all")["config"]
+
+
 # Dry runs
 
 
