@@ -18,7 +18,7 @@ from cts_fast.data import Task
 from cts_fast.distributed.launch import Team
 from cts_fast.experiments import cli
 from cts_fast.experiments.dry_run import rehearsed
-from cts_fast.experiments.experiment import Experiment, MethodSetup
+from cts_fast.experiments.experiment import Experiment, MethodSetup, checked
 from cts_fast.experiments.meta_test import MetaTestSettings
 from cts_fast.experiments.meta_train import MetaTrainSettings
 from cts_fast.experiments.report import report
@@ -124,6 +124,10 @@ class Plan:
     targets: Sequence[Task]
     settings: Mapping[str, Any]  # further arguments of `Experiment`
 
+    def check(self, config: Mapping[str, Any], team: Team) -> None:
+        """Raises ValueError where it cannot run over these ranks, which were all given `config`."""
+        checked(config, self.methods, self.targets, self.settings["train"], team, self.settings["capture"])
+
     def experiment(self, out: Path, **folder: Any) -> Experiment:
         """The run in its folder; `folder`: what `Experiment` does with an older run there."""
         return Experiment(out, self.config, self.methods, self.targets, **self.settings, **folder)
@@ -165,7 +169,7 @@ def prepare(args: argparse.Namespace, program: Program, started: float, team: Te
     folder = {"resume": args.resume, "overwrite": args.overwrite, "save_every": args.save_every, "team": team}
     if len(plans) == 1:
         return Single(plans[0].experiment(args.out, **folder), started)
-    return Sweep(args.out, [plan.config for plan in plans], [plan.experiment for plan in plans], started, **folder)
+    return Sweep(args.out, plans, started, **folder)
 
 
 def settings_of(args: argparse.Namespace, preset: Preset) -> tuple[list[MetaTrainSettings], MetaTestSettings]:

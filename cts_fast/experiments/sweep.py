@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cts_fast.distributed.launch import ALONE, Team
 from cts_fast.experiments import plots
@@ -22,19 +22,34 @@ ByHorizon = Mapping[int, Mapping[str, Mapping[str, Sequence[float]]]]  # K to me
 ByImages = Mapping[int | None, ByHorizon]  # a further number of images, or None for `test.images`, to accuracies
 
 
+class Planned(Protocol):
+    """A run before there is a folder for it."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What defines it."""
+        ...
+
+    def check(self, config: Mapping[str, Any], team: Team) -> None:
+        """Raises ValueError where it cannot run over these ranks, which were all given `config`."""
+        ...
+
+    def experiment(self, out: Path, **folder: Any) -> Experiment:
+        """The run in its folder; `folder`: what to do with an older run there."""
+        ...
+
+
 class Sweep:
     """Runs of one experiment in the folders `horizon-K` of `out`, one after the other.
 
-    configs: of the runs; experiments: what makes one, given its folder and what to do with an older run there;
-    started: when the program was, by time.monotonic(); team: the ranks that share the work. Raises CheckpointError as
-    `RunFolder` does.
+    plans: the runs; started: when the program was, by time.monotonic(); team: the ranks that share the work. Raises
+    ValueError for a run that cannot be, CheckpointError as `RunFolder` does.
     """
 
     def __init__(
         self,
         out: Path,
-        configs: Sequence[Mapping[str, Any]],
-        experiments: Sequence[Callable[..., Experiment]],
+        plans: Sequence[Planned],
         started: float,
         *,
         resume: bool = False,
@@ -43,12 +58,14 @@ class Sweep:
         team: Team = ALONE,
     ) -> None:
         self.out, self.started, self.save_every, self.team = out, started, save_every, team
-        self.make = {config["meta_train"]["horizon"]: make for config, make in zip(configs, experiments, strict=True)}
-        shared = {key: value for key, value in configs[0].items() if key != "meta_train"}
+        self.plans = {plan.config["meta_train"]["horizon"]: plan for plan in plans}
+        shared = {key: value for key, value in plans[0].config.items() if key != "meta_train"}
         self.config = {
             **shared,
-            "meta_train": {str(k): c["meta_train"] for k, c in zip(self.make, configs, strict=True)},
+            "meta_train": {str(horizon): plan.config["meta_train"] for horizon, plan in self.plans.items()},
         }
+        for plan in plans:
+            plan.check(self.config, team)
         options = {"resume": resume, "overwrite": overwrite, "team": team}
         self.folder = RunFolder(out, self.config, parts=(SWEPT,), **options)
 
@@ -56,12 +73,12 @@ class Sweep:
         """All runs, each with a report of its own, then the report on all of them."""
         accuracy: dict[int | None, dict] = {}
         found = {}
-        for horizon, make in self.make.items():
+        for horizon, plan in self.plans.items():
             out = self.out / SWEPT.replace("*", str(horizon))
             print(f"\nhorizon {horizon}, in {out}", flush=True)
             begun = time.monotonic()
             resume = self.folder.resume and (out / CONFIG).exists()
-            experiment = make(out, resume=resume, save_every=self.save_every, team=self.team)
+            experiment = plan.experiment(out, resume=resume, save_every=self.save_every, team=self.team)
             with experiment.folder:
                 experiment.run(stop)
                 report(experiment, out, begun, stop)
