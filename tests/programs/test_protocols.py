@@ -18,7 +18,7 @@ from support.nets import SmallNet
 
 from cts_fast.data import suite
 from cts_fast.data.download import Archive
-from cts_fast.examples import imagenet, resnet20
+from cts_fast.examples import compare, imagenet, resnet20
 from cts_fast.experiments import plots
 
 NET = ["--model", "support.nets:SmallNet"]
@@ -118,6 +118,13 @@ def test_other_points_are_another_run_also_in_a_sweep(swept, tmp_path, capsys):
     assert results(tmp_path)["config"]["meta_train"]["snapshots"] == [2, 4]
     assert "snapshots" in refused(capsys, tmp_path, *one, "--points", "1", "--resume")
     assert run(tmp_path, *one, "--points", "2", "--resume") == 0
+
+
+def test_compare_takes_the_runs_of_a_sweep_and_not_the_sweep(swept, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        compare.main([str(swept), "--out", str(tmp_path / "out")])
+    assert f"{swept} is a sweep, not a run: give one of its folders, horizon-1, horizon-4" in capsys.readouterr().err
+    assert compare.main([str(swept / "horizon-4"), "--out", str(tmp_path / "out")]) == 0
 
 
 def test_overwriting_a_sweep_takes_its_runs_away(tmp_path):
@@ -272,7 +279,21 @@ def test_imagenet_takes_torchvisions_weights_from_the_data_root_and_fetches_them
     assert "is damaged" in refused(capsys, tmp_path / "third", *small, program=imagenet)
 
 
-@pytest.mark.parametrize("arguments, words", [([], "--weights FILE"), (["--model", "resnet34"], "resnet34")])
+def test_imagenet_names_a_method_without_held_out_images_as_it_was_typed(weights, tmp_path, capsys):
+    small = ["--preset", "quick", "--size", "8", "--methods", "fomaml@0.1", "--weights", str(weights)]
+    message = refused(capsys, tmp_path / "out", *small, program=imagenet)
+    assert "fomaml@0.1 needs held-out images of every task, and stripes, dots, waves hold none back" in message
+    assert "--held-back F" in message
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "--weights FILE"),
+        (["--model", "resnet34"], "resnet34"),
+        (["--data-root", "/nope"], "the data root /nope does not exist"),
+    ],
+)
 def test_imagenet_without_weights_says_how_to_get_them(arguments, words, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         imagenet.main(["--suite", "tiny", "--out", str(tmp_path / "out"), *arguments])

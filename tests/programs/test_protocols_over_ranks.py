@@ -52,5 +52,5 @@ def test_a_sweep_over_more_ranks_than_tasks_is_refused_before_there_is_a_folder(
     few = ["--tasks", "dots,stripes", "--methods", "cts", "--out", str(tmp_path / "ranks")]
     launch = Launch(tmp_path / "launch", 3, *SWEEP, *few)
     assert launch.wait() == [2, 2, 2]
-    assert "cts: 2 tasks cannot be spread over 3 ranks" in launch.errors
-    assert "Traceback" not in launch.errors and not (tmp_path / "ranks").exists()
+    [line] = launch.errors
+    assert "cts: 2 tasks cannot be spread over 3 ranks" in line and not (tmp_path / "ranks").exists()
