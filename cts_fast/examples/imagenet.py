@@ -32,8 +32,9 @@ def pretrained(args: argparse.Namespace) -> Path:
     root: Path | None = args.data_root
     if root is None:
         raise ValueError("no weights to begin at: give --weights FILE, or --data-root DIR that holds torchvision's")
+    root = checked_root(root, "imagenet")
     if args.download:
-        obtain(WEIGHTS, checked_root(root, "imagenet"))
+        obtain(WEIGHTS, root)
     file = root / WEIGHTS.name
     if not file.is_file():
         raise ValueError(f"{file} is missing: give --weights FILE, or add --download to fetch torchvision's")

@@ -16,7 +16,7 @@ from cts_fast.baselines import METHODS
 from cts_fast.data import Task, task_roles
 from cts_fast.distributed.launch import Team
 from cts_fast.experiments import cli
-from cts_fast.experiments.experiment import Experiment, MethodSetup
+from cts_fast.experiments.experiment import Experiment, MethodSetup, checked
 from cts_fast.experiments.files import write_json
 from cts_fast.experiments.meta_test import MetaTestSettings
 from cts_fast.experiments.meta_train import MetaTrainSettings
@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
         ("rounds", cli.positive),
         ("lr", cli.number),
         ("batch-size", cli.positive),
+        ("held-back", cli.fraction),
         ("test-batch-size", cli.positive),
     ):
         p.add_argument(f"--{name}", type=kind, help="instead of the preset's")
@@ -73,8 +74,8 @@ def read_grid(texts: Sequence[str]) -> dict[str, tuple[str, float]]:
 class Tuning:
     """What a run of this program works on."""
 
-    grid: Grid
     tasks: Sequence[Task]
+    setups: Sequence[Mapping[str, MethodSetup]]  # of each fold: the methods on the tasks of the others
     model: Model
     weights: Weights | None
     train: MetaTrainSettings
@@ -82,24 +83,20 @@ class Tuning:
     folder: RunFolder
 
 
+def fold_setups(grid: Grid, tasks: Sequence[Task], fold: int, folds: int) -> dict[str, MethodSetup]:
+    """Every method and step size, on the tasks of the other folds."""
+    others = tuple(task for i, task in enumerate(tasks) if i % folds != fold)
+    ignore = {"nonfinite": "ignore"}  # a step size that is too large is a result
+    return {key: MethodSetup(METHODS[name], others, meta_lr, ignore) for key, (name, meta_lr) in grid.items()}
+
+
 def fold_experiment(args: argparse.Namespace, fold: int, tuning: Tuning) -> Experiment:
     """Meta-train on the tasks of the other folds, fine-tune on those of this one."""
-    others = tuple(task for i, task in enumerate(tuning.tasks) if i % args.folds != fold)
-    ignore = {"nonfinite": "ignore"}  # a step size that is too large is a result
-    methods = {key: MethodSetup(METHODS[name], others, meta_lr, ignore) for key, (name, meta_lr) in tuning.grid.items()}
-    config = {
-        "fold": fold,
-        "folds": args.folds,
-        "grid": sorted(tuning.grid),
-        "seed": args.seed,
-        **cli.about_model(tuning.model, tuning.weights),
-        **cli.about_settings(tuning.train, tuning.test),
-    }
     out = args.out / f"fold{fold}"
     return Experiment(
         out,
-        config,
-        methods,
+        {**tuning.folder.config, "fold": fold},
+        tuning.setups[fold],
         tuning.tasks[fold :: args.folds],
         make_net=tuning.model,
         weights=tuning.weights,
@@ -116,9 +113,13 @@ def fold_experiment(args: argparse.Namespace, fold: int, tuning: Tuning) -> Expe
 
 def prepare(args: argparse.Namespace, team: Team) -> Tuning:
     """From arguments to what they ask for; raises ValueError or OSError that says what is wrong with them."""
+    cli.check_extras("safetensors", "tqdm")
+    cli.check_device(args.device)
     preset = PRESETS[args.preset]
     sizes = cli.sizes(args)
-    train_changes = cli.given(args, horizon="horizon", rounds="rounds", lr="lr", batch_size="batch_size")
+    train_changes = cli.given(
+        args, horizon="horizon", rounds="rounds", lr="lr", batch_size="batch_size", held_back="held_back"
+    )
     train = dataclasses.replace(preset.train, **sizes, **train_changes)
     test_changes = cli.given(
         args, steps="test_steps", images="test_images", seeds="test_seeds", batch_size="test_batch_size"
@@ -132,11 +133,23 @@ def prepare(args: argparse.Namespace, team: Team) -> Tuning:
     if not 2 <= args.folds <= len(tasks):
         raise ValueError(f"--folds {args.folds}: it takes 2 or more, and no more than there are tasks ({len(tasks)})")
     model, weights = cli.choose_model(args, tasks, train.size, test.size)
-    about = {**cli.about_model(model, weights), **cli.about_data(args, tasks)}
-    config = {"grid": sorted(grid), "folds": args.folds, "seed": args.seed, **about}
+    config = {
+        "suite": args.suite,
+        "preset": args.preset,
+        "tasks": [task.name for task in tasks],
+        "grid": sorted(grid),
+        "folds": args.folds,
+        "seed": args.seed,
+        **cli.about_model(model, weights),
+        **cli.about_data(args, tasks),
+        **cli.about_settings(train, test),
+    }
+    setups = [fold_setups(grid, tasks, fold, args.folds) for fold in range(args.folds)]
+    for fold, methods in enumerate(setups):
+        checked(config, methods, tasks[fold :: args.folds], train, team)
     options = {"resume": args.resume, "overwrite": args.overwrite, "team": team}
     folder = RunFolder(args.out, config, parts=("fold*", "tune.json"), **options)
-    return Tuning(grid, tasks, model, weights, train, test, folder)
+    return Tuning(tasks, setups, model, weights, train, test, folder)
 
 
 def run(args: argparse.Namespace, tuning: Tuning, stop: Stop) -> None:
@@ -158,7 +171,8 @@ def run(args: argparse.Namespace, tuning: Tuning, stop: Stop) -> None:
         key: sum(map(sum, by_task.values())) / sum(map(len, by_task.values())) for key, by_task in accuracy.items()
     }
     if tuning.folder.team.is_first:
-        write_json(args.out / "tune.json", {"accuracy": accuracy, "mean": means}, indent=1)
+        found = {"config": tuning.folder.config, "accuracy": accuracy, "mean": means}
+        write_json(args.out / "tune.json", found, indent=1)
     tuning.folder.finish()
     print(
         f"horizon {train.horizon}, rounds {train.rounds}, lr {train.lr}, batch {train.batch_size}: "

@@ -290,11 +290,17 @@ def about_data(args: argparse.Namespace, tasks: Sequence[Task]) -> dict:
     return about
 
 
-def about_settings(train: MetaTrainSettings, test: MetaTestSettings, more_images: Sequence[int] = ()) -> dict:
-    """What a run's config says of both phases: every constant, those that no argument changes as well."""
+def about_settings(
+    train: MetaTrainSettings, test: MetaTestSettings, more_images: Sequence[int] = (), snapshots: Sequence[int] = ()
+) -> dict:
+    """What a run's config says of both phases: every constant, those that no argument changes as well.
+
+    snapshots: steps at which phi is kept, beside the last; more_images: as in `Experiment`.
+    """
     return {
         "meta_train": {
             **dataclasses.asdict(train),
+            "snapshots": sorted({*snapshots, train.steps}),
             **{"steps": train.steps, "nesterov": False, "reset_heads": False, "reset_statistics": False},
         },
         "meta_test": {

@@ -8,7 +8,7 @@ from typing import Any
 
 from cts_fast.experiments.checkpoint import CheckpointError
 from cts_fast.experiments.files import first_line
-from cts_fast.experiments.run_folder import CONFIG, FINISHED
+from cts_fast.experiments.run_folder import CONFIG, FINISHED, SWEPT
 from cts_fast.experiments.settings import labels
 from cts_fast.experiments.statistics import mean, per_seed_mean
 from cts_fast.experiments.weights import UNTRAINED
@@ -64,6 +64,8 @@ class Comparison:
 
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, int], dict[str, float]]]:
     """config, and (method, step) to held-out task to accuracy, meant over fine-tuning seeds, of a finished run."""
+    if runs := sorted(path.name for path in folder.glob(SWEPT)):
+        raise CheckpointError(f"{folder} is a sweep, not a run: give one of its folders, {', '.join(runs)}")
     if not (folder / FINISHED).exists():
         raise CheckpointError(f"{folder} holds no finished run")
     found: dict[tuple[str, int], dict[str, list[float]]] = {}

@@ -27,7 +27,7 @@ from cts_fast.experiments.weights import UNTRAINED, Weights, untrained_phis
 
 META_TEST, ACCURACY = "meta-test", "accuracy.json"
 DIGESTED = 1 << 26  # bytes of a set's images that tell it from another
-Job = tuple[str, int, str, int]  # of the meta-test: method, step, target as `_at` names it, seed
+Job = tuple[str, int, str, int]  # of the meta-test: method, step, target as `at_images` names it, seed
 
 
 @dataclass(frozen=True)
@@ -96,47 +96,11 @@ class Experiment:
         self.snapshots: dict[str, dict[int, dict[str, Tensor]]] = {}  # method to step to phi
         self.bodies: dict[str, dict[str, Tensor]] = {}  # of methods that train one task: its last body, statistics too
         self.accuracy: dict[Job, float] = {}
-        tasks = [task for setup in methods.values() for task in setup.tasks]
-        self.digests = {task.name: digest(task) for task in {task.name: task for task in (*tasks, *targets)}.values()}
-        for setup in methods.values():
-            check_held_out(setup.method, setup.tasks, train)
-        self.together, self.alone = self._spread()
-        self._check_ranks()
+        self.digests, self.together, self.alone = checked(config, methods, targets, train, team, capture)
         # last: whatever is wrong with the arguments, an older run is still there
         folder = {"resume": resume, "overwrite": overwrite, "save_every": save_every}
         self.folder = RunFolder(out, config, parts=(SWEPT,), team=team, **folder)  # a sweep may be what is there
         self.resume = self.folder.resume
-
-    def _spread(self) -> tuple[list[str], list[list[str]]]:
-        """The methods that all ranks train together, and of each rank those that it trains alone.
-
-        Raises ValueError for fewer tasks than ranks.
-        """
-        if self.team.size == 1:
-            return list(self.methods), [[]]
-        most = max((len(setup.tasks) for setup in self.methods.values()), default=0)
-        enough = max(2, min(self.team.size, most))  # `finetune` may have fewer tasks than the others
-        alone = [n for n, setup in self.methods.items() if setup.method.one_process or len(setup.tasks) < enough]
-        together = [name for name in self.methods if name not in alone]
-        for name in together:
-            if (count := len(self.methods[name].tasks)) < self.team.size:
-                raise ValueError(
-                    f"{name}: {count} tasks cannot be spread over {self.team.size} ranks: give torchrun "
-                    f"--nproc-per-node {count} or fewer"
-                )
-        costs = [sum(pixels(task, self.train.size) for task in self.methods[name].tasks) for name in alone]
-        return together, [[alone[i] for i in share] for share in deal(costs, self.team.size)]
-
-    def _check_ranks(self) -> None:
-        """Raises ValueError where ranks cannot work together: of other arguments or data, or with a CUDA graph."""
-        if self.capture and self.team.size > 1:
-            raise ValueError(
-                "--capture: ranks agree on the host, which a CUDA graph leaves out; give it to one process"
-            )
-        told = self.team.gather({"config": self.config, "data": self.digests}, patiently=True)
-        for rank, facts in enumerate(told):
-            if other := differences(told[0], facts):
-                raise ValueError(f"rank {rank} was given something else than rank 0 ({other}): give all ranks the same")
 
     @property
     def model_name(self) -> str:
@@ -176,7 +140,7 @@ class Experiment:
         """
         seeds = range(self.test.seeds)
         return {
-            task.name: [self.accuracy[method, step, _at(task.name, images), seed] for seed in seeds]
+            task.name: [self.accuracy[method, step, at_images(task.name, images), seed] for seed in seeds]
             for task in self.targets
         }
 
@@ -266,7 +230,9 @@ class Experiment:
             self._load_accuracy()
         team, todo = self.team, [job for job in jobs if job not in self.accuracy]
         cases = {
-            _at(task.name, images): (task, images) for task in self.targets for images in (None, *self.more_images)
+            at_images(task.name, images): (task, images)
+            for task in self.targets
+            for images in (None, *self.more_images)
         }
         costs = [pixels(cases[target][0], self.test.size) for _, _, target, _ in todo]
         share = [todo[i] for i in deal(costs, team.size)[team.rank]]
@@ -311,7 +277,7 @@ class Experiment:
         """Runs of the meta-test of these (method, step): all on `test.images`, the last phi on `more_images` too."""
         last = (0, self.train.steps)
         return [
-            (method, step, _at(task.name, images), seed)
+            (method, step, at_images(task.name, images), seed)
             for seed in range(self.test.seeds)
             for images in (None, *self.more_images)
             for task in self.targets
@@ -339,7 +305,58 @@ class Experiment:
             yield "meta-test", method, step, target, seed, "", accuracy
 
 
-def _at(target: str, images: int | None) -> str:
+def checked(
+    config: Mapping[str, Any],
+    methods: Mapping[str, MethodSetup],
+    targets: Sequence[Any],
+    train: MetaTrainSettings,
+    team: Team = ALONE,
+    capture: bool = False,
+) -> tuple[dict[str, str], list[str], list[list[str]]]:
+    """Whether these arguments of an `Experiment` can run, before it has a folder.
+
+    Returns task to digest, the methods that all ranks train together, and of each rank those that it trains alone.
+    Raises ValueError for a method without the held-out images that it needs, for fewer tasks than ranks, and where
+    ranks cannot work together.
+    """
+    tasks = [*(task for setup in methods.values() for task in setup.tasks), *targets]
+    digests = {task.name: digest(task) for task in {task.name: task for task in tasks}.values()}
+    for name, setup in methods.items():
+        check_held_out(name, setup.method, setup.tasks, train)
+    together, alone = _spread(methods, train.size, team.size)
+    _check_ranks(team, config, digests, capture)
+    return digests, together, alone
+
+
+def _spread(methods: Mapping[str, MethodSetup], size: int | None, ranks: int) -> tuple[list[str], list[list[str]]]:
+    """The methods that all ranks train together, and of each rank those that it trains alone; as `checked` raises."""
+    if ranks == 1:
+        return list(methods), [[]]
+    most = max((len(setup.tasks) for setup in methods.values()), default=0)
+    enough = max(2, min(ranks, most))  # `finetune` may have fewer tasks than the others
+    alone = [name for name, setup in methods.items() if setup.method.one_process or len(setup.tasks) < enough]
+    together = [name for name in methods if name not in alone]
+    for name in together:
+        if (count := len(methods[name].tasks)) < ranks:
+            raise ValueError(
+                f"{name}: {count} tasks cannot be spread over {ranks} ranks: give torchrun "
+                f"--nproc-per-node {count} or fewer"
+            )
+    costs = [sum(pixels(task, size) for task in methods[name].tasks) for name in alone]
+    return together, [[alone[i] for i in share] for share in deal(costs, ranks)]
+
+
+def _check_ranks(team: Team, config: Mapping[str, Any], digests: Mapping[str, str], capture: bool) -> None:
+    """Raises ValueError where ranks cannot work together: of other arguments or data, or with a CUDA graph."""
+    if capture and team.size > 1:
+        raise ValueError("--capture: ranks agree on the host, which a CUDA graph leaves out; give it to one process")
+    told = team.gather({"config": config, "data": digests}, patiently=True)
+    for rank, facts in enumerate(told):
+        if other := differences(told[0], facts):
+            raise ValueError(f"rank {rank} was given something else than rank 0 ({other}): give all ranks the same")
+
+
+def at_images(target: str, images: int | None) -> str:
     """What a held-out task is called where another number of its images than `test.images` is fine-tuned on."""
     return target if images is None else f"{target}@{images}"
 

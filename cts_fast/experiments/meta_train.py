@@ -68,13 +68,13 @@ def new_net(make_net: MakeNet, num_classes: int, *, seed: int, head: object) -> 
     return net
 
 
-def check_held_out(method: type, tasks: Sequence[Any], settings: MetaTrainSettings) -> None:
-    """Raises ValueError where a method needs held-out images and a task holds none back."""
+def check_held_out(name: str, method: type, tasks: Sequence[Any], settings: MetaTrainSettings) -> None:
+    """Raises ValueError where a method, called `name`, needs held-out images and a task holds none back."""
     few = [task.name for task in tasks if int(settings.held_back * len(task.train.labels)) == 0]
     if few and "heldout" in getattr(method, "needs", ()):
         raise ValueError(
-            f"{method.__name__} needs held-out images of every task, and {', '.join(few)} holds none back: "
-            "raise held_back"
+            f"{name} needs held-out images of every task, and {', '.join(few)} hold{'s' * (len(few) == 1)} none back: "
+            f"give --held-back F (held_back, the fraction, is {settings.held_back:g}), or leave {name} out"
         )
 
 
@@ -123,7 +123,7 @@ class MetaTrainer:
     ):
         if not tasks:
             raise ValueError("meta-training needs at least one task")
-        check_held_out(method, tasks, settings)
+        check_held_out(method.__name__, method, tasks, settings)
         self.tasks = tuple(task.name for task in tasks)
         self.step = 0
         self.device = torch.device(device)

@@ -18,7 +18,7 @@ from cts_fast.data import Task
 from cts_fast.distributed.launch import Team
 from cts_fast.experiments import cli
 from cts_fast.experiments.dry_run import rehearsed
-from cts_fast.experiments.experiment import Experiment, MethodSetup
+from cts_fast.experiments.experiment import Experiment, MethodSetup, checked
 from cts_fast.experiments.meta_test import MetaTestSettings
 from cts_fast.experiments.meta_train import MetaTrainSettings
 from cts_fast.experiments.report import report
@@ -124,6 +124,10 @@ class Plan:
     targets: Sequence[Task]
     settings: Mapping[str, Any]  # further arguments of `Experiment`
 
+    def check(self, config: Mapping[str, Any], team: Team) -> None:
+        """Raises ValueError where it cannot run over these ranks, which were all given `config`."""
+        checked(config, self.methods, self.targets, self.settings["train"], team, self.settings["capture"])
+
     def experiment(self, out: Path, **folder: Any) -> Experiment:
         """The run in its folder; `folder`: what `Experiment` does with an older run there."""
         return Experiment(out, self.config, self.methods, self.targets, **self.settings, **folder)
@@ -165,7 +169,7 @@ def prepare(args: argparse.Namespace, program: Program, started: float, team: Te
     folder = {"resume": args.resume, "overwrite": args.overwrite, "save_every": args.save_every, "team": team}
     if len(plans) == 1:
         return Single(plans[0].experiment(args.out, **folder), started)
-    return Sweep(args.out, [plan.config for plan in plans], [plan.experiment for plan in plans], started, **folder)
+    return Sweep(args.out, plans, started, **folder)
 
 
 def settings_of(args: argparse.Namespace, preset: Preset) -> tuple[list[MetaTrainSettings], MetaTestSettings]:
@@ -198,6 +202,8 @@ def plans_of(args: argparse.Namespace, program: Program) -> list[Plan]:
     names = chosen_methods(args, preset)
     untrained = tuple(name for name in UNTRAINED if name in (*program.untrained, *names))
     tasks, targets = cli.choose_tasks(args, test.size if test.size == trains[0].size else None)
+    if args.images:
+        check_images(args.images, targets)
     model, weights = cli.choose_model(args, (*tasks, *targets), trains[0].size, test.size)
     sources = cli.choose_sources(args.source, preset.sources, tasks)
     methods = method_setups(names, {**preset.meta_lr, **args.meta_lr}, tasks, sources, args.capture)
@@ -213,6 +219,7 @@ def plans_of(args: argparse.Namespace, program: Program) -> list[Plan]:
         "source": ",".join(task.name for task in sources) if "finetune" in methods else None,
         "meta_lr": {name: setup.meta_lr for name, setup in methods.items() if name != "finetune"},
         **cli.about_data(args, (*tasks, *targets)),
+        **about_fewer_images(test, targets),
     }
     more_images = args.images[1:] if args.images else []
     settings = {
@@ -223,11 +230,29 @@ def plans_of(args: argparse.Namespace, program: Program) -> list[Plan]:
     make = partial(Plan, methods=methods, targets=targets)
     return [
         make(
-            config={**about, **cli.about_settings(train, test, more_images)},
-            settings={**settings, "train": train, "snapshots": snapshot_steps(train, points)},
+            config={**about, **cli.about_settings(train, test, more_images, snapshots)},
+            settings={**settings, "train": train, "snapshots": snapshots},
         )
-        for train in trains
+        for train, snapshots in ((train, snapshot_steps(train, points)) for train in trains)
     ]
+
+
+def check_images(numbers: Sequence[int | None], targets: Sequence[Task]) -> None:
+    """Raises ValueError where a task has fewer images than one of several numbers: two would be the same images."""
+    for task in targets if len(numbers) > 1 else ():
+        there = len(task.train.labels)
+        if over := [number for number in numbers if number is not None and number > there]:
+            raise ValueError(
+                f"--images {over[0]}: {task.name} has {there:,} training images, and fewer would be compared as if "
+                f"they were {over[0]:,}: give numbers up to {there:,}, or leave it out of --targets"
+            )
+
+
+def about_fewer_images(test: MetaTestSettings, targets: Sequence[Task]) -> dict:
+    """What a run's config says of held-out tasks that are fine-tuned on all their images, fewer than `test.images`."""
+    there = {task.name: len(task.train.labels) for task in targets}
+    fewer = {name: count for name, count in there.items() if test.images is not None and count < test.images}
+    return {"fewer_images": fewer} if fewer else {}
 
 
 def chosen_methods(args: argparse.Namespace, preset: Preset) -> list[str]:

@@ -18,7 +18,7 @@ from support.nets import SmallNet
 
 from cts_fast.data import suite
 from cts_fast.data.download import Archive
-from cts_fast.examples import imagenet, resnet20
+from cts_fast.examples import compare, imagenet, resnet20
 from cts_fast.experiments import plots
 
 NET = ["--model", "support.nets:SmallNet"]
@@ -49,7 +49,7 @@ def refused(capsys, out, *arguments, program=resnet20):
 
 # Several horizons
 
-SWEEP = ["--horizon", "4,1", "--methods", "cts,finetune"]
+SWEEP = ["--horizon", "4,1", "--methods", "cts,finetune", "--images", "20,8"]
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +69,15 @@ def test_every_horizon_gets_the_same_steps_in_a_folder_of_its_own(swept):
         train = own["config"]["meta_train"]
         assert (train["horizon"], train["rounds"], train["steps"]) == (horizon, rounds, 8)
         assert own["meta_train"]["cts"]["steps"][-1] == 8
-        assert of_all["horizons"][str(horizon)]["meta_test"] == own["meta_test"]
+        for part in ("meta_test", "meta_test_by_images"):
+            assert of_all["horizons"][str(horizon)][part] == own[part]
         assert of_all["config"]["meta_train"][str(horizon)] == train
-    assert (swept / "accuracy-by-horizon.png").read_bytes().startswith(b"\x89PNG")
     with open(swept / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if (row["method"], row["task"]) == ("cts", "stars")]
-    assert [(row["horizon"], row["seed"]) for row in rows] == [("4", "0"), ("4", "1"), ("1", "0"), ("1", "1")]
+        rows = list(csv.DictReader(file))
+    for target, figure in (("stars", "accuracy-by-horizon.png"), ("stars@8", "accuracy-by-horizon@8.png")):
+        own = [(row["horizon"], row["seed"]) for row in rows if (row["method"], row["task"]) == ("cts", target)]
+        assert own == [("4", "0"), ("4", "1"), ("1", "0"), ("1", "1")]
+        assert (swept / figure).read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_has_no_horizon_is_the_same_in_all_runs_of_a_sweep(swept):
@@ -99,8 +102,29 @@ def test_an_interrupted_sweep_goes_on_and_ends_in_the_same_results(swept, tmp_pa
     assert not (tmp_path / "horizon-1" / "finished.json").exists() and not (tmp_path / "results.json").exists()
     assert "interrupted" in refused(capsys, tmp_path, "--methods", "cts")  # a plain run takes it for what it is
     assert run(tmp_path, *SWEEP, "--resume") == 0
+    text = capsys.readouterr().out
+    of_all = text[text.rindex("Fine-tuned on 20 images:") :]
+    assert "Fine-tuned on 8 images:" in of_all and of_all.count("K = 4") == 2 and "accuracy-by-horizon@8.png" in of_all
     for file in ("results.json", "metrics.csv", "horizon-4/results.json", "horizon-1/initialization.safetensors"):
         assert (tmp_path / file).read_bytes() == (swept / file).read_bytes(), file
+
+
+def test_other_points_are_another_run_also_in_a_sweep(swept, tmp_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in swept.rglob("*") if path.name != ".lock"}
+    assert "holds another run" in refused(capsys, swept, *SWEEP, "--points", "3", "--resume")
+    assert {path: path.stat().st_mtime_ns for path in swept.rglob("*") if path.name != ".lock"} == before
+    one = ["--horizon", "2", "--methods", "cts", "--targets", "rings"]
+    assert run(tmp_path, *one) == 0
+    assert results(tmp_path)["config"]["meta_train"]["snapshots"] == [2, 4]
+    assert "snapshots" in refused(capsys, tmp_path, *one, "--points", "1", "--resume")
+    assert run(tmp_path, *one, "--points", "2", "--resume") == 0
+
+
+def test_compare_takes_the_runs_of_a_sweep_and_not_the_sweep(swept, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        compare.main([str(swept), "--out", str(tmp_path / "out")])
+    assert f"{swept} is a sweep, not a run: give one of its folders, horizon-1, horizon-4" in capsys.readouterr().err
+    assert compare.main([str(swept / "horizon-4"), "--out", str(tmp_path / "out")]) == 0
 
 
 def test_overwriting_a_sweep_takes_its_runs_away(tmp_path):
@@ -134,6 +158,17 @@ def test_the_last_phi_is_tested_with_each_number_of_images(tmp_path, capsys):
     assert {task_step for task_step in steps if task_step[0] == "rings@8"} == {("rings@8", "0"), ("rings@8", "4")}
     assert ("rings", "2") in steps
     assert (tmp_path / "both" / "gain-by-images.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_task_with_too_few_images_is_refused_among_several_numbers_and_named_beside_one(tmp_path, capsys):
+    some = ["--horizon", "2", "--methods", "scratch", "--targets", "rings"]
+    message = refused(capsys, tmp_path / "out", *some, "--images", "20,61")
+    assert "--images 61" in message and "rings has 60 training images" in message
+    assert not (tmp_path / "out").exists()
+    assert run(tmp_path / "out", *some, "--images", "61") == 0
+    assert results(tmp_path / "out")["config"]["fewer_images"] == {"rings": 60}
+    assert run(tmp_path / "all", *some, "--images", "60") == 0
+    assert "fewer_images" not in results(tmp_path / "all")["config"]
 
 
 # Dry runs
@@ -244,7 +279,21 @@ def test_imagenet_takes_torchvisions_weights_from_the_data_root_and_fetches_them
     assert "is damaged" in refused(capsys, tmp_path / "third", *small, program=imagenet)
 
 
-@pytest.mark.parametrize("arguments, words", [([], "--weights FILE"), (["--model", "resnet34"], "resnet34")])
+def test_imagenet_names_a_method_without_held_out_images_as_it_was_typed(weights, tmp_path, capsys):
+    small = ["--preset", "quick", "--size", "8", "--methods", "fomaml@0.1", "--weights", str(weights)]
+    message = refused(capsys, tmp_path / "out", *small, program=imagenet)
+    assert "fomaml@0.1 needs held-out images of every task, and stripes, dots, waves hold none back" in message
+    assert "--held-back F" in message
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "--weights FILE"),
+        (["--model", "resnet34"], "resnet34"),
+        (["--data-root", "/nope"], "the data root /nope does not exist"),
+    ],
+)
 def test_imagenet_without_weights_says_how_to_get_them(arguments, words, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         imagenet.main(["--suite", "tiny", "--out", str(tmp_path / "out"), *arguments])

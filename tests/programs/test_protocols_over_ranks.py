@@ -46,3 +46,11 @@ def test_a_dry_run_over_ranks_is_refused(tmp_path):
     launch = Launch(tmp_path / "launch", 2, *SMALL, "--dry-run", "--out", str(tmp_path / "out"))
     assert launch.wait() == [2, 2]
     assert "without torchrun" in "".join(launch.errors)
+
+
+def test_a_sweep_over_more_ranks_than_tasks_is_refused_before_there_is_a_folder(tmp_path):
+    few = ["--tasks", "dots,stripes", "--methods", "cts", "--out", str(tmp_path / "ranks")]
+    launch = Launch(tmp_path / "launch", 3, *SWEEP, *few)
+    assert launch.wait() == [2, 2, 2]
+    [line] = launch.errors
+    assert "cts: 2 tasks cannot be spread over 3 ranks" in line and not (tmp_path / "ranks").exists()
