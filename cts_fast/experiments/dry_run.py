@@ -74,8 +74,8 @@ def _of(experiment: Experiment) -> tuple[str, float]:
     """What is said of one run, and its seconds."""
     train, named = experiment.train, labels(list(experiment.methods), experiment.config["meta_lr"])
     rows = [["meta-training", "step size", "ms a step", "time", "weights, gradients", "optimizer"]]
-    total, at_a_time = 0.0, torch.get_num_threads() if experiment.device == "cpu" else 1
-    with task_map(experiment.device) as map_tasks:
+    total, at_a_time = 0.0, 1 if experiment.in_turn else torch.get_num_threads()
+    with task_map(experiment.device, in_turn=experiment.in_turn) as map_tasks:
         for name, setup in experiment.methods.items():
             found = measured(experiment, name, map_tasks)
             total += found.seconds

@@ -5,6 +5,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from cts_fast.experiments.checkpoint import CheckpointError, Checkpoints, differ
 from cts_fast.experiments.console import Progress
 from cts_fast.experiments.files import write_csv
 from cts_fast.experiments.meta_test import MetaTester, MetaTestSettings
-from cts_fast.experiments.meta_train import MakeNet, MetaTrainer, MetaTrainSettings, check_held_out, pixels
+from cts_fast.experiments.meta_train import (
+    MakeNet,
+    MetaTrainer,
+    MetaTrainSettings,
+    check_held_out,
+    draws_numbers,
+    pixels,
+)
 from cts_fast.experiments.parallel import deal, task_map
 from cts_fast.experiments.run_folder import CHECKPOINTS, FINISHED, SWEPT, RunFolder
 from cts_fast.experiments.signals import Stop
@@ -143,9 +151,16 @@ class Experiment:
         """What the networks are called."""
         return self.config["model"]
 
+    @cached_property
+    def in_turn(self) -> bool:
+        """Whether one network trains after the other: on a GPU, and where they would draw from one generator."""
+        side, images = self.test.size, self.targets[0].train.images
+        shape = (side, side) if side else images.shape[-2:]
+        return torch.device(self.device).type != "cpu" or draws_numbers(self.make_net, shape)
+
     def run(self, stop: Stop) -> None:
         """Does what is not done yet; raises `Interrupted` when `stop` was requested and everything is saved."""
-        with task_map(self.device) as map_tasks:
+        with task_map(self.device, in_turn=self.in_turn) as map_tasks:
             for name in self.together:
                 self.meta_train(name, self.team, stop, map_tasks)
             for name in self.alone[self.team.rank]:

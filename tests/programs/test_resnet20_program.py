@@ -175,6 +175,19 @@ def test_two_runs_with_one_seed_give_bit_equal_phi(finished, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_network_that_draws_random_numbers_gives_the_same_with_any_number_of_threads(tmp_path):
+    found, threads = [], torch.get_num_threads()
+    try:
+        for i, count in enumerate((1, 4, 4)):
+            torch.set_num_threads(count)
+            out = tmp_path / str(i)
+            assert run(out, "--methods", "cts", "--model", "support.image_tasks:with_dropout", "--points", "1") == 0
+            found.append((out / "metrics.csv").read_text())
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+
+
 def test_scratch_alone_needs_no_meta_training(tmp_path):
     assert run(tmp_path, "--methods", "scratch", "--targets", "rings", "--test-seeds", "1") == 0
     results = json.loads((tmp_path / "results.json").read_text())
