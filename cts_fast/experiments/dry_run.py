@@ -20,7 +20,7 @@ from cts_fast.experiments.batches import usual_padding
 from cts_fast.experiments.experiment import Experiment
 from cts_fast.experiments.meta_train import MetaTrainer
 from cts_fast.experiments.parallel import task_map
-from cts_fast.experiments.report import aligned, fill
+from cts_fast.experiments.report import aligned, fill, number_of
 from cts_fast.experiments.run_folder import RunFolder
 from cts_fast.experiments.settings import labels
 from cts_fast.experiments.signals import Stop
@@ -85,8 +85,8 @@ def _of(experiment: Experiment) -> tuple[str, float]:
         tests, seconds = _meta_test(experiment, map_tasks, at_a_time)
     tasks, rounds = number_of(len(experiment.config["tasks"]), "task"), number_of(train.rounds, "round")
     steps = (
-        f"{tasks}, each {train.steps:,} steps of batch {train.batch_size} in {rounds} of {train.horizon:,}; phi is "
-        f"meta-tested after {', '.join(f'{step:,}' for step in sorted(experiment.snapshot_steps))} of them"
+        f"{tasks}, each {number_of(train.steps, 'step')} of batch {train.batch_size} in {rounds} of {train.horizon:,}; "
+        f"phi is meta-tested after {', '.join(f'{step:,}' for step in sorted(experiment.snapshot_steps))} of them"
     )
     settings = "\n".join(f"{name}: {json.dumps(value)}" for name, value in experiment.config.items())
     trained = [fill(steps), aligned(rows)] if experiment.methods else []
@@ -168,7 +168,7 @@ def _meta_test(experiment: Experiment, map_tasks: Callable[..., list], at_a_time
         used = min(images or test.images or len(task.train), len(task.train))
         rows.append([target, f"{count:,}", f"{used:,}", f"{each:,.1f}", duration(seconds)])
     steps = (
-        f"Each run: {test.steps:,} steps of batch {test.batch_size} and a test on the whole test set; "
+        f"Each run: {number_of(test.steps, 'step')} of batch {test.batch_size} and a test on the whole test set; "
         f"{number_of(test.seeds, 'run')}, of seeds of their own, for each of {', '.join(experiment.untrained)} and of "
         f"the initializations, {at_a_time} at a time"
     )
@@ -231,11 +231,6 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"
     return f"{seconds:,.1f} seconds"
-
-
-def number_of(count: int, what: str) -> str:
-    """A count of things."""
-    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def in_bytes(count: int) -> str:

@@ -194,6 +194,22 @@ def test_scratch_alone_needs_no_meta_training(tmp_path):
     assert set(results["meta_test"]) == {"scratch"} and not results["meta_train"]
 
 
+def test_the_account_says_on_what_it_was_tested_and_what_trained_on_what(tmp_path, capsys):
+    assert run(tmp_path / "a", "--methods", "scratch", "--validation", "--targets", "rings", "--test-seeds", "1") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        "on training images held back from fine-tuning (--validation) of 1 image task: mean of 1 fine-tuning run."
+        in text
+    )
+    assert "meta-trained" not in text and "test sets" not in text
+    assert run(tmp_path / "b", "--methods", "cts,finetune", "--source", "dots,waves", "--test-steps", "1") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "on the test sets of 2 image tasks that meta-training never saw" in text
+    assert "meta-trained resnet20 on the tasks stripes, dots, waves: 4 steps" in text
+    assert "finetune trained resnet20 on dots, waves alone: 4 steps" in text
+    assert ", 1 step of batch" in text
+
+
 def test_all_methods_run_and_are_ranked(tmp_path, capsys):
     arguments = ["--methods", "all", "--targets", "rings", "--rounds", "1", "--test-steps", "1", "--test-seeds", "1"]
     assert run(tmp_path, *arguments) == 0
