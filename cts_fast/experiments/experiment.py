@@ -222,7 +222,7 @@ class Experiment:
             spread=[[setup.tasks[i].name for i in share] for share in shares],
             steps=self.train.steps,
             snapshot_steps=self.snapshot_steps,
-            rates=f"its meta_lr ({setup.meta_lr}) or the lr ({self.train.lr}) is too large" if raises else None,
+            rates=self.rates(name) if raises else None,
             shown=self.team.is_first,
         )
         self.curves[name], self.snapshots[name] = training.curve, training.snapshots
@@ -237,6 +237,10 @@ class Experiment:
         training.run(stop, self._tensorboard_writer(name) if team.is_first else None)
         if len(setup.tasks) == 1:
             self.bodies[name] = on_cpu(trainer.nets[0].body.state_dict())
+
+    def rates(self, name: str) -> str:
+        """What a message about gradients that are not finite says of a method's step sizes."""
+        return f"its meta_lr ({self.methods[name].meta_lr}) or the lr ({self.train.lr}) is too large"
 
     def trainer(
         self, name: str, map_tasks: Callable[..., list], tasks: Sequence[Any] | None = None, team: Team = ALONE
