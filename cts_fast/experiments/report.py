@@ -176,11 +176,13 @@ def gain_by_images(experiment: Experiment) -> dict:
             gains.setdefault(name, {})[count] = {
                 target: paired_differences(values, accuracy[base][target]) for target, values in accuracy[name].items()
             }
+    some = accuracy[base][experiment.targets[0].name]
     return {
         "curves": turned(gains),
         "x": "training images of the held-out task",
         "y": f"ahead of {LABELS[base]}, points",
-        "title": "What meta-training adds, by the number of images",
+        "title": f"What meta-training adds, by the number of images, paired; {plots.intervals(some, 'fine-tuning')}",
+        "differences": True,
     }
 
 
