@@ -266,7 +266,7 @@ def final_accuracy(
     axes.set_ylim(max(0.0, 10 * math.floor(10 * lowest - 0.5)), min(105.0, axes.get_ylim()[1]))
     axes.set_ylabel("accuracy after fine-tuning, %" + (" (axis cut)" if axes.get_ylim()[0] else ""))
     axes.grid(axis="x", visible=False)
-    title = f"Held-out tasks: accuracy by initialization, {intervals(accuracy[methods[0]][targets[0]], seeds)}"
+    title = f"Held-out tasks: accuracy by initialization\n{intervals(accuracy[methods[0]][targets[0]], seeds)}"
     _around(figure, title, *axes.get_legend_handles_labels())
     save_figure(path, figure)
 

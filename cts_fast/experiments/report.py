@@ -181,7 +181,7 @@ def gain_by_images(experiment: Experiment) -> dict:
         "curves": turned(gains),
         "x": "training images of the held-out task",
         "y": f"ahead of {LABELS[base]}, points",
-        "title": f"What meta-training adds, by the number of images, paired; {plots.intervals(some, 'fine-tuning')}",
+        "title": f"What meta-training adds, by the number of images, paired\n{plots.intervals(some, 'fine-tuning')}",
         "differences": True,
     }
 
