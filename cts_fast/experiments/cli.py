@@ -357,7 +357,9 @@ def choose_model(args: argparse.Namespace, tasks: Sequence[Task], *sizes: int | 
     Raises ValueError for a model or a file that cannot be used.
     """
     own = [(images.shape[-2], images.shape[-1]) for images in (task.train.images for task in tasks)]
-    model = by_name.model(args.model, [(size, size) if size else shape for size in sizes for shape in own])
+    batches = [getattr(args, name, None) or 2 for name in ("batch_size", "test_batch_size")]  # no preset has one of 1
+    wanted = [(size, size) if size else shape for size in sizes for shape in own]
+    model = by_name.model(args.model, wanted, min(2, *batches))  # those of two images stand for all larger ones
     if args.weights is None:
         return model, None
     check_extras("safetensors")

@@ -1,4 +1,6 @@
-"""`--dry-run`: what a command would do, the memory that it takes, and how long, from a few measured steps."""
+"""`--dry-run`: what a command would do, the memory of weights, gradients and optimizer, and how long it takes, from a
+few measured steps.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,23 @@ from torch import Tensor
 
 from cts_fast.data import Task
 from cts_fast.data.images import MappedImages
+from cts_fast.engine.gradients import NonFiniteGradient
 from cts_fast.experiments.batches import usual_padding
 from cts_fast.experiments.experiment import Experiment
 from cts_fast.experiments.meta_train import MetaTrainer
 from cts_fast.experiments.parallel import task_map
-from cts_fast.experiments.report import aligned, fill
+from cts_fast.experiments.report import aligned, fill, number_of
 from cts_fast.experiments.run_folder import RunFolder
 from cts_fast.experiments.settings import labels
 from cts_fast.experiments.signals import Stop
+from cts_fast.experiments.training import Diverged
 
 WARM, MEASURED = 1, 3  # steps: first ones allocate and choose algorithms
 CAPTURED = 4  # steps that are warm where a CUDA graph is captured after three
+MEMORY = (
+    "The last two columns are the memory of weights, gradients and optimizer; activations, and images on a GPU, come "
+    "on top."
+)
 TESTED = 500  # test images that are measured; the time of all is in proportion
 
 
@@ -74,8 +82,8 @@ def _of(experiment: Experiment) -> tuple[str, float]:
     """What is said of one run, and its seconds."""
     train, named = experiment.train, labels(list(experiment.methods), experiment.config["meta_lr"])
     rows = [["meta-training", "step size", "ms a step", "time", "weights, gradients", "optimizer"]]
-    total, at_a_time = 0.0, torch.get_num_threads() if experiment.device == "cpu" else 1
-    with task_map(experiment.device) as map_tasks:
+    total, at_a_time = 0.0, 1 if experiment.in_turn else torch.get_num_threads()
+    with task_map(experiment.device, in_turn=experiment.in_turn) as map_tasks:
         for name, setup in experiment.methods.items():
             found = measured(experiment, name, map_tasks)
             total += found.seconds
@@ -85,11 +93,11 @@ def _of(experiment: Experiment) -> tuple[str, float]:
         tests, seconds = _meta_test(experiment, map_tasks, at_a_time)
     tasks, rounds = number_of(len(experiment.config["tasks"]), "task"), number_of(train.rounds, "round")
     steps = (
-        f"{tasks}, each {train.steps:,} steps of batch {train.batch_size} in {rounds} of {train.horizon:,}; phi is "
-        f"meta-tested after {', '.join(f'{step:,}' for step in sorted(experiment.snapshot_steps))} of them"
+        f"{tasks}, each {number_of(train.steps, 'step')} of batch {train.batch_size} in {rounds} of {train.horizon:,}; "
+        f"phi is meta-tested after {', '.join(f'{step:,}' for step in sorted(experiment.snapshot_steps))} of them"
     )
     settings = "\n".join(f"{name}: {json.dumps(value)}" for name, value in experiment.config.items())
-    trained = [fill(steps), aligned(rows)] if experiment.methods else []
+    trained = [fill(steps), aligned(rows), fill(MEMORY)] if experiment.methods else []
     return "\n\n".join([settings, _tasks(experiment), *trained, tests]), total + seconds
 
 
@@ -105,7 +113,10 @@ class Measured:
 
 
 def measured(experiment: Experiment, name: str, map_tasks: Callable[..., list]) -> Measured:
-    """Times a method's usual steps, and the last of a round, in which most methods do more, by a round cut short."""
+    """Times a method's usual steps, and the last of a round, in which most methods do more, by a round cut short.
+
+    Raises Diverged where a gradient is not finite.
+    """
     whole = experiment.train
     warm = CAPTURED if experiment.capture else WARM
     horizon = min(whole.horizon, warm + MEASURED + 1)
@@ -114,8 +125,14 @@ def measured(experiment: Experiment, name: str, map_tasks: Callable[..., list]) 
         trainer = experiment.trainer(name, map_tasks)
     finally:
         experiment.train = whole
-    times = [_seconds(experiment.device, trainer.train_step) for _ in range(warm + MEASURED + 1)]
-    memory = bytes_of(trainer)
+    try:
+        times = [_seconds(experiment.device, trainer.train_step) for _ in range(warm + MEASURED + 1)]
+        memory = bytes_of(trainer)
+    except NonFiniteGradient as error:
+        raise Diverged(
+            f"{name}, within {warm + MEASURED + 1} steps: the gradient of task {trainer.tasks[error.task]!r}, "
+            f"parameter {error.parameter!r} is not finite; {experiment.rates(name)}"
+        ) from error
     later = list(enumerate(times, 1))[min(warm, horizon - 1) :]  # a round of one step has only last ones
     last = [seconds for step, seconds in later if step % horizon == 0]
     usual = [seconds for step, seconds in later if step % horizon] or last
@@ -168,7 +185,7 @@ def _meta_test(experiment: Experiment, map_tasks: Callable[..., list], at_a_time
         used = min(images or test.images or len(task.train), len(task.train))
         rows.append([target, f"{count:,}", f"{used:,}", f"{each:,.1f}", duration(seconds)])
     steps = (
-        f"Each run: {test.steps:,} steps of batch {test.batch_size} and a test on the whole test set; "
+        f"Each run: {number_of(test.steps, 'step')} of batch {test.batch_size} and a test on the whole test set; "
         f"{number_of(test.seeds, 'run')}, of seeds of their own, for each of {', '.join(experiment.untrained)} and of "
         f"the initializations, {at_a_time} at a time"
     )
@@ -231,11 +248,6 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"
     return f"{seconds:,.1f} seconds"
-
-
-def number_of(count: int, what: str) -> str:
-    """A count of things."""
-    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def in_bytes(count: int) -> str:

@@ -5,6 +5,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from cts_fast.experiments.checkpoint import CheckpointError, Checkpoints, differ
 from cts_fast.experiments.console import Progress
 from cts_fast.experiments.files import write_csv
 from cts_fast.experiments.meta_test import MetaTester, MetaTestSettings
-from cts_fast.experiments.meta_train import MakeNet, MetaTrainer, MetaTrainSettings, check_held_out, pixels
+from cts_fast.experiments.meta_train import (
+    MakeNet,
+    MetaTrainer,
+    MetaTrainSettings,
+    check_held_out,
+    draws_numbers,
+    pixels,
+)
 from cts_fast.experiments.parallel import deal, task_map
 from cts_fast.experiments.run_folder import CHECKPOINTS, FINISHED, SWEPT, RunFolder
 from cts_fast.experiments.signals import Stop
@@ -107,9 +115,16 @@ class Experiment:
         """What the networks are called."""
         return self.config["model"]
 
+    @cached_property
+    def in_turn(self) -> bool:
+        """Whether one network trains after the other: on a GPU, and where they would draw from one generator."""
+        side, images = self.test.size, self.targets[0].train.images
+        shape = (side, side) if side else images.shape[-2:]
+        return torch.device(self.device).type != "cpu" or draws_numbers(self.make_net, shape)
+
     def run(self, stop: Stop) -> None:
         """Does what is not done yet; raises `Interrupted` when `stop` was requested and everything is saved."""
-        with task_map(self.device) as map_tasks:
+        with task_map(self.device, in_turn=self.in_turn) as map_tasks:
             for name in self.together:
                 self.meta_train(name, self.team, stop, map_tasks)
             for name in self.alone[self.team.rank]:
@@ -171,7 +186,7 @@ class Experiment:
             spread=[[setup.tasks[i].name for i in share] for share in shares],
             steps=self.train.steps,
             snapshot_steps=self.snapshot_steps,
-            rates=f"its meta_lr ({setup.meta_lr}) or the lr ({self.train.lr}) is too large" if raises else None,
+            rates=self.rates(name) if raises else None,
             shown=self.team.is_first,
         )
         self.curves[name], self.snapshots[name] = training.curve, training.snapshots
@@ -186,6 +201,10 @@ class Experiment:
         training.run(stop, self._tensorboard_writer(name) if team.is_first else None)
         if len(setup.tasks) == 1:
             self.bodies[name] = on_cpu(trainer.nets[0].body.state_dict())
+
+    def rates(self, name: str) -> str:
+        """What a message about gradients that are not finite says of a method's step sizes."""
+        return f"its meta_lr ({self.methods[name].meta_lr}) or the lr ({self.train.lr}) is too large"
 
     def trainer(
         self, name: str, map_tasks: Callable[..., list], tasks: Sequence[Any] | None = None, team: Team = ALONE

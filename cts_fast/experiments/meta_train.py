@@ -68,6 +68,15 @@ def new_net(make_net: MakeNet, num_classes: int, *, seed: int, head: object) -> 
     return net
 
 
+def draws_numbers(make_net: MakeNet, shape: Sequence[int]) -> bool:
+    """Whether a network draws random numbers while it trains (dropout), by a pass of two images of this shape."""
+    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]), torch.no_grad():
+        net = make_net(1).train()
+        before = torch.get_rng_state()
+        net(torch.zeros(2, 3, *shape))
+        return not torch.equal(before, torch.get_rng_state())
+
+
 def check_held_out(name: str, method: type, tasks: Sequence[Any], settings: MetaTrainSettings) -> None:
     """Raises ValueError where a method, called `name`, needs held-out images and a task holds none back."""
     few = [task.name for task in tasks if int(settings.held_back * len(task.train.labels)) == 0]

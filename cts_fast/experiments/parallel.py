@@ -17,22 +17,32 @@ MEETING = 1.0  # seconds of training between two exchanges of the ranks, at most
 
 
 @contextmanager
-def task_map(device: torch.device | str) -> Iterator[Callable[..., list]]:
+def task_map(device: torch.device | str, *, in_turn: bool = False) -> Iterator[Callable[..., list]]:
     """Yields `map` as a list: on a CPU as many calls at a time as torch has threads, each computing on one thread.
 
     Every call computes the same on one thread as on any machine's number of threads, so results do not depend on how
-    many run at a time. On other devices calls run one after the other. torch's thread count is restored at the end.
+    many run at a time. in_turn: run calls one after the other on a CPU too, each still on one thread; for networks
+    that draw random numbers while they train (dropout), which all come from torch's one generator: side by side, which
+    call gets which would be chance. On other devices calls run one after the other. torch's thread count is restored at
+    the end.
     """
     if torch.device(device).type != "cpu":
-        yield lambda function, *arguments: list(map(function, *arguments))
+        yield _in_turn
         return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        if in_turn:
+            yield _in_turn
+            return
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield lambda function, *arguments: list(pool.map(function, *arguments))
     finally:
         torch.set_num_threads(threads)
+
+
+def _in_turn(function: Callable[..., T], *arguments: Sequence) -> list[T]:
+    return list(map(function, *arguments))
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:

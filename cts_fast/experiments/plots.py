@@ -1,6 +1,7 @@
 """The pictures of the image experiments, as PNG files; needs matplotlib (extra "examples")."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,8 @@ _COLOURS = (
     "#7A2048",
 )
 _SCRATCH, _GIVEN = "#9A9A9A", "#1A1A1A"  # without meta-training: a random body, the given weights
+TEXT = 10  # points of titles, labels and legends
+LINE = 0.2  # inches between two lines of it
 Layout = Literal["constrained", "compressed", "tight"]  # how matplotlib places the plots of a figure
 
 
@@ -55,6 +58,43 @@ def _bare(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
+def _wrapped(text: str, inches: float) -> str:
+    """Text in lines of this width."""
+    letters = len(text) * inches / _inches(text)
+    return textwrap.fill(text, max(1, int(0.95 * letters)), break_on_hyphens=False)
+
+
+def _inches(text: str) -> float:
+    """How wide one line of text is."""
+    from matplotlib.textpath import TextPath
+
+    return TextPath((0, 0), text, size=TEXT, usetex=False).get_extents().width / 72
+
+
+def _around(figure: Any, title: str, handles: Sequence[Any], named: Sequence[str]) -> None:
+    """A title above the plots of a figure and a legend below, in as many lines as its width asks for; the figure grows.
+
+    Each line of `title` is wrapped on its own.
+    """
+    inches = figure.get_figwidth() - 0.2
+    text = "\n".join(_wrapped(line, inches) for line in title.splitlines())
+    figure.suptitle(text, fontsize=TEXT)
+    sign = 0.6  # inches of a line or patch, and of the gaps around it
+    named = [_wrapped(name, inches - sign) for name in named]
+    longest = max(_inches(line) for name in named for line in name.splitlines())
+    columns = max(1, min(len(named), int(inches / (sign + longest))))
+    rows = math.ceil(len(named) / columns)
+    lines = rows * max(name.count("\n") + 1 for name in named)
+    figure.legend(handles, named, frameon=False, fontsize=TEXT, ncols=columns, loc="outside lower center")
+    figure.set_figheight(figure.get_figheight() + LINE * (text.count("\n") + lines))
+
+
+def _within_percent(axes: Any) -> None:
+    """Show nothing below 0 % or above 100 %, where intervals of few seeds end too."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0.0), min(high, 100.0))
+
+
 def colours(methods: Sequence[str]) -> dict[str, str]:
     """Method to colour; without meta-training `scratch` is grey, `none` nearly black."""
     named = [method for method in methods if method not in UNTRAINED]
@@ -77,7 +117,7 @@ def convergence(
     path: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], labels: Mapping[str, str]
 ) -> None:
     """Task-average training loss against inner steps: method to (steps, losses); smoothed, raw values behind."""
-    figure, axes = _one_plot(7, 4.2)
+    figure, axes = _one_plot(7, 4)
     palette = colours(list(curves))
     for method, (steps, losses) in curves.items():
         axes.plot(steps, losses, color=palette[method], alpha=0.18, linewidth=0.8)
@@ -85,10 +125,9 @@ def convergence(
         axes.plot(steps, smoothed, color=palette[method], linewidth=2, label=labels[method])
     axes.set_xlabel("inner steps of each task, all rounds together")
     axes.set_ylabel("training loss, mean over tasks")
-    axes.set_title("Meta-training")
     axes.margins(x=0.01)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False)
+    _around(figure, "Meta-training", *axes.get_legend_handles_labels())
     save_figure(path, figure)
 
 
@@ -107,7 +146,7 @@ def accuracy_vs_steps(
     meta-trained to its accuracies; seeds: "fine-tuning" or "meta-training".
     """
     rows = min(len(points), 2)
-    figure, grid = new_figure(rows, 1, 7, 3 + 2 * rows, ratios=[2, 1][:rows])
+    figure, grid = new_figure(rows, 1, 7, 2.5 + 2 * rows, ratios=[2, 1][:rows])
     (top,), (bottom,) = grid[0], grid[-1]
     if rows > 1:
         bottom.sharex(top)
@@ -124,7 +163,7 @@ def accuracy_vs_steps(
         _level(top, values, palette[name], labels[name])
     top.set_ylabel("accuracy after fine-tuning, %")
     values = points[reference][steps[-1]]
-    top.set_title(f"Held-out tasks: mean accuracy, {intervals(values, seeds)}")
+    _within_percent(top)
     for (axes,) in grid:
         _bare(axes)
         axes.set_xscale("log", base=2)
@@ -133,9 +172,10 @@ def accuracy_vs_steps(
     if rows > 1:
         bottom.axhline(0, color="#4D4D4D", linewidth=1)
         bottom.set_ylabel("ahead, points")
-        bottom.set_title(f"{labels[reference]} minus the others, paired", fontsize="medium")
+        bottom.set_title(_wrapped(f"{labels[reference]} minus the others, paired", 6), fontsize=TEXT)
     bottom.set_xlabel("meta-training steps spent (inner steps of each task), log scale")
-    figure.legend(frameon=False, ncols=2 if len(points) < 6 else 4, loc="outside lower center")
+    title = f"Held-out tasks: mean accuracy, {intervals(values, seeds)}"
+    _around(figure, title, *top.get_legend_handles_labels())
     save_figure(path, figure)
 
 
@@ -164,33 +204,39 @@ def by_target(
     y: str,
     title: str,
     levels: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    differences: bool = False,
 ) -> None:
     """A plot for each held-out task: method to x to fractions (one per seed), on a log axis of x.
 
-    curves: by held-out task; levels: by held-out task, method to the values of a line across; x, y: what the axes are.
+    curves: by held-out task; levels: by held-out task, method to the values of a line across; x, y: what the axes are;
+    differences: whether values are differences of accuracies, which have a line at zero.
     """
     columns = min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
-    figure, grid = new_figure(rows, columns, 1 + 3.2 * columns, 1.3 + 2.5 * rows)
+    figure, grid = new_figure(rows, columns, max(5.5, 1 + 3.2 * columns), 1 + 2.5 * rows)
     for axes in grid.flat[len(curves) :]:
         axes.set_visible(False)
     for axes, (target, methods) in zip(grid.flat, curves.items(), strict=False):
         across = (levels or {}).get(target, {})
         palette = colours([*methods, *across])
         _bare(axes)
+        if differences:
+            axes.axhline(0, color="#4D4D4D", linewidth=1)
         for name, values in across.items():
             _level(axes, values, palette[name], labels[name])
         for method, points in methods.items():
             _curve(axes, dict(sorted(points.items())), 1.0, palette[method], labels[method])
+        if not differences:
+            _within_percent(axes)
         ticks = sorted({point for points in methods.values() for point in points})
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30 if len(ticks) > 4 else 0, fontsize="small")
         axes.minorticks_off()
-        axes.set_title(target, fontsize="medium")
-    figure.suptitle(f"{title}\nagainst {x}, log scale", fontsize="medium")  # under the plots it would hide the legend
-    figure.supylabel(y, fontsize="medium")
-    handles, named = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, named, frameon=False, ncols=2 if columns < 3 else 3, loc="outside lower center")
+        axes.set_title(target, fontsize=TEXT)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(_wrapped(y, 2.3))
+    # x is named above: under the plots it would hide the legend
+    _around(figure, f"{title}\nagainst {x}, log scale", *grid.flat[0].get_legend_handles_labels())
     save_figure(path, figure)
 
 
@@ -200,7 +246,7 @@ def final_accuracy(
     """Bars with 95 % intervals: method to held-out task to accuracies (fractions, one per seed); seeds: as above."""
     methods = list(accuracy)
     targets = list(accuracy[methods[0]])
-    figure, axes = _one_plot(max(6.0, 1.2 + 0.32 * (len(methods) + 1) * len(targets)), 4.2 + 0.12 * len(methods))
+    figure, axes = _one_plot(max(6.0, 1.2 + 0.32 * (len(methods) + 1) * len(targets)), 4)
     palette = colours(methods)
     width = 0.8 / len(methods)
     lowest = 1.0
@@ -215,13 +261,13 @@ def final_accuracy(
         if len(methods) <= 4:
             style = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 7}
             for place, height, half in zip(places, heights, finite, strict=True):
-                axes.annotate(f"{height:.1f}", (place, height + 100 * half), (0, 2), **style)
+                axes.annotate(f"{height:.1f}", (place, min(height + 100 * half, 100)), (0, 2), **style)
     axes.set_xticks(range(len(targets)), targets)
-    axes.set_ylim(bottom=max(0.0, 10 * math.floor(10 * lowest - 0.5)))
+    axes.set_ylim(max(0.0, 10 * math.floor(10 * lowest - 0.5)), min(105.0, axes.get_ylim()[1]))
     axes.set_ylabel("accuracy after fine-tuning, %" + (" (axis cut)" if axes.get_ylim()[0] else ""))
-    axes.set_title(f"Held-out tasks: accuracy by initialization, {intervals(accuracy[methods[0]][targets[0]], seeds)}")
     axes.grid(axis="x", visible=False)
-    figure.legend(frameon=False, ncols=2 if len(methods) < 6 else 4, loc="outside lower center")
+    title = f"Held-out tasks: accuracy by initialization\n{intervals(accuracy[methods[0]][targets[0]], seeds)}"
+    _around(figure, title, *axes.get_legend_handles_labels())
     save_figure(path, figure)
 
 

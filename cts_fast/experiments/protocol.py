@@ -74,7 +74,10 @@ def parser(program: Program) -> argparse.ArgumentParser:
     p.add_argument("--meta-lr", type=cli.rates, default={}, metavar="A=X,B=Y,...", help=rates_help)
     _add_settings(p)
     cli.add_run_arguments(p, program.out)
-    dry_help = "print settings, tasks, memory and an estimate of the time from a few steps, and stop"
+    dry_help = (
+        "print settings, tasks, the memory of weights, gradients and optimizer (activations, and images on a GPU, come "
+        "on top) and an estimate of the time from a few steps, and stop"
+    )
     p.add_argument("--dry-run", action="store_true", help=dry_help)
     cli.add_save_every(p)
     cli.add_compute_arguments(p)

@@ -176,11 +176,13 @@ def gain_by_images(experiment: Experiment) -> dict:
             gains.setdefault(name, {})[count] = {
                 target: paired_differences(values, accuracy[base][target]) for target, values in accuracy[name].items()
             }
+    some = accuracy[base][experiment.targets[0].name]
     return {
         "curves": turned(gains),
         "x": "training images of the held-out task",
         "y": f"ahead of {LABELS[base]}, points",
-        "title": "What meta-training adds, by the number of images",
+        "title": f"What meta-training adds, by the number of images, paired\n{plots.intervals(some, 'fine-tuning')}",
+        "differences": True,
     }
 
 
@@ -213,23 +215,57 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def account(experiment: Experiment) -> str:
     """What the table shows and what was run, for a reader who knows no paper."""
-    config, train, test = experiment.config, experiment.train, experiment.test
-    size = f", images of {train.size} x {train.size} pixels" if train.size else ""
-    images = f"{test.images} training images" if test.images else "all its training images"
-    rounds = f"in {train.rounds} rounds of {train.horizon}" if train.rounds > 1 else "in one round"
-    steps = f"{train.steps} steps of batch {train.batch_size} per task {rounds}"
+    test, targets = experiment.test, experiment.config["targets"]
+    validation = experiment.config.get("validation", False)
+    images = "training images held back from fine-tuning (--validation)" if validation else "the test sets"
+    unseen = " that meta-training never saw" if experiment.methods else ""
+    interval = " ± 95 % interval" if test.seeds > 1 else ""
+    means = "; the last column is the mean over these tasks" if len(targets) > 1 else ""
     paragraphs = [
-        f"Accuracy in % on the test sets of {len(config['targets'])} image tasks that meta-training never saw: "
-        f"mean of {test.seeds} fine-tuning run{'s' * (test.seeds > 1)} ± 95 % interval; "
-        "the last column is the mean over these tasks.",
-        f"What was run: each method meta-trained {experiment.model_name} on the tasks {', '.join(config['tasks'])}: "
-        f"{steps}{size}. All began at the same weights and saw the same batches. Then each starting point was "
-        f"fine-tuned on each held-out task: {images}, {test.steps} steps of batch {test.batch_size}, "
-        "with a new last layer.",
+        f"Accuracy in % on {images} of {number_of(len(targets), 'image task')}{unseen}: "
+        f"mean of {number_of(test.seeds, 'fine-tuning run')}{interval}{means}.",
+        " ".join(["What was run:", *trainings(experiment), fine_tunings(experiment)]),
     ]
     if experiment.team.size > 1:
         paragraphs.append(f"The tasks were spread over {experiment.team.size} ranks when it came to its end.")
     return "\n\n".join(map(fill, paragraphs))
+
+
+def trainings(experiment: Experiment) -> list[str]:
+    """Sentences on what was trained before the meta-test; none where nothing was."""
+    config, train = experiment.config, experiment.train
+    size = f", images of {train.size} x {train.size} pixels" if train.size else ""
+    rounds = f"in {train.rounds} rounds of {train.horizon}" if train.rounds > 1 else "in one round"
+    steps = f"{number_of(train.steps, 'step')} of batch {train.batch_size} per task"
+    found = []
+    if any(name != "finetune" for name in experiment.methods):
+        found.append(
+            f"each method meta-trained {experiment.model_name} on the tasks {', '.join(config['tasks'])}: "
+            f"{steps} {rounds}{size}."
+        )
+    if "finetune" in experiment.methods:
+        sources = ", ".join(task.name for task in experiment.methods["finetune"].tasks)
+        found.append(f"finetune trained {experiment.model_name} on {sources} alone: {steps}{size}.")
+    if len(experiment.methods) > 1:
+        found.append("All began at the same weights and saw the same batches of a task.")
+    return found
+
+
+def fine_tunings(experiment: Experiment) -> str:
+    """A sentence on the meta-test."""
+    test = experiment.test
+    size = f" of {test.size} x {test.size} pixels" if test.size and not experiment.methods else ""
+    images = f"{number_of(test.images, 'training image')}{size}" if test.images else f"all its training images{size}"
+    begun = "Then each starting point" if experiment.methods else experiment.model_name
+    return (
+        f"{begun} was fine-tuned on each held-out task: {images}, {number_of(test.steps, 'step')} of batch "
+        f"{test.batch_size}, with a new last layer."
+    )
+
+
+def number_of(count: int, what: str) -> str:
+    """A count of things."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def fill(text: str) -> str:

@@ -18,7 +18,7 @@ LABELS = {
     "no-shift": "cts without the shift",
     "random-shift": "cts, shifted at random",
     "cts-accurate": "cts, exact trajectories",
-    "finetune": "pretrained on one task",
+    "finetune": "pretrained on its source (finetune)",
     "scratch": "no meta-learning (scratch)",
     "none": "the given weights, no meta-learning",
 }

@@ -31,23 +31,26 @@ class Model:
         return _split(self.make(num_classes), self.head, num_classes)
 
 
-def model(name: str, sizes: Iterable[tuple[int, int]] = ()) -> Model:
+def model(name: str, sizes: Iterable[tuple[int, int]] = (), batch_size: int = 2) -> Model:
     """The model "resnet20", "resnet18" or another of torchvision's, or "module:function", after a trial of it.
 
-    sizes: heights and widths of images that it must take. A function is called with the number of classes; it returns
-    a TaskNet or a classifier to be split. Raises ValueError: no such model, one with several classifiers or without a
-    linear layer at the end, one that cannot take images of these sizes, a function that returns something else, or
-    another body for other numbers of classes.
+    sizes: heights and widths of images that it must take; batch_size: how few of them it must train on. A function is
+    called with the number of classes; it returns a TaskNet or a classifier to be split. Raises ValueError: no such
+    model, one with several classifiers or without a linear layer at the end, one that cannot take images of these
+    sizes or train on so few, a function that returns something else, or another body for other numbers of classes.
     """
+    sizes = list(dict.fromkeys(sizes))
     name = name if ":" in name else name.lower()
     make = _function(name) if ":" in name else _known(name)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         net = make(TRIAL).eval()
         found = Model(name, make, _head(name, net))
-        if _shapes(_tried(found, net, sizes)) != _shapes(found(1).body):
+        other = found(1)
+        if _shapes(_tried(found, net, sizes)) != _shapes(other.body):
             raise ValueError(
                 f"the model {name!r} has another body for another number of classes: tasks cannot share it"
             )
+        _train(name, other.train(), sizes, batch_size)
     return found
 
 
@@ -134,7 +137,7 @@ def _tried(found: Model, net: nn.Module, sizes: Iterable[tuple[int, int]]) -> nn
     last = net.get_submodule(found.head)
     for parameter in last.parameters():  # some begin at zero, which would hide what comes after
         nn.init.normal_(parameter)
-    images = [torch.randn(2, 3, *size).contiguous(memory_format=torch.channels_last) for size in dict.fromkeys(sizes)]
+    images = [torch.randn(2, 3, *size).contiguous(memory_format=torch.channels_last) for size in sizes]
     whole = [_logits(found.name, net, x) for x in images]
     body = _split(net, found.head, TRIAL).body
     for x, y in zip(images, whole, strict=True):
@@ -159,6 +162,18 @@ def _logits(name: str, net: nn.Module, images: Tensor) -> Tensor:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the model {name!r} must return one tensor [images, classes], here {expected}, not {got}")
     return logits
+
+
+def _train(name: str, net: TaskNet, sizes: Iterable[tuple[int, int]], batch_size: int) -> None:
+    """Raises ValueError where a network in training mode cannot take so few images: batch norms want several values."""
+    for height, width in sizes:
+        try:
+            net(torch.randn(batch_size, 3, height, width).contiguous(memory_format=torch.channels_last))
+        except Exception as error:
+            raise ValueError(
+                f"--model {name} cannot train on batches of {batch_size} at {height} x {width} pixels: {_said(error)}; "
+                "give larger batches (--batch-size, --test-batch-size) or images (--size)"
+            ) from error
 
 
 def _said(error: BaseException) -> str:

@@ -153,6 +153,12 @@ def test_what_is_no_body_and_head_is_refused_by_name(name, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_what_cannot_train_on_so_few_images_is_refused_before_a_run():
+    with pytest.raises(ValueError, match="resnet18 cannot train on batches of 1 at 16 x 16 pixels.*--batch-size"):
+        model("resnet18", [(16, 16)], 1)
+    model("resnet18", [(16, 16)], 2)
+
+
 def test_a_trial_leaves_torchs_generator_alone():
     torch.manual_seed(0)
     expected = torch.rand(1)

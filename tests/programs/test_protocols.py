@@ -190,6 +190,14 @@ def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(horizon, tmp_path,
     assert "rings 18 60 " in text and "In all about " in text
 
 
+def test_a_dry_run_whose_gradients_are_not_finite_ends_with_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path / "out", "--dry-run", "--methods", "cts", "--lr", "1e30")
+    assert end.value.code == 1
+    message = capsys.readouterr().err
+    assert "Traceback" not in message and "the lr (1e+30) is too large" in message and "task 'stripes'" in message
+
+
 def test_a_dry_run_of_fine_tuning_alone(tmp_path, capsys):
     assert run(tmp_path / "out", "--dry-run", "--methods", "scratch", "--images", "20,8") == 0
     text = " ".join(capsys.readouterr().out.split())

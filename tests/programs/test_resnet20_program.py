@@ -175,10 +175,39 @@ def test_two_runs_with_one_seed_give_bit_equal_phi(finished, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_network_that_draws_random_numbers_gives_the_same_with_any_number_of_threads(tmp_path):
+    found, threads = [], torch.get_num_threads()
+    try:
+        for i, count in enumerate((1, 4, 4)):
+            torch.set_num_threads(count)
+            out = tmp_path / str(i)
+            assert run(out, "--methods", "cts", "--model", "support.image_tasks:with_dropout", "--points", "1") == 0
+            found.append((out / "metrics.csv").read_text())
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+
+
 def test_scratch_alone_needs_no_meta_training(tmp_path):
     assert run(tmp_path, "--methods", "scratch", "--targets", "rings", "--test-seeds", "1") == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["meta_test"]) == {"scratch"} and not results["meta_train"]
+
+
+def test_the_account_says_on_what_it_was_tested_and_what_trained_on_what(tmp_path, capsys):
+    assert run(tmp_path / "a", "--methods", "scratch", "--validation", "--targets", "rings", "--test-seeds", "1") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        "on training images held back from fine-tuning (--validation) of 1 image task: mean of 1 fine-tuning run."
+        in text
+    )
+    assert "meta-trained" not in text and "test sets" not in text
+    assert run(tmp_path / "b", "--methods", "cts,finetune", "--source", "dots,waves", "--test-steps", "1") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "on the test sets of 2 image tasks that meta-training never saw" in text
+    assert "meta-trained resnet20 on the tasks stripes, dots, waves: 4 steps" in text
+    assert "finetune trained resnet20 on dots, waves alone: 4 steps" in text
+    assert ", 1 step of batch" in text
 
 
 def test_all_methods_run_and_are_ranked(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Small image tasks for tests: a few pixels, a few classes, learnable."""
 
 import torch
+from torch import nn
 
 from cts_fast.data import ImageSet, Task
 
@@ -32,3 +33,11 @@ def make_suite(root=None, names=None) -> dict[str, Task]:
         make_task("stars", classes=3, channels=3, role="target", seed=4),
     ]
     return {task.name: task for task in tasks if names is None or task.name in names}
+
+
+def with_dropout(num_classes: int) -> nn.Module:
+    """A network that draws random numbers while it trains, for `--model support.image_tasks:with_dropout`."""
+    side = 16  # as every preset of the built-in suite has it
+    return nn.Sequential(
+        nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * side * side, 8), nn.Dropout(0.5), nn.Linear(8, num_classes)
+    )
