@@ -135,4 +135,5 @@ def disagreement(reports: Sequence[Report]) -> RankError | None:
 
 
 def in_words(error: Exception) -> str:
+    """What a rank tells the others of what it raised."""
     return f"{type(error).__name__}: {error}"

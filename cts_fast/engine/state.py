@@ -147,7 +147,7 @@ def references(entry: dict, views: Mapping[str, Tensor]) -> int:
 
 
 def _unseen() -> int:
-    """What `_references` says of an entry that nobody else holds."""
+    """What `references` says of an entry that nobody else holds."""
     tensor = torch.zeros(())
     state, views = {0: {"theta": tensor}}, {0: {"theta": tensor}}
     del tensor
