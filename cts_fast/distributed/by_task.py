@@ -6,42 +6,99 @@ Here they stand apart, as plain values.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import islice
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
 
+from cts_fast.distributed.agreement import RanksDiffer, Report
+from cts_fast.distributed.ranks import together
+
 PHI, COUNTERS = "initialization", "counters"  # names in the entries of a state dict
 LAID_OUT = ("params", "param_names", "sizes")  # what a group says of this rank's tasks
 
+Entries = list[dict[str, Any]]  # of a state dict, one for each parameter
+
 
 class ByTask(NamedTuple):
-    """common: the same on every rank: options of the groups, counters, φ. tasks: of each task its own, a list of
-    entries for each group. sums: what a method has summed over these tasks in this round, laid out as φ.
+    """The parts of a state; only groups that have parameters are in them, by their names.
+
+    common: the same on every rank: options of the shared groups, counters, φ. tasks: of each task its own entries, and
+    the options of its heads. sums: what a method has summed over these tasks in this round, laid out as φ.
     """
 
     common: dict[str, Any]
-    tasks: list[list[list[dict[str, Any]]]]
-    sums: list[list[dict[str, Any]]]
+    tasks: list[dict[str, dict[str, Any]]]
+    sums: dict[str, Entries]
 
 
-def split(state_dict: Mapping[str, Any], summed: Collection[str]) -> ByTask:
-    """The state dict of an optimizer by task, as references. summed: names of a method's sums over its tasks."""
-    state, groups = state_dict["state"], state_dict["param_groups"]
+class StateByTask:
+    """An optimizer's state for `torch.distributed.checkpoint`, which any number of ranks can load again.
+
+    Its keys name the tasks, not the ranks. dcp.save({"optimizer": StateByTask(optimizer, names)}, ...) stores each
+    task's state once, and φ once; dcp.load() into such a dict, made by ranks that hold the same tasks in another way,
+    or by one process, loads the same values. θ, momentum and φ are read in place; where a load breaks off, load again.
+
+    optimizer: a `ShiftingMetaOptimizer` or another method. tasks: the names of this rank's tasks, in its order; no two
+    tasks of all ranks share a name. Every rank makes it, saves and loads at the same time. Raises ValueError, over
+    ranks on all of them, for names that are not as many as this rank's tasks, or not apart.
+    """
+
+    def __init__(self, optimizer: Any, tasks: Sequence[str]) -> None:
+        self.optimizer, self.tasks, ranks = optimizer, [*tasks], optimizer.ranks
+        with together(ranks, "StateByTask()") as report:
+            report.tasks = optimizer.engine.num_tasks
+            if len(self.tasks) != report.tasks or not all(isinstance(name, str) for name in self.tasks):
+                raise ValueError(f"tasks: {self.tasks!r}; give a name to each of the {report.tasks} tasks here")
+        found = [Report(found=self.tasks)] if ranks is None else ranks.gather(Report(found=self.tasks))
+        names = Counter(chain.from_iterable(report.found for report in found))
+        twice = [name for name, count in names.items() if count > 1]
+        if twice:
+            raise RanksDiffer(f"tasks: {twice} name several tasks; give each one, on all ranks, a name of its own")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its parts, as references; a method's sums over this rank's tasks stand with the first of them."""
+        common, tasks, sums = split(self.optimizer)
+        parts = [sums, *(added([sums], count=False) for _ in tasks[1:])]  # a load writes into each of them
+        named = zip(self.tasks, tasks, parts, strict=True)
+        return {"common": common, "tasks": {name: {"own": own, "sums": part} for name, own, part in named}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on where it was saved; raises as the optimizer's `load_state_dict`, LookupError for other tasks."""
+        with together(self.optimizer.ranks, "StateByTask.load_state_dict()") as report:
+            report.tasks = len(self.tasks)
+            tasks = [state_dict["tasks"][name] for name in self.tasks]
+            sums = added([task["sums"] for task in tasks])
+            saved = ByTask(state_dict["common"], [task["own"] for task in tasks], sums)
+            whole = joined(self.optimizer.state_dict(), saved)
+        self.optimizer.load_state_dict(whole)
+
+
+def split(optimizer: Any) -> ByTask:
+    """The state of a `ShiftingMetaOptimizer`, or of another method, by task, as references."""
+    state_dict = optimizer.state_dict()
+    state = state_dict["state"]
+    summed = [name for name, kind in optimizer.buffers.items() if kind == "shared"]  # a method's, over its tasks
     apart = {PHI, COUNTERS, *summed}
-    tasks: list = [[] for _ in groups[0]["sizes"]]
-    common: dict[str, Any] = {"groups": [], PHI: [], COUNTERS: None}
-    sums = []
-    for group in groups:
-        rows = list(_rows(group))
-        for own, row in zip(tasks, rows, strict=True):
-            own.append([{name: value for name, value in state[i].items() if name not in apart} for i in row])
-        firsts = [state[i] for i in rows[0]] if group["shared"] else []
-        common["groups"].append({name: value for name, value in group.items() if name not in LAID_OUT})
-        common[PHI].append([entry[PHI] for entry in firsts])
-        sums.append([{name: entry[name] for name in summed} for entry in firsts])
+    common: dict[str, Any] = {"groups": {}, PHI: {}}
     common[COUNTERS] = next(entry[COUNTERS] for entry in state.values() if COUNTERS in entry)
+    tasks: list[dict] = []
+    sums = {}
+    for name, group in _named(state_dict["param_groups"]):
+        tasks = tasks or [{} for _ in group["sizes"]]
+        options = {option: value for option, value in group.items() if option not in LAID_OUT}
+        for own, row in zip(tasks, _rows(group), strict=True):
+            entries = [{kind: value for kind, value in state[i].items() if kind not in apart} for i in row]
+            if row:
+                own[name] = {"entries": entries} if group["shared"] else {"entries": entries, "options": options}
+        if group["shared"] and group["params"]:
+            firsts = [state[i] for i in next(_rows(group))]
+            common["groups"][name] = options
+            common[PHI][name] = [entry[PHI] for entry in firsts]
+            if summed:
+                sums[name] = [{kind: entry[kind] for kind in summed} for entry in firsts]
     return ByTask(common, tasks, sums)
 
 
@@ -51,30 +108,44 @@ def joined(own: Mapping[str, Any], saved: ByTask) -> dict[str, Any]:
     Raises ValueError or LookupError where it is of another one.
     """
     state, groups = {}, []
-    for g, group in enumerate(own["param_groups"]):
+    for name, group in _named(own["param_groups"]):
+        options = saved.common["groups"].get(name, {})
         for t, row in enumerate(_rows(group)):
-            for n, (i, entry) in enumerate(zip(row, saved.tasks[t][g], strict=True)):
-                state[i] = dict(entry)
+            part: dict[str, Any] = saved.tasks[t][name] if row else {"entries": []}
+            options = part.get("options", options)
+            for n, (i, entry) in enumerate(zip(row, part["entries"], strict=True)):
+                state[i] = {**entry}
                 if group["shared"] and t == 0:
-                    state[i] |= {PHI: saved.common[PHI][g][n], **saved.sums[g][n]}
+                    state[i][PHI] = saved.common[PHI][name][n]
+                    state[i].update(saved.sums[name][n] if saved.sums else {})
                 if COUNTERS in own["state"][i]:
                     state[i][COUNTERS] = saved.common[COUNTERS]
-        groups.append({**group, **saved.common["groups"][g]})
+        groups.append({**group, **options})
     return {"state": state, "param_groups": groups}
 
 
-def added(parts: Sequence[list[list[dict[str, Any]]]], count: bool) -> list[list[dict[str, Any]]]:
+def added(parts: Sequence[dict[str, Entries]], count: bool = True) -> dict[str, Entries]:
     """The sums of several ranks as one rank's; 0 where it is not to `count` them, because another one does."""
-    return [
-        [
-            {
-                name: torch.stack([e[name] for e in entries]).sum(0) if count else torch.zeros_like(entries[0][name])
-                for name in entries[0]
-            }
-            for entries in zip(*groups, strict=True)
+
+    def total(values: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(values).sum(0) if count else torch.zeros_like(values[0])
+
+    return {
+        name: [
+            {kind: total([entry[kind] for entry in entries]) for kind in entries[0]}
+            for entries in zip(*(part[name] for part in parts), strict=True)
         ]
-        for groups in zip(*parts, strict=True)
-    ]
+        for name in parts[0]
+    }
+
+
+def _named(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Groups by names that other ranks give them too, though their tasks may have no heads."""
+    counts: Counter[str] = Counter()
+    for group in groups:
+        kind = "shared" if group["shared"] else "heads"
+        yield f"{kind} {counts[kind]}", group
+        counts[kind] += 1
 
 
 def _rows(group: Mapping[str, Any]) -> Iterator[list[int]]:

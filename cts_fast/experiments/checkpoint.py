@@ -26,7 +26,7 @@ import torch
 from cts_fast.distributed.launch import ALONE, Team
 from cts_fast.experiments.files import first_line, naming, read_part, sha256_of, sync_folder, temporary, write_part
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 SAVE_EVERY = 60.0  # seconds between checkpoints, where nothing else is asked for
 SHARE = 0.02  # of a run's time that saving may then take

@@ -211,7 +211,7 @@ class MetaTrainer:
 
         "shared" is the same on every rank; "own" is this rank's, what belongs to a task by the task's name.
         """
-        optimizer = by_task.split(self.optimizer.state_dict(), self._summed)
+        optimizer = by_task.split(self.optimizer)
         parts = zip(self.tasks, self.nets, self.batches, self.held_out, optimizer.tasks, strict=True)
         tasks = {
             name: {
@@ -225,11 +225,6 @@ class MetaTrainer:
         cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         own = {"tasks": tasks, "sums": optimizer.sums, "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
         return {"shared": {"step": self.step, "optimizer": optimizer.common}, "own": own}
-
-    @property
-    def _summed(self) -> list[str]:
-        """What the method sums over this rank's tasks within a round."""
-        return [name for name, kind in self.optimizer.buffers.items() if kind == "shared"]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on exactly where `state` was taken; raises ValueError if it is of other tasks."""

@@ -1,10 +1,14 @@
 """Tasks over ranks: real processes, gloo between them. Oracle: one process with all tasks."""
 
+from itertools import chain
+
 import pytest
 import torch
 from support import rank_checks as checks
 from support.step_cases import Case, places
 
+from cts_fast import ShiftingMetaOptimizer
+from cts_fast.baselines import METHODS
 from cts_fast.distributed.flags import FLAGS
 
 LAYOUTS = [(4, 4), (3, 3, 2), (2, 2, 2, 2)]
@@ -212,9 +216,35 @@ def test_a_group_is_added_on_all_ranks_or_on_none(pool):
     assert phi == pytest.approx([1 - 1e-5, 1 - 1e-5, 2 - 1e-3])
 
 
-def test_a_checkpoint_of_all_parts_continues_bit_for_bit(pool, tmp_path):
-    case = checks.replace(EXACT, tasks=3, heads=HEADS[:3], dtype=torch.float32)
-    assert all(pool.values(2, checks.round_trip, case, (1, 2), str(tmp_path)))
+@pytest.mark.parametrize("cls", [ShiftingMetaOptimizer, METHODS["leap"]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_any_number_of_ranks_goes_on_from_a_checkpoint_of_tasks(pool, tmp_path, cls, dtype):
+    case = Case(3, ((5, 3), (7,), ()), HEADS[:3], dtype, options={**OPTIONS, "horizon": 7})
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-2
+
+    def checkpointed(layout, save):
+        """(θ, momentum and what else belongs to a task, φ, counters), before further steps and after them."""
+        given = case, layout or (3,), str(tmp_path), save, cls
+        found = pool.values(len(layout), checks.checkpointed, *given) if layout else [checks.checkpointed(None, *given)]
+        for moment in range(2):
+            yield [task for ranks in found for task in ranks[moment][0]], *found[0][moment][1:]
+
+    saved = list(checkpointed((1, 2), save=True))
+    for layout in [(1, 2), (2, 1), (1, 1, 1), (3,), None]:  # None: no process group at all
+        for (tasks, phi, counters), (known, known_phi, known_counters), exact in zip(
+            checkpointed(layout, save=False), saved, (True, layout == (1, 2)), strict=True
+        ):
+            assert counters == known_counters
+            for a, b in zip([phi, *chain(*tasks)], [known_phi, *chain(*known)], strict=True):
+                assert torch.equal(a, b) if exact else torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_names_of_tasks_are_as_many_as_the_tasks_and_apart(pool):
+    for error in pool.values(2, checks.names_of_tasks, (["a"], ["a"])):
+        assert error.startswith("RanksDiffer: tasks: ['a'] name several tasks")
+    first, second = pool.values(2, checks.names_of_tasks, (["a"], ["b", "c"]))
+    assert first.startswith("RankError: rank 1 raised") and "ValueError: tasks: ['b', 'c']; give a name" in second
+    assert pool.values(2, checks.names_of_tasks, (["a"], ["b"])) == ["", ""]
 
 
 def test_what_one_rank_cannot_load_is_loaded_by_none(pool):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cts_fast import ShiftingMetaOptimizer
 from cts_fast.baselines import METHODS
-from cts_fast.distributed import agreement
+from cts_fast.distributed import StateByTask, agreement
 
 
 def own_tasks(layout: tuple[int, ...], rank: int) -> slice:
@@ -305,27 +305,46 @@ def added_group(group) -> tuple[list[str], list[float], int]:
     return errors, phi_of(opt).tolist(), len(opt.param_groups)
 
 
-def round_trip(group, case: Case, layout, folder: str) -> bool:
-    """Whether a checkpoint by torch.distributed.checkpoint of all ranks' parts continues bit for bit."""
+def steps_of(opt, case: Case, params, first: int, last: int, start: int = 0) -> None:
+    """Steps `first` to `last` of tasks `start` and on."""
+    for step in range(first, last):
+        set_gradients(case, params, step, start)
+        given = {"losses": [1.0 / (1 + start + t + step) for t in range(len(params))]} if "losses" in opt.needs else {}
+        opt.step(**given)
+
+
+def checkpointed(group, case: Case, layout, folder: str, save: bool, cls=ShiftingMetaOptimizer) -> tuple:
+    """Five steps, saved by torch.distributed.checkpoint, or loaded from there by an optimizer that began elsewhere, and
+    four more: (what each task had then, φ, counters), before those four and after them.
+    """
     import torch.distributed.checkpoint as dcp  # slow to import
 
-    rank = dist.get_rank(group)
-    opt, params = make(group, case, layout)
+    rank = 0 if group is None else dist.get_rank(group)
+    own = own_tasks(layout, rank)
+    opt, params = make(group, case if save else replace(case, seed=case.seed + 1), layout, "auto", cls)
+    names = [f"task.{t}" for t in range(case.tasks)[own]]
+    if save:
+        steps_of(opt, case, params[own], 0, 5, own.start)
+        dcp.save({"optimizer": StateByTask(opt, names)}, checkpoint_id=folder, process_group=group)
+    else:
+        dcp.load({"optimizer": StateByTask(opt, names)}, checkpoint_id=folder, process_group=group)
+    found = [_by_task(opt, params[own])]
+    steps_of(opt, case, params[own], 5, 9, own.start)
+    return *found, _by_task(opt, params[own])
 
-    def steps(one, tasks, first: int, last: int) -> None:
-        for step in range(first, last):
-            set_gradients(case, tasks, step)
-            one.step()
 
-    steps(opt, params, 0, 5)
-    dcp.save({f"rank {rank}": opt.state_dict()}, checkpoint_id=folder, process_group=group)
-    steps(opt, params, 5, 9)
-    other, others = make(group, replace(case, seed=case.seed + 1), layout)
-    saved = {f"rank {rank}": other.state_dict()}
-    dcp.load(saved, checkpoint_id=folder, process_group=group)
-    other.load_state_dict(saved[f"rank {rank}"])
-    steps(other, others, 5, 9)
-    return all(a.equal(b) for a, b in zip(everything(opt), everything(other), strict=True))
+def _by_task(opt, params) -> tuple:
+    kept = ["theta", "momentum_buffer", *(name for name, kind in opt.buffers.items() if kind == "task")]
+    tasks = [[opt.state[p][name].clone() for p in task for name in kept if name in opt.state[p]] for task in params]
+    return tasks, phi_of(opt).clone(), (opt.inner_step, opt.round, opt.meta_updates)
+
+
+def names_of_tasks(group, names) -> str:
+    """What a state by task raises for these names of each rank's tasks."""
+    opt = ShiftingMetaOptimizer([torch.nn.Parameter(torch.ones(2))], process_group=group)
+    error = raised(StateByTask, opt, names[dist.get_rank(group)])
+    opt.state_dict()
+    return error
 
 
 def refused_loads(group, case: Case, layout) -> list[tuple[str, bool]]:
