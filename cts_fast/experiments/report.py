@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cts_fast.experiments import plots
 from cts_fast.experiments.experiment import Experiment
@@ -168,17 +169,19 @@ def turned(tested: Mapping[str, Mapping[int, Mapping[str, Sequence[float]]]]) ->
 def gain_by_images(experiment: Experiment) -> dict:
     """What a figure as the paper's Figure 9 shows: points gained over the start without meta-learning, paired."""
     base = "none" if "none" in experiment.untrained else next(iter(experiment.untrained))
-    sizes = {images or experiment.test.images or 0: images for images in (None, *experiment.more_images)}
-    gains: dict = {}
-    for count, images in sorted(sizes.items()):
-        accuracy = experiment.final_accuracy(images)
-        for name in experiment.methods:
-            gains.setdefault(name, {})[count] = {
-                target: paired_differences(values, accuracy[base][target]) for target, values in accuracy[name].items()
-            }
-    some = accuracy[base][experiment.targets[0].name]
+    found = {images: experiment.final_accuracy(images) for images in (None, *experiment.more_images)}
+
+    def gains(task: Any, name: str) -> dict[int, list[float]]:
+        return {
+            images or experiment.test.images or len(task.train.labels): paired_differences(
+                accuracy[name][task.name], accuracy[base][task.name]
+            )
+            for images, accuracy in found.items()
+        }
+
+    some = found[None][base][experiment.targets[0].name]
     return {
-        "curves": turned(gains),
+        "curves": {task.name: {name: gains(task, name) for name in experiment.methods} for task in experiment.targets},
         "x": "training images of the held-out task",
         "y": f"ahead of {LABELS[base]}, points",
         "title": f"What meta-training adds, by the number of images, paired\n{plots.intervals(some, 'fine-tuning')}",
