@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         ("test-batch-size", cli.positive),
     ):
         p.add_argument(f"--{name}", type=kind, help="instead of the preset's")
+    cli.add_reset_momentum(p)
     p.add_argument("--test-steps", type=cli.positive, help="fine-tuning steps, instead of the preset's")
     p.add_argument("--test-images", type=cli.positive, help="training images to fine-tune on, instead of the preset's")
     p.add_argument("--test-seeds", type=cli.positive, default=1, help="fine-tuning runs per task (default: 1)")
@@ -117,10 +118,9 @@ def prepare(args: argparse.Namespace, team: Team) -> Tuning:
     cli.check_device(args.device)
     preset = PRESETS[args.preset]
     sizes = cli.sizes(args)
-    train_changes = cli.given(
-        args, horizon="horizon", rounds="rounds", lr="lr", batch_size="batch_size", held_back="held_back"
+    train = dataclasses.replace(
+        preset.train, **sizes, **cli.meta_train_settings(args), **cli.given(args, horizon="horizon")
     )
-    train = dataclasses.replace(preset.train, **sizes, **train_changes)
     test_changes = cli.given(
         args, steps="test_steps", images="test_images", seeds="test_seeds", batch_size="test_batch_size"
     )

@@ -197,10 +197,22 @@ def add_compute_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--precision", choices=PRECISIONS, default="fp32", help=precision_help)
 
 
+def add_reset_momentum(p: Any) -> None:
+    """Of every program that meta-trains; p: a parser, or a group of one."""
+    reset_help = "whether a reset of the learners clears their momentum too"
+    p.add_argument("--reset-momentum", action=argparse.BooleanOptionalAction, help=reset_help)
+
+
 def given(args: argparse.Namespace, **arguments: str) -> dict:
     """Setting to value, of the settings whose arguments were given: ``given(args, steps="test_steps")``."""
     values = {setting: getattr(args, argument) for setting, argument in arguments.items()}
     return {setting: value for setting, value in values.items() if value is not None}
+
+
+def meta_train_settings(args: argparse.Namespace) -> dict:
+    """The settings of meta-training whose arguments were given, but for horizon and size."""
+    names = ("rounds", "lr", "batch_size", "held_back", "reset_momentum")
+    return given(args, **dict(zip(names, names, strict=True)))
 
 
 def sizes(args: argparse.Namespace) -> dict[str, int | None]:

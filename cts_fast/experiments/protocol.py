@@ -93,6 +93,7 @@ def _add_settings(p: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=cli.positive, metavar="B", help="of the inner steps")
     held_help = "fraction of training images kept from all inner steps, for methods that need held-out losses"
     group.add_argument("--held-back", type=cli.fraction, metavar="F", help=held_help)
+    cli.add_reset_momentum(group)
     points_help = "times that phi is meta-tested along the way: at the end, at half of the steps, a quarter, ..."
     group.add_argument("--points", type=cli.positive, metavar="N", help=points_help)
     images_help = "training images of each held-out task, or all; several: the last phi is tested with each number"
@@ -178,11 +179,7 @@ def prepare(args: argparse.Namespace, program: Program, started: float, team: Te
 def settings_of(args: argparse.Namespace, preset: Preset) -> tuple[list[MetaTrainSettings], MetaTestSettings]:
     """Those of meta-training, one for each horizon, and of the meta-test: the preset's, changed by arguments."""
     both = cli.sizes(args)
-    train = dataclasses.replace(
-        preset.train,
-        **both,
-        **cli.given(args, rounds="rounds", lr="lr", batch_size="batch_size", held_back="held_back"),
-    )
+    train = dataclasses.replace(preset.train, **both, **cli.meta_train_settings(args))
     test = dataclasses.replace(
         preset.test,
         **both,

@@ -140,6 +140,16 @@ def test_horizons_that_do_not_divide_the_steps_are_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_learners_momentum_goes_on_when_that_is_asked_for(tmp_path):
+    some = [*NET, "--horizon", "2", "--methods", "cts", "--targets", "rings"]
+    phis = {}
+    for reset in ("--reset-momentum", "--no-reset-momentum"):
+        assert run(tmp_path / reset, *some, reset) == 0
+        assert results(tmp_path / reset)["config"]["meta_train"]["reset_momentum"] == (reset == "--reset-momentum")
+        phis[reset] = (tmp_path / reset / "initialization-cts.safetensors").read_bytes()
+    assert len({*phis.values()}) == 2
+
+
 # Several numbers of images
 
 
