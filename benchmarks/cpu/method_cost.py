@@ -76,6 +76,21 @@ def heldout_gradients(problem: Problem) -> Callable[[], object]:
     return run
 
 
+def inner_step(problem: Problem, begins: bool) -> Callable[[], object]:
+    """`step` with no meta-update due. begins: after the look at a round's first step, whether θ is φ."""
+    step = make_step("cts", problem, LONG, meta_interval=LONG)
+    if not begins:
+        return step
+    at_start = METHODS["cts"](problem.replicas(), **SGD)  # it never steps, so that all of it is looked at
+    ((backend, _),) = at_start.engine.shared
+
+    def run() -> None:
+        backend.is_at_phi()
+        step()
+
+    return run
+
+
 def make_step(method: str, problem: Problem, horizon: int, **options) -> Callable[[], object]:
     """`step` of a method of `METHODS` with all that it needs at hand; horizon 1: every step ends a round."""
     tasks = problem.replicas()
@@ -95,15 +110,16 @@ def method_cost(setup: Setup, budget: Budget, flush: CacheFlush | None, shape: t
 
     ms, bytes added, and the ratio to the inner step, the time of those bytes and the held-out gradients.
 
-    The inner step is `step()` with no meta-update due. Everything is made twice, the second time in reverse order, and
-    a time is the mean of both: where memory lies makes up to a tenth of a difference. Bytes are priced at the ceiling,
-    which takes turns with the methods.
+    The inner step is `step()` with no meta-update due; where every step ends a round it also begins one, and looks
+    whether weights were loaded, as those of the methods do. Everything is made twice, the second time in reverse order,
+    and a time is the mean of both: where memory lies makes up to a tenth of a difference. Bytes are priced at the
+    ceiling, which takes turns with the methods.
     """
     problem = Problem(setup)
     rows, tasks, columns = {}, setup.tasks, setup.parameters
     for kind, horizon in enumerate((LONG, 1)):
         added_now = {name: both[kind] for name, both in ADDED.items() if len(both) > kind}
-        makers = {"inner step": lambda: make_step("cts", problem, LONG, meta_interval=LONG)}
+        makers = {"inner step": partial(inner_step, problem, begins=horizon == 1)}
         makers |= {name: partial(make_step, name, problem, horizon) for name in added_now}
         makers["held-out gradients"] = lambda: heldout_gradients(problem)
         steps = {name: make() for name, make in makers.items()}

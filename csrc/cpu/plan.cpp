@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <numeric>
 #include <stdexcept>
 #include <thread>
@@ -123,6 +124,7 @@ Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment
     : flats_(std::move(flats)), segments_(std::move(segments)) {
   std::tie(kernel_, method_ops_) = code_for(isa, dtype);
   const size_t size = size_of(dtype);
+  phi_element_ = std::max(size, sizeof(float));
   const auto cut = [&](size_t f, size_t s, int64_t length, Tiles& into) {
     const int64_t numel = segments_[f][s].numel;
     for (int64_t begin = 0; begin < numel; begin += length)
@@ -203,6 +205,21 @@ void Plan::add_gradients(const void* const* gradients, void* target, double weig
 void Plan::end_round(const RoundEnd& end, int threads) const {
   over_spans(threads,
              [&](int64_t, const Tile& span, const Tile* next) { method_ops_.end_round(flats_[0], span, next, end); });
+}
+
+bool Plan::is_at_phi(int threads) const {
+  const Flat& flat = flats_[0];
+  const char *const phi = static_cast<const char*>(flat.phi), *const theta = static_cast<const char*>(
+                                                                  flat.master ? flat.master : flat.theta);
+  std::atomic<bool> same{true};
+  over_spans(threads, [&](int64_t, const Tile& span, const Tile*) {
+    if (!same.load(std::memory_order_relaxed)) return;
+    const size_t first = size_t(flat.segments[span.segment].offset + span.begin) * phi_element_,
+                 bytes = size_t(span.end - span.begin) * phi_element_, stride = size_t(flat.stride) * phi_element_;
+    for (size_t t = 0; t < size_t(flat.rows); ++t)
+      if (std::memcmp(theta + first + t * stride, phi + first, bytes)) same.store(false, std::memory_order_relaxed);
+  });
+  return same.load();
 }
 
 std::vector<double> Plan::squared_distances(const void* rows, int64_t stride, int threads) const {

@@ -134,6 +134,9 @@ class Plan {
 
   void end_round(const RoundEnd& end, int threads) const;
 
+  // Whether theta is phi in every row, bit for bit.
+  bool is_at_phi(int threads) const;
+
   // |theta_t - rows_t|^2 of every row t.
   std::vector<double> squared_distances(const void* rows, int64_t stride, int threads) const;
 
@@ -151,7 +154,7 @@ class Plan {
   std::vector<Flat> flats_;
   std::vector<std::vector<Segment>> segments_;
   Tiles tiles_, spans_;  // of all flats, for the step; of the first, for the methods' work
-  size_t bytes_ = 0;
+  size_t bytes_ = 0, phi_element_ = 0;
   Kernel kernel_;
   MethodOps method_ops_;
 };

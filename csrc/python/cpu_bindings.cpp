@@ -103,6 +103,11 @@ void end_round(const Plan& plan, uintptr_t gradients, uintptr_t total, double we
                  threads);
 }
 
+bool is_at_phi(const Plan& plan, int threads) {
+  py::gil_scoped_release release;
+  return plan.is_at_phi(threads);
+}
+
 std::vector<double> squared_distances(const Plan& plan, uintptr_t rows, int64_t stride, int threads) {
   py::gil_scoped_release release;
   return plan.squared_distances(pointer<const void>(rows), stride, threads);
@@ -149,6 +154,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def("end_round", &end_round, "gradients"_a, "total"_a, "weight"_a, "rates"_a, "momentum"_a, "threads"_a,
            "phi -= rates[group] * (total + weight * sum of gradients), total <- 0, theta <- phi, and if asked momentum "
            "<- 0. Addresses may be 0.")
+      .def("is_at_phi", &is_at_phi, "threads"_a, "Whether theta is phi in every row, bit for bit.")
       .def("squared_distances", &squared_distances, "rows"_a, "stride"_a, "threads"_a,
            "|theta_t - rows_t|^2 of every row t.")
       .def("add_signs", &add_signs, "key"_a, "first"_a, "scale"_a, "threads"_a,

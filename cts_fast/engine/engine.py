@@ -369,9 +369,9 @@ class Engine:
         before: is called before φ moves.
         """
         with torch.no_grad():
-            for flat in (flats[0] for flats in self.flats if flats[0].shared):
+            for backend, flat in self.shared:
                 flat.follow_parameters_()
-                if flat.is_at_phi():
+                if backend.is_at_phi():
                     continue
                 if before is not None:
                     before()

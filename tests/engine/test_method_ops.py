@@ -126,3 +126,22 @@ def test_any_number_of_threads_gives_the_same_bits(name, dtype):
     for threads in (2, 5):
         for a, b in zip(one, taken(name, dtype, threads=threads), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_bit_of_one_number_tells_theta_from_phi(dtype):
+    case = Case(3, SHAPES, heads=(((3,),),) * 3, dtype=dtype, options=OPTIONS)
+    opt, _ = build(case, "cpu")
+    ((backend, flat),) = opt.engine.shared
+    bits = torch.int64 if flat.work_dtype == torch.float64 else torch.int32
+    opt.load_initialization([torch.zeros_like(phi) for phi in opt.initialization])
+    assert backend.is_at_phi() and flat.is_at_phi()
+    for segment in flat.segments:
+        for place in {segment.offset, segment.offset + segment.numel - 1} if segment.numel else ():
+            for row in range(flat.rows):
+                number = flat.work_theta[row].view(bits)[place : place + 1]
+                for bit in (0, bits.itemsize * 8 - 1):  # the smallest number above 0, and −0
+                    number ^= torch.ones(1, dtype=bits) << bit
+                    assert not backend.is_at_phi() and not flat.is_at_phi()
+                    number.zero_()
+    assert backend.is_at_phi() and flat.is_at_phi()

@@ -61,6 +61,10 @@ class Backend(MethodOps, ABC):
         total: [S], summed over all tasks; it is only read.
         """
 
+    def is_at_phi(self) -> bool:
+        """Whether θ is φ in every row of flats[0], bit for bit; waits for the device, once."""
+        return self.flats[0].is_at_phi()
+
     def any_nonfinite(self, gradients: Gradients) -> Tensor:
         """Whether a gradient holds a NaN or an infinity: bool, on the device, not waited for."""
         present = [g for g in gradients if g is not None and g.numel()]

@@ -103,6 +103,9 @@ class Cpu(Backend):
     def any_nonfinite(self, gradients: Gradients) -> Tensor:
         return torch.tensor(self.plan.any_nonfinite(gradients.address, torch.get_num_threads()))
 
+    def is_at_phi(self) -> bool:
+        return self.plan.is_at_phi(torch.get_num_threads())
+
     def add_gradients_(self, target: Tensor, gradients: Gradients, weight: float) -> None:
         self.plan.add_gradients(gradients.address, target.data_ptr(), weight, torch.get_num_threads())
 
