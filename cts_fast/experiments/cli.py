@@ -417,8 +417,8 @@ def run_program(
                     raise ValueError("this program runs in one process: start it without torchrun")
                 with shown_by_the_first(team):
                     prepared = prepare(team)
-            early.check()
             with stop_on_signals(at_once) as stop, shown_by_the_first(team):
+                early.check()  # signals that come later are heard by `stop`
                 run(prepared, stop)
                 team.gather(None, patiently=True)  # all are through: a launch goes on together or not at all
             team.close()

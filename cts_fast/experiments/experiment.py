@@ -240,7 +240,8 @@ class Experiment:
     def meta_test(self, stop: Stop, map_tasks: Callable[..., list]) -> None:
         """Fine-tunes every initialization on every target with every seed, as far as that is not done yet.
 
-        Each rank has a share of the runs, and checkpoints of its own.
+        Each rank has a share of the runs, and checkpoints of its own: where `stop` is requested it leaves the runs that
+        it is in and waits for nobody; raises `Interrupted`.
         """
         phis = {(name, step): phi for name, kept in self.snapshots.items() for step, phi in kept.items()}
         phis |= {(name, 0): phi for name, phi in self.untrained.items()}  # of `scratch` every seed draws its own body
@@ -255,13 +256,14 @@ class Experiment:
         }
         costs = [pixels(cases[target][0], self.test.size) for _, _, target, _ in todo]
         share = [todo[i] for i in deal(costs, team.size)[team.rank]]
-        testers = {name: self.tester(*cases[name]) for name in dict.fromkeys(target for _, _, target, _ in share)}
+        testers = {
+            name: self.tester(*cases[name], check=stop.check)
+            for name in dict.fromkeys(target for _, _, target, _ in share)
+        }
         kept = self._checkpoints(f"{META_TEST}-{team.rank}" if team.rank else META_TEST, self.targets)
         lock = threading.Lock()
 
         def work(job: Job) -> None:
-            if stop():
-                return
             method, step, target, seed = job
             accuracy = testers[target].accuracy(phis[method, step], task_seed(self.seed, "meta-test", seed))
             with lock:
@@ -273,10 +275,9 @@ class Experiment:
         before = len(jobs) - len(todo)
         with Progress("meta-test", before + len(share), before, unit="run", shown=team.is_first) as progress:
             map_tasks(work, share)
+        stop.check()  # now: nothing is heard while others are waited for
         for found in team.gather(self.accuracy, patiently=True):
             self.accuracy.update(found)
-        if len(self.accuracy) < len(jobs):
-            stop.check(team)
 
     def _load_accuracy(self) -> None:
         """What was meta-tested before, over however many ranks."""
@@ -287,10 +288,11 @@ class Experiment:
                 kept.load(lambda parts: self.accuracy.update({tuple(job): x for *job, x in parts[ACCURACY]}))
         self.accuracy = self.team.gather(self.accuracy)[0]
 
-    def tester(self, task: Any, images: int | None = None) -> MetaTester:
-        """What fine-tunes on a held-out task; images: how many, None for `test.images`."""
+    def tester(self, task: Any, images: int | None = None, check: Callable[[], None] = lambda: None) -> MetaTester:
+        """What fine-tunes on a held-out task; images: how many, None for `test.images`; check: see `MetaTester`."""
         test = self.test if images is None else replace(self.test, images=images)
-        return MetaTester(task, test, make_net=self.make_net, device=self.device, precision=self.precision)
+        own = {"device": self.device, "precision": self.precision, "check": check}
+        return MetaTester(task, test, make_net=self.make_net, **own)
 
     def jobs(self, phis: Iterable[tuple[str, int]]) -> list[Job]:
         """Runs of the meta-test of these (method, step): all on `test.images`, the last phi on `more_images` too."""

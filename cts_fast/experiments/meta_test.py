@@ -1,6 +1,6 @@
 """Meta-test: fine-tune an initialization on a task that meta-training has not seen, and count what it gets right."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ class MetaTester:
     """Fine-tunes initializations on one task; equal seeds give equal images, batches and heads to each of them.
 
     make_net: number of classes to a network with a `body`, which an initialization belongs to, and a `head`.
+    check: called before every step and every batch of the test, so that a long run can be left; what it raises ends it.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class MetaTester:
         make_net: MakeNet,
         device: torch.device | str = "cpu",
         precision: str = "fp32",
+        check: Callable[[], None] = lambda: None,
     ):
-        self.task, self.settings, self.make_net = task, settings, make_net
+        self.task, self.settings, self.make_net, self.check = task, settings, make_net, check
         self.device, self.precision = device, precision
         self.train_images, self.test_images = task.train.images, task.test.images
         if isinstance(self.train_images, Tensor):
@@ -102,6 +104,7 @@ class MetaTester:
         milestones = [round(fraction * settings.steps) for fraction in settings.decay_at]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=settings.decay)
         for _ in range(settings.steps):
+            self.check()
             x, y = next(batches)
             optimizer.zero_grad()
             loss(net, x, y, self.precision).backward()
@@ -115,6 +118,7 @@ class MetaTester:
         net.eval()
         correct = 0
         for start in range(0, len(self.test_labels), 500):
+            self.check()
             chosen = slice(start, start + 500)
             images = resize(self.test_images[chosen].to(self.device), self.settings.size)
             correct += (

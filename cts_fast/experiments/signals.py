@@ -24,10 +24,10 @@ class Stop:
     """Whether a signal asked to stop: ``stop()``; `status` says which, as an exit status."""
 
     def __init__(self) -> None:
-        self.requested, self.status = threading.Event(), 130
+        self.requested, self.status = False, 130  # no lock guards them: one signal may come while another is handled
 
     def __call__(self) -> bool:
-        return self.requested.is_set()
+        return self.requested
 
     def asked(self) -> int:
         """The exit status that it asks for, 0 if none did."""
@@ -67,7 +67,7 @@ def stop_on_signals(at_once: bool = False) -> Iterator[Stop]:
         now = time.monotonic()
         if not stop():
             first, stop.status = now, 128 + number
-            stop.requested.set()
+            stop.requested = True
             if at_once:
                 stop.check()
         elif now - first > 1:  # a wrapper may pass one Ctrl-C on twice

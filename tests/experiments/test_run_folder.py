@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import count
 
 import pytest
 import torch.distributed as dist
@@ -127,6 +128,35 @@ def test_signals_ask_to_stop_and_ignored_ones_stay_ignored():
         signal.raise_signal(signal.SIGHUP)
     assert seen == [signal.SIGHUP] and signal.getsignal(signal.SIGHUP) == before
     signal.signal(signal.SIGHUP, outside)
+
+
+def test_a_signal_may_come_at_any_moment_of_the_handling_of_another():
+    def late(number, frame):
+        raise TimeoutError("one waits for the other")
+
+    def trace(frame, event, argument):
+        nonlocal moments
+        moments += 1
+        if moments == moment:
+            signal.raise_signal(signal.SIGTERM)
+        return trace
+
+    before, tracing = signal.signal(signal.SIGALRM, late), sys.gettrace()
+    try:
+        for moment in count(1):
+            moments = 0
+            with stop_on_signals() as stop:
+                signal.alarm(5)
+                sys.settrace(trace)
+                signal.raise_signal(signal.SIGINT)
+                sys.settrace(tracing)
+            assert stop()
+            if moments < moment:  # the first was handled before the second could come
+                break
+    finally:
+        sys.settrace(tracing)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_run_that_was_taken_away_is_not_begun_anew_by_a_restart(tmp_path):

@@ -328,6 +328,13 @@ def test_the_whole_test_set_is_scored():
     assert (tester.accuracy({}, 0) * 505) % 1 == pytest.approx(0, abs=1e-9)
 
 
+def test_a_fine_tuning_run_can_be_left_before_every_step_and_batch_of_the_test():
+    asked, settings = [], MetaTestSettings(steps=3, batch_size=4, padding=0)
+    tester = MetaTester(make_task("a", images=1010), settings, make_net=ResNet20, check=lambda: asked.append(1))
+    tester.accuracy({}, 0)
+    assert len(asked) == 3 + 2
+
+
 def test_an_initialization_of_another_network_is_refused():
     with pytest.raises(ValueError, match=re.escape("ResNet20 has not: fc.weight")):
         make_tester(make_task("a"), MetaTestSettings(steps=1)).accuracy({"fc.weight": torch.zeros(1)}, 0)

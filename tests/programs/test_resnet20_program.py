@@ -20,10 +20,11 @@ from torchvision.models import shufflenet_v2_x0_5
 from cts_fast.baselines import METHODS
 from cts_fast.data import suite
 from cts_fast.examples import resnet20, tune
-from cts_fast.experiments import plots, protocol
+from cts_fast.experiments import cli, plots, protocol
 from cts_fast.experiments.experiment import Experiment
 from cts_fast.experiments.meta_train import MetaTrainer, MetaTrainSettings
 from cts_fast.experiments.settings import LABELS, PRESETS, halvings, method_of, snapshot_steps
+from cts_fast.experiments.signals import stop_on_signals
 from cts_fast.models.resnet20 import ResNet20
 
 SMALL = ["--suite", "tiny", "--horizon", "2", "--rounds", "2", "--test-steps", "2", "--test-seeds", "2"]
@@ -326,6 +327,19 @@ def test_a_signal_saves_and_resume_gives_the_uninterrupted_result(moment, number
     assert resnet20.main([*SLOW_ENOUGH, "--out", str(tmp_path / "whole")]) == 0
     for file in ("results.json", "metrics.csv", "initialization.safetensors"):
         assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def test_a_signal_between_two_phases_is_heard(tmp_path, monkeypatch, capsys):
+    phases = iter(range(3))
+
+    def signalled(*arguments, **options):
+        if next(phases) == 2:  # all is prepared, and the run has no handler yet
+            signal.raise_signal(signal.SIGTERM)
+        return stop_on_signals(*arguments, **options)
+
+    monkeypatch.setattr(cli, "stop_on_signals", signalled)
+    assert run(tmp_path, "--methods", "scratch") == 128 + signal.SIGTERM
+    assert "--resume" in capsys.readouterr().err and not (tmp_path / "checkpoints" / "meta-test").exists()
 
 
 def test_a_signal_during_the_report_stops_it_and_resume_reports_anew(tmp_path, monkeypatch, capsys):

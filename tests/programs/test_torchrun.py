@@ -227,6 +227,18 @@ def test_a_signal_before_all_ranks_are_there_ends_all(tmp_path, stopped):
     assert launch.wait()[1 - stopped] == 1 and not (tmp_path / "out").exists()
 
 
+def test_a_rank_that_is_asked_to_stop_leaves_the_meta_test_at_once(tmp_path):
+    endless = ["--test-steps", "1000000000", "--methods", "cts", "--out", str(tmp_path / "out")]
+    fault = At(1, launches.FINE_TUNING_LOSS, 3, launches.asked_to_stop)
+    launch = Launch(tmp_path / "launch", 2, *SMALL, *endless, fault=fault)
+    launch.ranks[1].join(60)
+    alone = launch.ranks[1].exitcode
+    launch.ranks[0].terminate()  # as torchrun does, which kills 30 seconds later
+    assert launch.wait(20) == [143, 143] and alone == 143
+    (note,) = (line for line in launch.errors if "To go on" in line)
+    assert str(tmp_path / "out") in note
+
+
 @pytest.mark.slow
 def test_a_slow_rank_only_slows(tmp_path, launched):
     assert launched(2, tmp_path / "whole").statuses == [0, 0]

@@ -61,9 +61,9 @@ class Launch:
         for process in self.ranks:
             process.start()
 
-    def wait(self) -> list[int]:
-        """The exit statuses of all ranks."""
-        end = time.monotonic() + LIMIT
+    def wait(self, limit: float = LIMIT) -> list[int]:
+        """The exit statuses of all ranks, which are killed after so many seconds."""
+        end = time.monotonic() + limit
         try:
             for rank, process in enumerate(self.ranks):
                 process.join(max(0, end - time.monotonic()))
@@ -106,6 +106,7 @@ ALL_REDUCE = "cts_fast.distributed.ranks:Ranks._all_reduce"
 WRITE_PART = "cts_fast.experiments.checkpoint:write_part"
 DATA = "cts_fast.experiments.cli:choose_tasks"
 FINE_TUNING = "cts_fast.experiments.meta_test:MetaTester.accuracy"
+FINE_TUNING_LOSS = "cts_fast.experiments.meta_test:loss"
 
 
 class At:
