@@ -4,6 +4,11 @@ import os
 import sys
 from pathlib import Path
 
+# Several processes share the cores: torch's threads sleep where they wait, instead of taking a core from the others.
+# OpenMP reads this when torch is first imported, here and in the programs that tests start.
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 sys.path.append(

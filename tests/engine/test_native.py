@@ -320,12 +320,11 @@ def told(path: Path, **environment: str) -> str:
     return result.stdout.strip()
 
 
-@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
-def test_auto_passes_over_a_cut_module_with_one_warning(tmp_path, part):
+def test_auto_passes_over_a_cut_module_with_one_warning(tmp_path):
     package = Path(importlib.util.find_spec("cts_fast").origin).parent
     shutil.copytree(package, tmp_path / "cts_fast", ignore=shutil.ignore_patterns("*.so", "*.bin", "*.png"))
     whole = Path(_cpu.__file__).read_bytes()
-    (tmp_path / "cts_fast" / Path(_cpu.__file__).name).write_bytes(whole[: int(part * len(whole))])
+    (tmp_path / "cts_fast" / Path(_cpu.__file__).name).write_bytes(whole[: len(whole) // 2])
     shutil.copy(_cpu.__file__ + ".json", tmp_path / "cts_fast")
     out = told(tmp_path)
     assert out.startswith("torch [0.0, 0.0, 0.0] 1 the 'cpu' backend is off, and 'torch' runs in its place: broken: ")

@@ -18,6 +18,7 @@ from cts_fast.experiments import meta_train
 
 SMALL = ["--suite", "tiny", "--horizon", "4", "--rounds", "3", "--methods", "cts", "--targets", "rings"]
 SMALL += ["--test-steps", "1", "--test-seeds", "1"]
+SMALL_NET = ["--model", "support.nets:SmallNet"]
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +80,7 @@ def test_a_held_out_loss_that_is_not_finite_poisons_no_checkpoint(
         return whole(self) * (float("nan") if calls[0] == call else 1.0)
 
     monkeypatch.setattr(meta_train.HeldOutLoss, "__call__", poisoned)
-    arguments = ["--methods", method, "--save-every", "0"]
+    arguments = ["--methods", method, "--save-every", "0", *SMALL_NET]
     line = ends_with(1, capsys, tmp_path, *arguments)  # the last one in the last step, behind which comes no other
     assert f"{method}, at or before step" in line and "is not finite" in line
     monkeypatch.setattr(meta_train.HeldOutLoss, "__call__", whole)
@@ -109,26 +110,35 @@ def test_no_memory_in_a_worker_thread_is_told_and_the_checkpoint_stays(one_threa
         return whole(*arguments, **options)
 
     monkeypatch.setattr(meta_train, "loss", greedy)
-    assert "out of memory" in ends_with(1, capsys, tmp_path, "--save-every", "0")
+    assert "out of memory" in ends_with(1, capsys, tmp_path, "--save-every", "0", *SMALL_NET)
     monkeypatch.setattr(meta_train, "loss", whole)
-    assert resnet20.main([*SMALL, "--out", str(tmp_path), "--resume"]) == 0
+    assert resnet20.main([*SMALL, *SMALL_NET, "--out", str(tmp_path), "--resume"]) == 0
     assert "goes on from step 5 of 12" in capsys.readouterr().out
 
 
 # What a resumed run is given
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run."""
+    out = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(suite.SUITES, "tiny", make_suite)
+        assert resnet20.main([*SMALL, "--out", str(out)]) == 0
+    return out
+
+
 @pytest.fixture
-def begun(tmp_path, capsys):
+def begun(finished, tmp_path):
     """A finished run whose report is to be made again."""
-    assert resnet20.main([*SMALL, "--out", str(tmp_path)]) == 0
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (tmp_path / "finished.json").unlink()
-    capsys.readouterr()
     return tmp_path
 
 
-def test_a_finished_run_without_its_checkpoints_is_not_trained_anew_unasked(tmp_path, capsys):
-    assert resnet20.main([*SMALL, "--out", str(tmp_path)]) == 0
+def test_a_finished_run_without_its_checkpoints_is_not_trained_anew_unasked(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "cts")
     capsys.readouterr()
     assert "delete finished.json" in ends_with(2, capsys, tmp_path, "--resume")
@@ -149,7 +159,7 @@ def test_what_cannot_be_trained_costs_no_older_run(begun, capsys, monkeypatch):
 def test_tuning_is_refused_overwritten_and_resumed_as_a_whole(tmp_path, capsys, monkeypatch):
     def run(grid, *more):
         small = ["--suite", "tiny", "--horizon", "2", "--rounds", "1", "--test-steps", "1", "--folds", "2"]
-        return tune.main([*small, "--grid", grid, "--out", str(tmp_path), *more])
+        return tune.main([*small, *SMALL_NET, "--grid", grid, "--out", str(tmp_path), *more])
 
     assert run("cts=0.1") == 0
     config = (tmp_path / "config.json").read_bytes()

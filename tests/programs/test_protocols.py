@@ -86,7 +86,7 @@ def test_what_has_no_horizon_is_the_same_in_all_runs_of_a_sweep(swept):
         assert found[0] == found[1]
 
 
-def test_an_interrupted_sweep_goes_on_and_ends_in_the_same_results(swept, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_sweep_goes_on_and_ends_in_the_same_results(swept, figures, tmp_path, monkeypatch, capsys):
     draw = plots.convergence
 
     def signalled(path, *arguments):
@@ -153,7 +153,7 @@ def test_the_learners_momentum_goes_on_when_that_is_asked_for(tmp_path):
 # Several numbers of images
 
 
-def test_the_last_phi_is_tested_with_each_number_of_images(tmp_path, capsys):
+def test_the_last_phi_is_tested_with_each_number_of_images(figures, tmp_path, capsys):
     some = ["--horizon", "2", "--methods", "cts", "--targets", "rings", "--test-steps", "20"]
     assert run(tmp_path / "both", *some, "--images", "20,8") == 0
     text = capsys.readouterr().out
@@ -250,7 +250,7 @@ def weights(tmp_path):
     return tmp_path / "weights.pt"
 
 
-def test_imagenet_compares_the_weights_with_what_begins_at_them(weights, tmp_path):
+def test_imagenet_compares_the_weights_with_what_begins_at_them(weights, figures, tmp_path):
     small = ["--preset", "quick", "--horizon", "2", "--size", "8", "--images", "20,10", "--weights", str(weights)]
     assert run(tmp_path / "out", *small, program=imagenet) == 0
     found = results(tmp_path / "out")

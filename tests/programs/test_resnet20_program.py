@@ -20,9 +20,10 @@ from torchvision.models import shufflenet_v2_x0_5
 from cts_fast.baselines import METHODS
 from cts_fast.data import suite
 from cts_fast.examples import resnet20, tune
-from cts_fast.experiments import cli, plots, protocol
+from cts_fast.experiments import cli, plots, protocol, report
 from cts_fast.experiments.experiment import Experiment
 from cts_fast.experiments.meta_train import MetaTrainer, MetaTrainSettings
+from cts_fast.experiments.report import drawings
 from cts_fast.experiments.settings import LABELS, PRESETS, halvings, method_of, snapshot_steps
 from cts_fast.experiments.signals import stop_on_signals
 from cts_fast.models.resnet20 import ResNet20
@@ -57,10 +58,11 @@ def refused(capsys, out, *arguments):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One finished run of three methods, and the text that it printed."""
+    """One finished run of three methods, with its figures."""
     out = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(suite.SUITES, "tiny", make_suite)
+        patch.setattr(report, "drawings", drawings)
         assert run(out, "--methods", "reptile,cts,finetune") == 0
     return out
 
@@ -134,7 +136,7 @@ def test_differences_are_paired_by_fine_tuning_seed_and_printed_under_the_table(
     assert "one meta-training seed" in " ".join(text.split())
 
 
-def test_one_run_holds_a_method_at_several_step_sizes(tmp_path, capsys):
+def test_one_run_holds_a_method_at_several_step_sizes(figures, tmp_path, capsys):
     methods = ["--methods", "reptile@0.5,reptile,reptile@2", "--meta-lr", "reptile=0.5"]
     assert run(tmp_path, *methods, "--targets", "rings") == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -189,7 +191,7 @@ def test_a_network_that_draws_random_numbers_gives_the_same_with_any_number_of_t
     assert found[0] == found[1] == found[2]
 
 
-def test_scratch_alone_needs_no_meta_training(tmp_path):
+def test_scratch_alone_needs_no_meta_training(figures, tmp_path):
     assert run(tmp_path, "--methods", "scratch", "--targets", "rings", "--test-seeds", "1") == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["meta_test"]) == {"scratch"} and not results["meta_train"]
@@ -211,7 +213,7 @@ def test_the_account_says_on_what_it_was_tested_and_what_trained_on_what(tmp_pat
     assert ", 1 step of batch" in text
 
 
-def test_all_methods_run_and_are_ranked(tmp_path, capsys):
+def test_all_methods_run_and_are_ranked(figures, tmp_path, capsys):
     arguments = ["--methods", "all", "--targets", "rings", "--rounds", "1", "--test-steps", "1", "--test-seeds", "1"]
     assert run(tmp_path, *arguments) == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -227,7 +229,7 @@ def test_all_methods_run_and_are_ranked(tmp_path, capsys):
 # Other networks
 
 
-def test_a_run_of_another_network_begins_at_the_weights_and_holds_to_both(tmp_path, capsys):
+def test_a_run_of_another_network_begins_at_the_weights_and_holds_to_both(figures, tmp_path, capsys):
     net = shufflenet_v2_x0_5(num_classes=10)
     file, out = tmp_path / "weights.safetensors", tmp_path / "run"
     save_file(net.state_dict(), file)
@@ -303,11 +305,21 @@ def test_resuming_with_other_arguments_names_the_difference(tmp_path, capsys):
 # Interruption
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """What a run leaves that nobody stops."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(suite.SUITES, "tiny", make_suite)
+        assert resnet20.main([*SLOW_ENOUGH, "--out", str(out)]) == 0
+    return out
+
+
 @pytest.mark.parametrize(
     "moment, number",
     [("meta-train cts: 4/", signal.SIGINT), ("meta-train cts: 4/", signal.SIGHUP), ("meta-test: 1/", signal.SIGTERM)],
 )
-def test_a_signal_saves_and_resume_gives_the_uninterrupted_result(moment, number, tmp_path, capsys):
+def test_a_signal_saves_and_resume_gives_the_uninterrupted_result(moment, number, uninterrupted, tmp_path, capsys):
     process = driven(*SLOW_ENOUGH, "--out", str(tmp_path / "stopped"))
     for line in process.stdout:
         if line.startswith(moment.split("/")[0].rstrip("0123456789")):
@@ -324,9 +336,8 @@ def test_a_signal_saves_and_resume_gives_the_uninterrupted_result(moment, number
         resnet20.main(stopped)
     assert "--resume" in capsys.readouterr().err
     assert resnet20.main([*stopped, "--resume"]) == 0
-    assert resnet20.main([*SLOW_ENOUGH, "--out", str(tmp_path / "whole")]) == 0
     for file in ("results.json", "metrics.csv", "initialization.safetensors"):
-        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+        assert (tmp_path / "stopped" / file).read_bytes() == (uninterrupted / file).read_bytes(), file
 
 
 def test_a_signal_between_two_phases_is_heard(tmp_path, monkeypatch, capsys):
@@ -342,7 +353,7 @@ def test_a_signal_between_two_phases_is_heard(tmp_path, monkeypatch, capsys):
     assert "--resume" in capsys.readouterr().err and not (tmp_path / "checkpoints" / "meta-test").exists()
 
 
-def test_a_signal_during_the_report_stops_it_and_resume_reports_anew(tmp_path, monkeypatch, capsys):
+def test_a_signal_during_the_report_stops_it_and_resume_reports_anew(figures, tmp_path, monkeypatch, capsys):
     draw = plots.convergence
 
     def signalled(*arguments):
