@@ -21,11 +21,6 @@ SMALL += ["--test-steps", "1", "--test-seeds", "1"]
 SMALL_NET = ["--model", "support.nets:SmallNet"]
 
 
-@pytest.fixture(autouse=True)
-def tiny_suite(monkeypatch):
-    monkeypatch.setitem(suite.SUITES, "tiny", make_suite)
-
-
 def ends_with(status, capsys, out, *arguments):
     """The one line that the program says when it ends with this status."""
     with pytest.raises(SystemExit) as end:

@@ -25,11 +25,6 @@ NET = ["--model", "support.nets:SmallNet"]
 SMALL = ["--suite", "tiny", *NET, "--rounds", "2", "--test-steps", "2", "--test-seeds", "2", "--points", "2"]
 
 
-@pytest.fixture(autouse=True)
-def tiny_suite(monkeypatch):
-    monkeypatch.setitem(suite.SUITES, "tiny", make_suite)
-
-
 def run(out, *arguments, program=resnet20):
     return program.main([*SMALL, "--out", str(out), *arguments])
 

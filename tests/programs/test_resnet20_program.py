@@ -19,7 +19,7 @@ from torchvision.models import shufflenet_v2_x0_5
 
 from cts_fast.baselines import METHODS
 from cts_fast.data import suite
-from cts_fast.examples import resnet20, tune
+from cts_fast.examples import resnet20
 from cts_fast.experiments import cli, plots, protocol, report
 from cts_fast.experiments.experiment import Experiment
 from cts_fast.experiments.meta_train import MetaTrainer, MetaTrainSettings
@@ -30,11 +30,6 @@ from cts_fast.models.resnet20 import ResNet20
 
 SMALL = ["--suite", "tiny", "--horizon", "2", "--rounds", "2", "--test-steps", "2", "--test-seeds", "2"]
 FIGURES = ("convergence.png", "accuracy-vs-steps.png", "accuracy.png")
-
-
-@pytest.fixture(autouse=True)
-def tiny_suite(monkeypatch):
-    monkeypatch.setitem(suite.SUITES, "tiny", make_suite)
 
 
 def run(out, *arguments):
@@ -458,45 +453,3 @@ def test_a_python_without_lzma_gets_one_line(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert process.returncode == 2 and "liblzma" in process.stderr and "Traceback" not in process.stderr, process.stderr
-
-
-# Tuning
-
-
-def test_tuning_never_touches_held_out_tasks(tmp_path, capsys):
-    small = ["--suite", "tiny", "--horizon", "2", "--rounds", "1", "--test-steps", "2"]
-    small += ["--model", "support.nets:SmallNet"]
-    assert tune.main([*small, "--grid", "cts=0.1", "--grid", "reptile=0.5,1", "--out", str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "fold1" / "config.json").read_text())["model"] == "support.nets:SmallNet"
-    results = json.loads((tmp_path / "tune.json").read_text())
-    config = results["config"]
-    assert config == json.loads((tmp_path / "config.json").read_text())
-    assert (config["suite"], config["preset"], config["tasks"]) == ("tiny", "quick", ["stripes", "dots", "waves"])
-    assert (config["meta_train"]["horizon"], config["meta_test"]["steps"]) == (2, 2)
-    assert set(results["mean"]) == {"cts@0.1", "reptile@0.5", "reptile@1", "scratch"}
-    assert all(set(by_task) == {"stripes", "dots", "waves"} for by_task in results["accuracy"].values())
-    assert "mean accuracy on 3 validation tasks" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--device", "nonsense"], ["--device nonsense cannot be used"]),
-        (["--grid", "fomaml=0.1", "--held-back", "0"], ["fomaml@0.1 needs", "dots holds none back", "--held-back F"]),
-    ],
-)
-def test_tuning_that_cannot_run_is_refused_before_there_is_a_folder(arguments, words, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        tune.main(["--suite", "tiny", *arguments, "--grid", "cts=0.1", "--out", str(tmp_path / "out")])
-    message = capsys.readouterr().err
-    assert all(word in message for word in words) and not (tmp_path / "out").exists()
-
-
-def test_tuning_takes_some_of_the_tasks_at_a_size(tmp_path):
-    small = ["--suite", "tiny", "--horizon", "2", "--rounds", "1", "--test-steps", "2", "--grid", "cts=0.1"]
-    small += ["--model", "support.nets:SmallNet", "--tasks", "waves,stripes", "--size", "8"]
-    assert tune.main([*small, "--out", str(tmp_path)]) == 0
-    config = json.loads((tmp_path / "fold0" / "config.json").read_text())
-    assert config["meta_train"]["size"] == config["meta_test"]["size"] == 8
-    accuracy = json.loads((tmp_path / "tune.json").read_text())["accuracy"]
-    assert all(list(by_task) == ["waves", "stripes"] for by_task in accuracy.values())

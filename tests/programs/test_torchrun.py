@@ -14,21 +14,14 @@ import soak
 import torch
 from safetensors.torch import load_file
 from support import launches
-from support.image_tasks import make_suite
 from support.launches import At, Launch
 
-from cts_fast.data import suite
 from cts_fast.examples import resnet20
 from cts_fast.experiments.files import read_part
 from cts_fast.experiments.parallel import deal
 
 SMALL = "--suite tiny --horizon 4 --rounds 3 --test-steps 1 --test-seeds 1 --model support.nets:SmallNet".split()
 OFTEN = ["--save-every", "0"]  # at every step, where the ranks meet then, too
-
-
-@pytest.fixture(autouse=True)
-def tiny_suite(monkeypatch):
-    monkeypatch.setitem(suite.SUITES, "tiny", make_suite)
 
 
 @pytest.fixture
