@@ -61,6 +61,7 @@ class StateByTask:
         twice = [name for name, count in names.items() if count > 1]
         if twice:
             raise RanksDiffer(f"tasks: {twice} name several tasks; give each one, on all ranks, a name of its own")
+        self.names = sorted(names)  # of all ranks
 
     def state_dict(self) -> dict[str, Any]:
         """Its parts, as references; a method's sums over this rank's tasks stand with the first of them.
@@ -73,12 +74,15 @@ class StateByTask:
             parts = [sums, *(added([sums], count=False) for _ in tasks[1:])]  # a load writes into each of them
             kinds = ({"own": own, "sums": part} for own, part in zip(tasks, parts, strict=True))
             named = zip(self.tasks, kinds, _parameters(self.optimizer), strict=True)
-            return {"common": common, "tasks": {name: {**kind, "parameters": found} for name, kind, found in named}}
+            tasks_by_name = {name: {**kind, "parameters": found} for name, kind, found in named}
+            return {"names": self.names, "common": common, "tasks": tasks_by_name}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on where it was saved; raises as the optimizer's `load_state_dict`, LookupError for other tasks."""
+        """Goes on where it was saved; raises as the optimizer's `load_state_dict`, ValueError for other tasks too."""
         with together(self.optimizer.ranks, "StateByTask.load_state_dict()") as report:
             report.tasks = len(self.tasks)
+            if state_dict["names"] != self.names:
+                raise ValueError(f"the state is of the tasks {state_dict['names']}, but the optimizer has {self.names}")
             tasks = [state_dict["tasks"][name] for name in self.tasks]
             for name, task, here in zip(self.tasks, tasks, _parameters(self.optimizer), strict=True):
                 _check_parameters(name, task["parameters"], here)
