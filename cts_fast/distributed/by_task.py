@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, repeat, zip_longest
 from typing import Any, NamedTuple
 
 import torch
 
 from cts_fast.distributed.agreement import RanksDiffer, Report
 from cts_fast.distributed.ranks import together
+from cts_fast.engine.layout import plain_name
 
 PHI, COUNTERS = "initialization", "counters"  # names in the entries of a state dict
 LAID_OUT = ("params", "param_names", "sizes")  # what a group says of this rank's tasks
@@ -39,7 +40,9 @@ class StateByTask:
 
     Its keys name the tasks, not the ranks. dcp.save({"optimizer": StateByTask(optimizer, names)}, ...) stores each
     task's state once, and φ once; dcp.load() into such a dict, made by ranks that hold the same tasks in another way,
-    or by one process, loads the same values. θ, momentum and φ are read in place; where a load breaks off, load again.
+    or by one process, loads the same values. θ, momentum and φ are read in place; where a load breaks off or is
+    refused, load again. Where a step broke off half-way, `reset_tasks()` on every rank comes before the load, which
+    asks for the state first.
 
     optimizer: a `ShiftingMetaOptimizer` or another method. tasks: the names of this rank's tasks, in its order; no two
     tasks of all ranks share a name. Every rank makes it, saves and loads at the same time. Raises ValueError, over
@@ -47,8 +50,9 @@ class StateByTask:
     """
 
     def __init__(self, optimizer: Any, tasks: Sequence[str]) -> None:
-        self.optimizer, self.tasks, ranks = optimizer, [*tasks], optimizer.ranks
+        self.optimizer, ranks = optimizer, optimizer.ranks
         with together(ranks, "StateByTask()") as report:
+            self.tasks = [*tasks]
             report.tasks = optimizer.engine.num_tasks
             if len(self.tasks) != report.tasks or not all(isinstance(name, str) for name in self.tasks):
                 raise ValueError(f"tasks: {self.tasks!r}; give a name to each of the {report.tasks} tasks here")
@@ -57,19 +61,31 @@ class StateByTask:
         twice = [name for name, count in names.items() if count > 1]
         if twice:
             raise RanksDiffer(f"tasks: {twice} name several tasks; give each one, on all ranks, a name of its own")
+        self.names = sorted(names)  # of all ranks
 
     def state_dict(self) -> dict[str, Any]:
-        """Its parts, as references; a method's sums over this rank's tasks stand with the first of them."""
-        common, tasks, sums = split(self.optimizer)
-        parts = [sums, *(added([sums], count=False) for _ in tasks[1:])]  # a load writes into each of them
-        named = zip(self.tasks, tasks, parts, strict=True)
-        return {"common": common, "tasks": {name: {"own": own, "sums": part} for name, own, part in named}}
+        """Its parts, as references; a method's sums over this rank's tasks stand with the first of them.
+
+        Raises as the optimizer's `state_dict`, over ranks on all of them.
+        """
+        with together(self.optimizer.ranks, "StateByTask.state_dict()") as report:
+            report.tasks = len(self.tasks)
+            common, tasks, sums = split(self.optimizer)
+            parts = [sums, *(added([sums], count=False) for _ in tasks[1:])]  # a load writes into each of them
+            kinds = ({"own": own, "sums": part} for own, part in zip(tasks, parts, strict=True))
+            named = zip(self.tasks, kinds, _parameters(self.optimizer), strict=True)
+            tasks_by_name = {name: {**kind, "parameters": found} for name, kind, found in named}
+            return {"names": self.names, "common": common, "tasks": tasks_by_name}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on where it was saved; raises as the optimizer's `load_state_dict`, LookupError for other tasks."""
+        """Goes on where it was saved; raises as the optimizer's `load_state_dict`, ValueError for other tasks too."""
         with together(self.optimizer.ranks, "StateByTask.load_state_dict()") as report:
             report.tasks = len(self.tasks)
+            if state_dict["names"] != self.names:
+                raise ValueError(f"the state is of the tasks {state_dict['names']}, but the optimizer has {self.names}")
             tasks = [state_dict["tasks"][name] for name in self.tasks]
+            for name, task, here in zip(self.tasks, tasks, _parameters(self.optimizer), strict=True):
+                _check_parameters(name, task["parameters"], here)
             sums = added([task["sums"] for task in tasks])
             saved = ByTask(state_dict["common"], [task["own"] for task in tasks], sums)
             whole = joined(self.optimizer.state_dict(), saved)
@@ -92,7 +108,7 @@ def split(optimizer: Any) -> ByTask:
         for own, row in zip(tasks, _rows(group), strict=True):
             entries = [{kind: value for kind, value in state[i].items() if kind not in apart} for i in row]
             if row:
-                own[name] = {"entries": entries} if group["shared"] else {"entries": entries, "options": options}
+                own[name] = {"entries": entries} if group["shared"] else {"entries": entries, "options": {**options}}
         if group["shared"] and group["params"]:
             firsts = [state[i] for i in next(_rows(group))]
             common["groups"][name] = options
@@ -105,14 +121,21 @@ def split(optimizer: Any) -> ByTask:
 def joined(own: Mapping[str, Any], saved: ByTask) -> dict[str, Any]:
     """The state dict that `saved` is for an optimizer of its tasks, whose present one is `own`.
 
-    Raises ValueError or LookupError where it is of another one.
+    Raises ValueError or LookupError where it is of another one, ValueError where heads that are to share a group were
+    saved with options that differ.
     """
     state, groups = {}, []
     for name, group in _named(own["param_groups"]):
-        options = saved.common["groups"].get(name, {})
+        options = saved.common["groups"].get(name)
         for t, row in enumerate(_rows(group)):
             part: dict[str, Any] = saved.tasks[t][name] if row else {"entries": []}
-            options = part.get("options", options)
+            theirs = part.get("options", options)
+            if row and options not in (None, theirs):
+                raise ValueError(
+                    f"{name}, task {t}: was saved with the options {theirs}, but a task before it with {options}; the "
+                    "tasks of one rank share them"
+                )
+            options = theirs
             for n, (i, entry) in enumerate(zip(row, part["entries"], strict=True)):
                 state[i] = {**entry}
                 if group["shared"] and t == 0:
@@ -120,7 +143,7 @@ def joined(own: Mapping[str, Any], saved: ByTask) -> dict[str, Any]:
                     state[i].update(saved.sums[name][n] if saved.sums else {})
                 if COUNTERS in own["state"][i]:
                     state[i][COUNTERS] = saved.common[COUNTERS]
-        groups.append({**group, **options})
+        groups.append({**group, **(options or {})})
     return {"state": state, "param_groups": groups}
 
 
@@ -146,6 +169,24 @@ def _named(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[s
         kind = "shared" if group["shared"] else "heads"
         yield f"{kind} {counts[kind]}", group
         counts[kind] += 1
+
+
+def _parameters(optimizer: Any) -> list[list[tuple[str, ...]]]:
+    """Of each task its parameters: (group, name if it was given one, dtype), what a load has to find again."""
+    tasks: list[list[tuple[str, ...]]] = [[] for _ in range(optimizer.engine.num_tasks)]
+    for kind, group in _named(optimizer.param_groups):
+        params = zip(group.get("param_names") or repeat(""), group["params"], strict=False)
+        for task, size in zip(tasks, group["sizes"], strict=True):
+            task += [(kind, plain_name(name), str(param.dtype)) for name, param in islice(params, size)]
+    return tasks
+
+
+def _check_parameters(task: str, saved: Sequence[Sequence[str]], here: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError, naming the task, for other parameters; names count where both sides have them."""
+    for theirs, mine in zip_longest(saved, here, fillvalue=("", "", "")):
+        if (*theirs[::2],) != (*mine[::2],) or (theirs[1] and mine[1] and theirs[1] != mine[1]):
+            there, ours = (" ".join(filter(None, one)) or "none" for one in (theirs, mine))
+            raise ValueError(f"task {task!r}: was saved with the parameter {there}, where the optimizer has {ours}")
 
 
 def _rows(group: Mapping[str, Any]) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ from support.step_cases import Case, places
 
 from cts_fast import ShiftingMetaOptimizer
 from cts_fast.baselines import METHODS
+from cts_fast.distributed import StateByTask
 from cts_fast.distributed.flags import FLAGS
 
 LAYOUTS = [(4, 4), (3, 3, 2), (2, 2, 2, 2)]
@@ -244,7 +245,64 @@ def test_names_of_tasks_are_as_many_as_the_tasks_and_apart(pool):
         assert error.startswith("RanksDiffer: tasks: ['a'] name several tasks")
     first, second = pool.values(2, checks.names_of_tasks, (["a"], ["b", "c"]))
     assert first.startswith("RankError: rank 1 raised") and "ValueError: tasks: ['b', 'c']; give a name" in second
+    first, second = pool.values(2, checks.names_of_tasks, (["a"], None))
+    assert first.startswith("RankError: rank 1 raised") and second.startswith("TypeError")
     assert pool.values(2, checks.names_of_tasks, (["a"], ["b"])) == ["", ""]
+
+
+def test_ranks_that_broke_a_step_off_load_a_state_by_task_after_a_reset(pool, tmp_path):
+    errors, loaded = zip(*pool.values(2, checks.state_of_torn_ranks, str(tmp_path)), strict=True)
+    assert errors[0].startswith("RankError: rank 1 raised") and errors[1].startswith("Torn: ")
+    assert loaded == (True, True)
+
+
+def by_task_of(names=("a", "b"), heads=1, dtype=torch.float32, tasks=("one",), head_lr=0.1):
+    """A state by task of shared parameters of one shape, and of so many heads of each task."""
+    shared = [[(name, torch.nn.Parameter(torch.ones(2, dtype=dtype))) for name in names] for _ in tasks]
+    own = [[torch.nn.Parameter(torch.ones(3, dtype=dtype)) for _ in range(heads)] for _ in tasks]
+    opt = ShiftingMetaOptimizer(shared, lr=0.1, heads=own if heads else None)
+    opt.param_groups[-1]["lr"] = head_lr
+    return StateByTask(opt, tasks)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"names": ("b", "a")}, "parameter shared 0 a torch.float32, where the optimizer has shared 0 b"),
+        ({"names": ("a",)}, "parameter shared 0 b torch.float32, where the optimizer has heads 0 head.0 "),
+        ({"heads": 0}, "parameter heads 0 head.0 torch.float32, where the optimizer has none"),
+        ({"dtype": torch.float64}, "parameter shared 0 a torch.float32, where the optimizer has shared 0 a torch.flo"),
+    ],
+    ids=["names", "fewer", "no heads", "dtype"],
+)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_state_by_task_of_other_parameters_is_refused(tmp_path, other, message):
+    import torch.distributed.checkpoint as dcp  # slow to import
+
+    dcp.save({"optimizer": by_task_of()}, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match=f"task 'one': was saved with the {message}"):
+        dcp.load({"optimizer": by_task_of(**other)}, checkpoint_id=tmp_path)
+    dcp.load({"optimizer": by_task_of(("_orig_mod.a", "b"))}, checkpoint_id=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_state_by_task_is_not_loaded_without_one_of_its_tasks(tmp_path):
+    import torch.distributed.checkpoint as dcp  # slow to import
+
+    dcp.save({"optimizer": by_task_of(tasks=("one", "two"))}, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match=r"of the tasks \['one', 'two'\], but the optimizer has \['one'\]"):
+        dcp.load({"optimizer": by_task_of()}, checkpoint_id=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_heads_that_were_saved_with_other_options_do_not_share_a_group(tmp_path):
+    import torch.distributed.checkpoint as dcp  # slow to import
+
+    one, two = by_task_of().state_dict(), by_task_of(tasks=("two",), head_lr=0.2).state_dict()
+    both = {"names": ["one", "two"], "common": one["common"], "tasks": one["tasks"] | two["tasks"]}  # as two ranks save
+    dcp.save({"optimizer": both}, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match="heads 0, task 1: was saved with the options"):
+        dcp.load({"optimizer": by_task_of(tasks=("one", "two"))}, checkpoint_id=tmp_path)
 
 
 def test_what_one_rank_cannot_load_is_loaded_by_none(pool):

@@ -347,6 +347,28 @@ def names_of_tasks(group, names) -> str:
     return error
 
 
+def state_of_torn_ranks(group, folder: str) -> tuple[str, bool]:
+    """(what asking for the state by task raises where rank 1 broke a step off, whether a load after a reset gives what
+    was saved).
+    """
+    import torch.distributed.checkpoint as dcp  # slow to import
+
+    case = Case(2, options={"lr": 0.1, "momentum": 0.9})
+    opt, params = make(group, case, (1, 1))
+    rank = dist.get_rank(group)
+    named = {"optimizer": StateByTask(opt, [str(rank)])}
+    steps_of(opt, case, params[rank : rank + 1], 0, 3, rank)
+    dcp.save(named, checkpoint_id=folder, process_group=group)
+    known = everything(opt)
+    steps_of(opt, case, params[rank : rank + 1], 3, 4, rank)
+    if rank == 1:
+        opt.ranks.moves()
+    error = raised(named["optimizer"].state_dict)
+    opt.reset_tasks()
+    dcp.load(named, checkpoint_id=folder, process_group=group)
+    return error, all(a.equal(b) for a, b in zip(everything(opt), known, strict=True))
+
+
 def refused_loads(group, case: Case, layout) -> list[tuple[str, bool]]:
     """State dicts that one rank cannot load, and that do not belong together; whether something changed."""
     opt, params = make(group, case, layout)
