@@ -264,6 +264,7 @@ class Experiment:
         lock = threading.Lock()
 
         def work(job: Job) -> None:
+            stop.check()  # before a network is made
             method, step, target, seed = job
             accuracy = testers[target].accuracy(phis[method, step], task_seed(self.seed, "meta-test", seed))
             with lock:
