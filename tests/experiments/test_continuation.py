@@ -63,12 +63,13 @@ def run(out, stop, **options):
 
 
 def through_interruptions(out, **options):
-    """Stopped at the first, second or third question, in turn, then after each file of the report; returns how often."""
+    """Stopped at the first to the eighth question, in turn, so that a fine-tuning run is left at every one of its own and
+    ends at last; then after each file of the report. Returns how often."""
     stops = reports = 0
     while True:
         reports += (out / "metrics.csv").exists()  # a report begins anew
         try:
-            run(out, StopAt(reports or 1 + stops % 3), resume=stops > 0, **options)
+            run(out, StopAt(reports or 1 + stops % 8), resume=stops > 0, **options)
             return stops
         except Interrupted:
             stops += 1
