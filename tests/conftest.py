@@ -1,6 +1,7 @@
 """What all tests rely on: the checkout's benchmarks can be imported, and Triton's kernels run where there is no GPU."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,13 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+
+# As in a terminal, also where the tests run in the background or under nohup: what is ignored here would be in the
+# programs that tests start and send signals to.
+
+for number, heeded in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, heeded)
 
 sys.path.append(
     str(Path(__file__).parents[1])

@@ -1,7 +1,6 @@
 """The image program as a process of its own, on small tasks."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,11 +25,4 @@ def driven(*arguments, limit=None):
     command = [sys.executable, "-c", DRIVER, str(Path(__file__).parents[1]), *arguments]
     if limit is not None:
         command = ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "bash", *command]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heeding_hang_ups
-    )
-
-
-def heeding_hang_ups():
-    """As in a terminal, also where the tests themselves run under nohup."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
