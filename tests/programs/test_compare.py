@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.image_tasks import make_suite
 from support.nets import SmallNet
+from support.processes import SMALL_NET
 
 from cts_fast.data import suite
 from cts_fast.examples import compare, resnet20
@@ -16,6 +17,7 @@ from cts_fast.experiments.settings import LABELS
 from cts_fast.experiments.statistics import mean_and_interval
 
 SMALL = "--suite tiny --horizon 2 --rounds 1 --test-steps 1 --test-seeds 2 --methods reptile@1,cts".split()
+SMALL += SMALL_NET
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +86,9 @@ def test_means_and_differences_are_those_of_the_runs_in_the_order_of_their_seeds
 def test_given_weights_are_one_point_that_others_are_compared_with_at_every_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(suite.SUITES, "tiny", make_suite)
     torch.save(SmallNet(2).state_dict(), tmp_path / "weights.pt")
-    model = ["--model", "support.nets:SmallNet", "--weights", str(tmp_path / "weights.pt")]
+    weights = ["--weights", str(tmp_path / "weights.pt")]
     for seed in ("0", "1"):
-        assert resnet20.main([*SMALL, *model, "--methods", "cts", "--seed", seed, "--out", str(tmp_path / seed)]) == 0
+        assert resnet20.main([*SMALL, *weights, "--methods", "cts", "--seed", seed, "--out", str(tmp_path / seed)]) == 0
     text, found = compared(capsys, tmp_path / "compared", tmp_path / "0", tmp_path / "1")
     of_runs = [means(tmp_path / seed) for seed in ("0", "1")]
     assert {name for name, _ in of_runs[0]} == {"cts", "none", "scratch"} and LABELS["none"] in text

@@ -62,9 +62,9 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 def many_sizes(tasks: int) -> tuple[tuple, tuple]:
     """(shapes, heads) of odd sizes, 0-dim and empty ones; of many tasks fewer, which interpreters are slow on."""
-    shapes = ((129,), (), (0, 4), (3, 5, 3, 3), (1,), (1030,))
+    shapes = ((129,), (0, 4), (), (3, 5, 3, 3), (1,), (1030,))
     every = max(1, tasks // 8)
-    return shapes[: 6 if tasks < 32 else 3], tuple(((t % 5 + 1, 3),) * (t % every == 0) for t in range(tasks))
+    return shapes[: 6 if tasks < 32 else 2], tuple(((t % 5 + 1, 3),) * (t % every == 0) for t in range(tasks))
 
 
 def parameters(case: Case, device="cpu", dtype: torch.dtype | None = None) -> tuple[list[list], list[list]]:
