@@ -1,6 +1,5 @@
 """Ranks that die: the others end with a clear error within the group's timeout."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -9,7 +8,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import init
+from support.ranks import PROCESSES, init
 from support.step_cases import Case, build, set_gradients
 
 TIMEOUT = 8.0  # of the group, in seconds
@@ -53,11 +52,10 @@ def step_until(rank: int, size: int, store: str, how: str, pipe) -> None:
 @pytest.mark.parametrize("how", ["killed", pytest.param("stuck", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_others_end_with_a_clear_error_in_time(tmp_path, size, how):
-    context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(size)]
+    pipes = [PROCESSES.Pipe() for _ in range(size)]
     given = (size, str(tmp_path / "store"), how)
     ranks = [
-        context.Process(target=step_until, args=(rank, *given, theirs), daemon=True)
+        PROCESSES.Process(target=step_until, args=(rank, *given, theirs), daemon=True)
         for rank, (_, theirs) in enumerate(pipes)
     ]
     for process in ranks:

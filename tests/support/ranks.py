@@ -17,6 +17,9 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 180  # seconds that a check may take, on a busy machine
+# Processes of their own, forked from one that has imported what takes seconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch.distributed", "torch._dynamo"])
 
 
 class Outcome(NamedTuple):
@@ -31,13 +34,12 @@ class RankPool:
     """`most` processes; a check runs on the first few of them, in a new group of theirs."""
 
     def __init__(self, most: int) -> None:
-        context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         store = str(Path(self.folder.name) / "store")
-        pipes = [context.Pipe() for _ in range(most)]
+        pipes = [PROCESSES.Pipe() for _ in range(most)]
         self.pipes = [ours for ours, _ in pipes]
         self.processes = [
-            context.Process(target=_serve, args=(theirs, rank, most, store), daemon=True)
+            PROCESSES.Process(target=_serve, args=(theirs, rank, most, store), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self.processes:
