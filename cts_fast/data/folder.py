@@ -26,13 +26,17 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def images_below(folder: Path) -> list[str]:
-    """Paths of all image files in a folder and its subfolders, sorted."""
-    return sorted(
-        os.path.join(place, name)
-        for place, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-    )
+    """Paths of all image files in a folder and its subfolders, sorted; linked folders count, and each folder once."""
+    found, seen = [], set()
+    for place, below, names in os.walk(folder, followlinks=True):
+        there = os.stat(place)
+        if (there.st_dev, there.st_ino) in seen:  # a link to what was walked already, or in a circle
+            below.clear()
+            continue
+        seen.add((there.st_dev, there.st_ino))
+        images = (name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+        found += [os.path.join(place, name) for name in images]
+    return sorted(found)
 
 
 def by_class(folder: Path, classes: Iterable[str]) -> Samples:

@@ -51,6 +51,17 @@ def test_every_subfolder_is_a_task_with_its_own_split_or_a_seeded_one(root):
     assert list(task_roles("folder", root)) == ["birds", "cars"]  # the cache is no task
 
 
+def test_linked_folders_count_and_each_folder_once(root):
+    owls = root / "birds/train/owl"
+    before = load_suite("folder", root, ["birds"])["birds"].train
+    shutil.move(owls, root.parent / "elsewhere")
+    owls.mkdir()
+    (owls / "linked").symlink_to(root.parent / "elsewhere", target_is_directory=True)
+    (owls / "linked/circle").symlink_to(owls, target_is_directory=True)
+    after = load_suite("folder", root, ["birds"])["birds"].train
+    assert torch.equal(after.labels, before.labels) and torch.equal(after.images[:], before.images[:])
+
+
 def test_a_folder_task_takes_the_papers_size_next_to_its_images(tmp_path):
     for side, expected in ((10, 28), (30, 28), (40, 32), (60, 64), (500, 84)):
         path = tmp_path / f"{side}.png"

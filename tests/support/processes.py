@@ -17,7 +17,9 @@ sys.exit(resnet20.main())
 
 
 SMALL_NET = ["--model", "support.nets:SmallNet"]  # where a test is about the program, not about what it trains
-SLOW_ENOUGH = "--suite tiny --targets rings --methods cts --horizon 50 --rounds 4 --test-steps 50 --test-seeds 3".split()
+SLOW_ENOUGH = (
+    "--suite tiny --targets rings --methods cts --horizon 50 --rounds 4 --test-steps 50 --test-seeds 3".split()
+)
 SLOW_ENOUGH += SMALL_NET  # to be met by a signal
 
 
