@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,26 +17,43 @@ from benchmarks.common.setups import BETA, SGD, Problem, Setup
 from benchmarks.cpu.ceiling import CacheFlush, Read3Write2
 from cts_fast.baselines import METHODS
 
-# Numbers beside the inner step's 5 T P that the terms of a method's definition read and write, each term once, as (per
-# task and coordinate, per coordinate): first a step within a round, then one that ends it (K = 1).
-# phi: 2, read and written. A held-out gradient: read once a task. A meta-update whose gradient needs θ after the inner
-# step cannot share its pass, so its reset writes θ and v once more (2 a task).
-# Leap: θ and the point before it for the norm (2 a task); then both again, both gradients, and the point kept (6 a
-# task), of which the native pass shares θ and its gradient with the inner step; a round of one step has no segment, so
-# it has no second entry.
-# Random shift: θ read and written once more (2 a task); its direction is computed where it is needed. At a round's end
-# φ replaces θ, so nothing is drawn.
+
+class Traffic(NamedTuple):
+    """Numbers read and written, per task and coordinate, then per coordinate."""
+
+    read_each: int
+    written_each: int
+    read: int
+    written: int
+
+    def bytes(self, setup: Setup) -> tuple[float, float]:
+        """(bytes in the step's own proportion, three read for two written; bytes that are read beyond it)."""
+        read = 4 * setup.parameters * (self.read_each * setup.tasks + self.read)
+        written = 4 * setup.parameters * (self.written_each * setup.tasks + self.written)
+        alone = max(0.0, read - 1.5 * written)
+        return read + written - alone, alone
+
+
+# What the terms of a method's definition read and write beside the inner step's 5 T P, each term once: first a step
+# within a round, then one that ends it (K = 1).
+# φ is read and written. A held-out gradient is read. A meta-update whose gradient needs θ after the inner step cannot
+# share its pass, so its reset writes θ and v once more.
+# Leap: θ and the point before it are read for the norm; then both again and both gradients, and the point is kept, with
+# its gradient. A round of one step has no segment, so there is no second entry.
+# Random shift: θ is read and written once more; its direction is computed where it is needed. At a round's end φ
+# replaces θ, so nothing is drawn.
 # Held-out gradients are autograd's work, as the training gradients are: what it takes for those of all tasks is
 # measured beside and allowed.
-ADDED: dict[str, tuple[tuple[int, int], ...]] = {
-    "cts": ((0, 2), (0, 2)),
-    "no-shift": ((0, 2), (0, 2)),
-    "random-shift": ((2, 2), (0, 2)),
-    "mtl": ((0, 2), (0, 2)),
-    "reptile": ((0, 0), (0, 2)),
-    "fomaml": ((0, 0), (3, 2)),
-    "fomaml++": ((1, 2), (3, 6)),
-    "leap": ((8, 2),),
+NOTHING, PHI = Traffic(0, 0, 0, 0), Traffic(0, 0, 1, 1)
+ADDED: dict[str, tuple[Traffic, ...]] = {
+    "cts": (PHI, PHI),
+    "no-shift": (PHI, PHI),
+    "random-shift": (Traffic(1, 1, 1, 1), PHI),
+    "mtl": (PHI, PHI),
+    "reptile": (NOTHING, PHI),
+    "fomaml": (NOTHING, Traffic(1, 2, 1, 1)),
+    "fomaml++": (Traffic(1, 0, 1, 1), Traffic(1, 2, 3, 3)),
+    "leap": (Traffic(6, 2, 1, 1),),
 }
 # whether it takes held-out gradients in these two kinds of step
 EVALUATES = {"fomaml": (False, True), "fomaml++": (True, True)}
@@ -112,8 +130,9 @@ def method_cost(setup: Setup, budget: Budget, flush: CacheFlush | None, shape: t
 
     The inner step is `step()` with no meta-update due; where every step ends a round it also begins one, and looks
     whether weights were loaded, as those of the methods do. Everything is made twice, the second time in reverse order,
-    and a time is the mean of both: where memory lies makes up to a tenth of a difference. Bytes are priced at the
-    ceiling, which takes turns with the methods.
+    and a time is the mean of both: where memory lies makes up to a tenth of a difference. Bytes that a method adds are
+    priced at the ceiling, which takes turns with the methods; what it reads beyond three reads for two writes at what
+    reads alone get in the same repeats: processors whose writes have lanes of their own read 3-read-2-write no faster.
     """
     problem = Problem(setup)
     rows, tasks, columns = {}, setup.tasks, setup.parameters
@@ -125,23 +144,28 @@ def method_cost(setup: Setup, budget: Budget, flush: CacheFlush | None, shape: t
         steps = {name: make() for name, make in makers.items()}
         steps |= {f"{name} again": make() for name, make in reversed(makers.items())}
         ceiling = Read3Write2(shape[0], tasks * columns // shape[0], *shape[1:])
-        run = paired({**steps, "ceiling": ceiling.step}, budget, flush)
+        reads = CacheFlush(4 * 3 * tasks * columns)
+        run = paired({**steps, "ceiling": ceiling.step, "reads": reads}, budget, flush)
         del steps  # before the next ones are made
         seconds = {
             name: [(a + b) / 2 for a, b in zip(run.seconds[name], run.seconds[f"{name} again"], strict=True)]
             for name in makers
         }
-        per_byte = [t / ceiling.bytes for t in run.seconds["ceiling"]]
-        for name, (per_task, once) in added_now.items():
-            added = 4 * columns * (per_task * tasks + once)
+        for name, traffic in added_now.items():
+            added, alone = traffic.bytes(setup)
+            priced = [
+                added / ceiling.bytes * c + alone / reads.buffer.nbytes * r
+                for c, r in zip(run.seconds["ceiling"], run.seconds["reads"], strict=True)
+            ]
             evaluates = EVALUATES.get(name, (False, False))[kind]
-            evaluations = seconds["held-out gradients"] if evaluates else [0.0] * len(per_byte)
-            allowed = [t + added * p + e for t, p, e in zip(seconds["inner step"], per_byte, evaluations, strict=True)]
+            evaluations = seconds["held-out gradients"] if evaluates else [0.0] * len(priced)
+            allowed = [t + p + e for t, p, e in zip(seconds["inner step"], priced, evaluations, strict=True)]
             ratios = sorted(a / b for a, b in zip(seconds[name], allowed, strict=True))
             rows[f"{name}, {('within a round', 'that ends a round')[kind]}"] = {
                 **summary(seconds[name]),
                 "inner_ms": summary(seconds["inner step"])["ms"],
-                "added_bytes": added,
+                "added_bytes": added + alone,
+                "added_ms": summary(priced)["ms"],
                 "heldout_ms": summary(evaluations)["ms"],
                 "ratio": ratios[len(ratios) // 2],
             }
