@@ -40,6 +40,10 @@ CTS_HD void finish_stores() {
 #endif
 }
 
+// Lines that rows read side by side are fetched ahead, into the second cache: the first one keeps fewer on their way
+// than eight rows need.
+constexpr int64_t kLinesAhead = 32;
+
 // body(begin, end) for the lines of n columns, while the same columns of what comes next are on their way into the
 // second cache.
 template <class C, class Body, class... Next> CTS_HD void for_lines(int64_t n, Body body, const Next*... next) {
@@ -66,7 +70,7 @@ template <class C> CTS_HD void clear_padding(C* values, int64_t n) {
 
 // sums += G gradients, which are read side by side: the more streams, the more of them the processor fetches ahead.
 template <int G, class S, class C> void add_rows(const S* const* g, int64_t n, C* sums) {
-  constexpr int64_t line = 64 / int64_t(sizeof(S)), ahead = 4 * line;
+  constexpr int64_t line = 64 / int64_t(sizeof(S)), ahead = kLinesAhead * line;
   const auto sum = [&](int64_t i) {
     Vec<C> value = load(sums + i);
     CTS_UNROLL
@@ -76,7 +80,7 @@ template <int G, class S, class C> void add_rows(const S* const* g, int64_t n, C
   int64_t begin = 0;
   for (; begin + line <= n; begin += line) {
     CTS_UNROLL
-    for (int row = 0; row < G; ++row) __builtin_prefetch(g[row] + begin + ahead);
+    for (int row = 0; row < G; ++row) __builtin_prefetch(g[row] + begin + ahead, 0, 2);
     for (int64_t i = begin; i < begin + line; i += Vec<C>::size) sum(i);
   }
   for (; begin < n; begin += Vec<C>::size) sum(begin);
@@ -166,7 +170,7 @@ template <class C> C* work_theta(const Flat& flat, int64_t at) {
 template <int G, class C>
 void row_distances(const C* a, int64_t a_stride, const C* b, int64_t b_stride, int64_t n, double* result) {
   constexpr int64_t kShort = 512;  // columns that are summed in C; their sums are, in double
-  constexpr int64_t line = 64 / int64_t(sizeof(C)), ahead = 4 * line;
+  constexpr int64_t line = 64 / int64_t(sizeof(C)), ahead = kLinesAhead * line;
   std::fill_n(result, G, 0.0);
   for (int64_t begin = 0; begin < n; begin += kShort) {
     Vec<C> sums[G]{};
@@ -174,7 +178,7 @@ void row_distances(const C* a, int64_t a_stride, const C* b, int64_t b_stride, i
       CTS_UNROLL
       for (int row = 0; row < G; ++row) {
         const C *x = a + row * a_stride + begin, *y = b + row * b_stride + begin;
-        __builtin_prefetch(x + first + ahead), __builtin_prefetch(y + first + ahead);
+        __builtin_prefetch(x + first + ahead, 0, 2), __builtin_prefetch(y + first + ahead, 0, 2);
         for (int64_t i = first; i < last; i += Vec<C>::size) {
           const Vec<C> d = load(x + i) - load(y + i);
           sums[row] = sums[row] + d * d;
