@@ -199,8 +199,8 @@ def _methods(methods: Mapping) -> str:
     text = (
         f"## Methods, {methods['setup']}\n\nThe last column: a step over the fused inner step, autograd's time for the "
         "held-out gradients that the method takes, and the bytes that its definition adds, priced at the ceiling, "
-        "reads beyond three for two writes at what reads alone get (`benchmarks/cpu/method_cost.py`). Times are means of "
-        "two optimizers whose memory lies elsewhere.\n\n"
+        "reads beyond three for two writes at what reads alone get (`benchmarks/cpu/method_cost.py`). "
+        "Times are means of two optimizers whose memory lies elsewhere.\n\n"
     )
     head = ("step", "ms", "inner step, ms", "held-out gradients, ms", "added MB", "their price, ms", "ratio / goal")
     return text + _table(head, [row_of(name, row) for name, row in methods["rows"].items()])
