@@ -75,15 +75,17 @@ def fetch(url: str, path: Path, md5: str | None = None) -> None:
     then deleted). Without `md5` the one that the server may tell in its answer counts.
     """
     part = path.with_name(path.name + ".part")
-    failures, told = 0, None
+    failures, told, most, total = 0, None, _size(part), None
     if not sys.stderr.isatty():
         print(f"fetching {url}", file=sys.stderr, flush=True)
     while True:
-        before = _size(part)
         try:
-            told, whole = _receive(url, part)
-            if whole:
+            told, whole, said = _receive(url, part)
+            total = said or total
+            if whole and total in (None, _size(part)):
                 break
+            if whole:  # it says so of another number of bytes than it told before
+                part.unlink()
             reason = f"the connection ended after {_size(part):,} bytes"
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 429):  # time-out, too many requests
@@ -91,7 +93,7 @@ def fetch(url: str, path: Path, md5: str | None = None) -> None:
             reason = f"{error.code} {error.reason}"
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
             reason = str(getattr(error, "reason", None) or error) or type(error).__name__
-        failures = 1 if _size(part) > before else failures + 1
+        failures, most = (1, _size(part)) if _size(part) > most else (failures + 1, most)  # or it begins for ever anew
         if failures == ATTEMPTS:
             raise OSError(f"{url} cannot be fetched ({reason}); {part} is kept: the same command goes on with it")
         time.sleep(WAIT)
@@ -105,8 +107,9 @@ def fetch(url: str, path: Path, md5: str | None = None) -> None:
     os.replace(part, path)
 
 
-def _receive(url: str, part: Path) -> tuple[str | None, bool]:
-    """One request: append what the part lacks; returns the md5 that the server tells, and whether all is there."""
+def _receive(url: str, part: Path) -> tuple[str | None, bool, int | None]:
+    """One request: append what the part lacks; returns the md5 that the server tells, whether all is there, and of how
+    many bytes."""
     from tqdm import tqdm
 
     start = _size(part)
@@ -121,16 +124,18 @@ def _receive(url: str, part: Path) -> tuple[str | None, bool]:
         whole = error.headers.get("Content-Range", "").strip() == f"bytes */{start}"
         if not whole:  # longer than the file is
             part.unlink()
-        return _told_md5(error.headers), whole
+        return _told_md5(error.headers), whole, None
     with response:
         ranged = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
         if response.status != 206:
             start = 0  # the server sends all of it
         elif ranged is None or int(ranged[1]) != start:
             part.unlink(missing_ok=True)  # it sends something else: the next request is for all of it
-            return None, False
-        length = response.headers.get("Content-Length")
-        total = None if length is None else start + int(length)
+            return None, False, None
+        length = response.headers.get("Content-Length", "")
+        total = start + int(length) if length.isdecimal() else None
+        if response.status == 206 and ranged and ranged[2] != "*":
+            total = int(ranged[2])
         if total is not None and shutil.disk_usage(part.parent).free < total - start:
             raise OSError(f"{url} needs {total - start:,} bytes, which {part.parent} has not free")
         bar = tqdm(total=total, initial=start, desc=part.stem, unit="B", unit_scale=True, disable=None)
@@ -138,7 +143,7 @@ def _receive(url: str, part: Path) -> tuple[str | None, bool]:
             while block := response.read(BLOCK):
                 file.write(block)
                 bar.update(len(block))
-        return _told_md5(response.headers), total is None or _size(part) == total
+        return _told_md5(response.headers), total is None or _size(part) == total, total
 
 
 def _told_md5(headers) -> str | None:

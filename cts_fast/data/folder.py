@@ -25,25 +25,46 @@ def subfolders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def images_below(folder: Path) -> list[str]:
-    """Paths of all image files in a folder and its subfolders, sorted; linked folders count, and each folder once."""
-    found, seen = [], set()
-    for place, below, names in os.walk(folder, followlinks=True):
+def images_below(folder: Path, seen: set[tuple[int, int]] | None = None) -> list[str]:
+    """Paths of all image files in a folder and its subfolders, sorted; hidden ones do not count, linked folders do.
+
+    seen: the folders that were walked so far, to be asked again for other classes. Raises DamagedFile that names what
+    cannot be read and a folder that is walked twice: a link leads to it, or around it.
+    """
+    seen = set() if seen is None else seen
+    found: list[str] = []
+    for place, below, names in os.walk(folder, onerror=_unreadable, followlinks=True):
         there = os.stat(place)
-        if (there.st_dev, there.st_ino) in seen:  # a link to what was walked already, or in a circle
-            below.clear()
-            continue
+        if (there.st_dev, there.st_ino) in seen:
+            raise DamagedFile(f"{place} is a link to a folder whose images are counted already: remove it")
         seen.add((there.st_dev, there.st_ino))
-        images = (name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
-        found += [os.path.join(place, name) for name in images]
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        paths = [os.path.join(place, name) for name in names if not name.startswith(".")]
+        found += [_usable(path) for path in paths if path.lower().endswith(EXTENSIONS)]
     return sorted(found)
 
 
-def by_class(folder: Path, classes: Iterable[str]) -> Samples:
-    """The images of these class folders; a class that has no folder has no images."""
+def _unreadable(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # a class without a folder has no images
+        raise DamagedFile(f"{error.filename} cannot be read ({error.strerror}): change that, or move it away") from None
+
+
+def _usable(path: str) -> str:
+    if not os.path.isfile(path):
+        raise DamagedFile(f"{path} is no file, or a link that leads nowhere: remove it")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise DamagedFile(f"{ascii(path)}: the name is not UTF-8: rename it") from None
+    return path
+
+
+def by_class(folder: Path, classes: Iterable[str], seen: set[tuple[int, int]] | None = None) -> Samples:
+    """The images of these class folders; a class that has no folder has no images. seen: see `images_below`."""
+    seen = set() if seen is None else seen
     items, labels = [], []
     for label, name in enumerate(classes):
-        found = images_below(folder / name)
+        found = images_below(folder / name, seen)
         items += found
         labels += [label] * len(found)
     return Samples(items, torch.tensor(labels, dtype=torch.int64))
@@ -90,7 +111,8 @@ def read_folder(folder: Path) -> tuple[Samples, Samples, list[str]]:
             raise DamagedFile(
                 f"{folder / 'test' / unknown[0]} is a class that {folder / 'train'} has not: move it away"
             )
-        train, test = by_class(folder / "train", classes), by_class(folder / "test", classes)
+        seen: set[tuple[int, int]] = set()
+        train, test = (by_class(folder / part, classes, seen) for part in ("train", "test"))
         if not len(test):
             raise DamagedFile(f"{folder / 'test'} holds no image: a task is {LAYOUT}")
     else:
@@ -98,6 +120,8 @@ def read_folder(folder: Path) -> tuple[Samples, Samples, list[str]]:
         both = by_class(folder, classes)
         kept, held = split_by_class(both.labels, 0.2, f"80/20/{folder.name}")
         train, test = both.select(kept), both.select(held)
+        if len(both) and not len(test):
+            raise DamagedFile(f"{folder} has one image a class, and needs another one to test on: {LAYOUT}")
     if len(classes) < 2:
         raise DamagedFile(f"{folder} holds images of {len(classes)} classes, and a task needs two: {LAYOUT}")
     empty = [name for label, name in enumerate(classes) if not bool((train.labels == label).any())]
@@ -116,7 +140,7 @@ def usual_size(paths: Sequence[str]) -> int:
         try:
             with Image.open(path) as picture:
                 sides.append(min(picture.size))
-        except (OSError, SyntaxError, ValueError):
+        except Exception:  # Pillow raises nearly anything on damaged data
             continue  # the decoding names it
     middle = sorted(sides)[len(sides) // 2] if sides else SIZES[-1]
     return min(SIZES, key=lambda size: abs(size - middle))

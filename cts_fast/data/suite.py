@@ -85,20 +85,41 @@ class Task:
             ValueError: a split without images, a label outside the classes, an image that is none.
             DamagedFile: an item that cannot be read; the message has its number.
         """
+        if channels not in (1, 3) or size < 1:
+            raise ValueError(f"task {name!r}: channels must be 1 or 3 and size at least 1, not {channels} and {size}")
         count = 0
         splits = {}
         for split, data in (("train", train), ("test", test)):
             splits[split] = _read_dataset(f"{name}-{split}", data, size, channels, cache, version)
             count = max(count, int(splits[split].labels.max()) + 1)
-        names = tuple(classes or getattr(train, "classes", None) or map(str, range(count)))
+        named = classes if classes is not None else getattr(train, "classes", None)
+        if named is None:
+            absent = [
+                label for label, number in enumerate(splits["train"].labels.bincount(minlength=count)) if not number
+            ]
+            if absent:
+                raise ValueError(
+                    f"task {name!r} has labels up to {count - 1} and no training image of class {absent[0]}: labels "
+                    "must be 0, 1, ... C - 1, or give classes"
+                )
+        names = tuple(map(str, range(count) if named is None else named))
         task = Task(name, splits["train"], splits["test"], names, flip, role, title or name, source)
         return task.checked()
 
     def checked(self) -> Task:
-        """The task itself; raises ValueError for a split without images or a label outside the classes."""
+        """The task itself; raises ValueError for a split without images, a label outside the classes, and what is no
+        `ImageSet`."""
         for split, part in (("training", self.train), ("test", self.test)):
             if not len(part):
                 raise ValueError(f"task {self.name!r} has no {split} images")
+            shape, dtype = tuple(part.images.shape), part.labels.dtype
+            if len(shape) != 4 or shape[1] not in (1, 3) or shape[0] != len(part) or dtype != torch.int64:
+                raise ValueError(
+                    f"task {self.name!r} has {split} images of shape {shape} and {len(part)} labels of {dtype}: images "
+                    "must be [N, C, H, W] with C 1 or 3, labels N of torch.int64"
+                )
+            if isinstance(part.images, Tensor) and part.images.dtype != torch.uint8:
+                raise ValueError(f"task {self.name!r} has {split} images of {part.images.dtype}, not torch.uint8")
             low, high = int(part.labels.min()), int(part.labels.max())
             if low < 0 or high >= len(self.classes):
                 raise ValueError(
@@ -138,6 +159,8 @@ def _read_dataset(title: str, data: Any, size: int, channels: int, cache: Path |
         def __getitem__(self, i: int) -> Any:
             try:
                 image, label = data[i]
+                if int(label) != label:
+                    raise ValueError(f"the label {label} is no integer")
                 labels[i] = int(label)
             except Exception as error:
                 reason = (str(error).splitlines() or [""])[0]
@@ -244,10 +267,13 @@ REGISTERED: dict[str, Task | Callable[[], Task]] = {}
 def register(name: str, task: Task | Callable[[], Task]) -> None:
     """Add a task of one's own, or a function that makes it, to be asked for by this name in any suite.
 
-    Raises ValueError for a name that is taken.
+    Raises ValueError for a name that is taken, here or, once that is loaded, in the suite; TypeError for what is
+    neither.
     """
     if name in REGISTERED:
         raise ValueError(f"a task {name!r} is registered already")
+    if not isinstance(task, Task) and not callable(task):
+        raise TypeError(f"the task {name!r} must be a Task or a function that makes one, not {type(task).__name__}")
     REGISTERED[name] = task
 
 
@@ -287,9 +313,23 @@ def load_suite(
     rest = None if wanted is None else [task for task in wanted if task not in own]
     tasks = _load(name, root, rest, storage or Storage())
     for task in own:
-        registered = REGISTERED[task]
-        tasks[task] = (registered if isinstance(registered, Task) else registered()).checked()
+        tasks[task] = _registered(task)
     return tasks if wanted is None else {task: tasks[task] for task in wanted}
+
+
+def _registered(name: str) -> Task:
+    """The registered task of this name, made and checked."""
+    task = REGISTERED[name]
+    if not isinstance(task, Task):
+        try:
+            task = task()
+        except Exception as error:
+            raise ValueError(
+                f"the registered task {name!r} cannot be made ({type(error).__name__}: {error})"
+            ) from error
+    if not isinstance(task, Task):
+        raise ValueError(f"the registered task {name!r} is {type(task).__name__}, not a Task")
+    return replace(task, name=name).checked()
 
 
 def _parts(name: str, root: str | Path | None) -> list[tuple[Suite, Path | None]]:
@@ -317,7 +357,10 @@ def _load(name: str, root: str | Path | None, names: list[str] | None, storage: 
         )
         if mine:
             tasks |= suite.load(folder, mine, storage)
-    known += [task for task in REGISTERED if task not in known]
+    taken = [task for task in REGISTERED if task in known]
+    if taken:
+        raise ValueError(f"suite {name!r} has a task {taken[0]!r} of its own: register yours under another name")
+    known += REGISTERED
     unknown = [task for task in names or () if task not in known]
     if unknown:
         raise ValueError(f"suite {name!r} has no task {', '.join(map(repr, unknown))}; it has: {', '.join(known)}")

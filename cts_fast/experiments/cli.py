@@ -21,7 +21,7 @@ from cts_fast.capture import STREAMS
 from cts_fast.data import DamagedFile, Storage, Task, load_suite, task_roles
 from cts_fast.data.cache import FOLDER as CACHE
 from cts_fast.data.cache import LIMIT
-from cts_fast.data.paper.suite import checked_root, listing
+from cts_fast.data.paper.suite import BY_NAME, checked_root, listing
 from cts_fast.distributed import RankError
 from cts_fast.distributed.launch import ALONE, TIMEOUT, Team, launched
 from cts_fast.experiments.checkpoint import SAVE_EVERY, CheckpointError, is_out_of_memory
@@ -173,7 +173,7 @@ def add_data_arguments(
     cache_help = f"where decoded images are kept (default: {CACHE} in --data-root)"
     p.add_argument("--cache-dir", type=Path, metavar="DIR", help=cache_help)
     limit_help = "tasks with more decoded images than this are not kept but decoded for each batch (default: 20)"
-    p.add_argument("--cache-limit", type=float, default=LIMIT / 1e9, metavar="GB", help=limit_help)
+    p.add_argument("--cache-limit", type=number, default=LIMIT / 1e9, metavar="GB", help=limit_help)
     preset_help = "settings: quick (minutes on two CPU cores), long (longer) or paper (default: %(default)s)"
     p.add_argument("--preset", choices=presets, default=preset, help=preset_help)
 
@@ -329,6 +329,9 @@ def list_data(args: argparse.Namespace) -> str:
     names = None
     if getattr(args, "tasks", None) or getattr(args, "targets", None):
         names = [*(args.tasks or ()), *(args.targets or ())]
+        unknown = [name for name in names if name not in BY_NAME]
+        if unknown:
+            raise ValueError(f"there is no data set {unknown[0]!r}; there are: {', '.join(BY_NAME)}")
     rows = list(listing(checked_root(args.data_root, "paper"), names, storage(args, None)))
     lines = [f"{'data set':16} {'state':8} training / test images / classes"]
     lines += [f"{name:16} {state:8} {counts}" for name, state, counts, _ in rows]

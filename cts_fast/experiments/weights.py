@@ -63,6 +63,12 @@ def read_weights(path: Path, model: Model) -> Weights:
             for name, tensor in own.items()
             if name in given and given[name].shape != tensor.shape
         ],
+        "of another kind": [
+            f"{name} {given[name].dtype}"
+            for name, tensor in own.items()
+            if name in given and given[name].is_floating_point() != tensor.is_floating_point()
+        ],
+        "not finite": [name for name in given if name in own and not given[name].isfinite().all()],
     }
     said = [f"{what}: {_listed(names)}" for what, names in faults.items() if names]
     if said:
@@ -90,10 +96,15 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"--weights {path} cannot be read ({why}): give a state dict that safetensors or torch.save wrote"
         ) from error
-    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, Mapping) or not found or not all(map(_is_entry, found.items())):
         content = _listed(list(map(str, found))) if isinstance(found, Mapping) else type(found).__name__
         raise ValueError(f"--weights {path} holds no state dict but: {content or 'nothing'}; save the state dict alone")
     return dict(found)
+
+
+def _is_entry(entry: tuple[object, object]) -> bool:
+    name, value = entry
+    return isinstance(name, str) and isinstance(value, Tensor) and not value.is_meta
 
 
 def _listed(names: list[str]) -> str:

@@ -27,6 +27,8 @@ class Server(ThreadingHTTPServer):
     cut_after = None  # bytes after which the first answers end
     cuts = 0  # how many still do
     shifts = 0  # how many answers to a Range still begin elsewhere
+    hides_sizes = False  # tells with a Range neither where it begins nor how long the file is
+    ends_at = None  # says of a Range that the file has so many bytes
     failing = 0  # answers with 503 before the first good one
     tells_md5 = None
 
@@ -50,17 +52,23 @@ class Handler(BaseHTTPRequestHandler):
         if server.failing:
             server.failing -= 1
             return self.send_error(503)
+        if wanted and server.ends_at:
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{server.ends_at}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and server.ranges else 0
         if start and start >= len(content):
             self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(content)}")
+            if not server.hides_sizes:
+                self.send_header("Content-Range", f"bytes */{len(content)}")
             self.send_header("Content-Length", "0")
             return self.end_headers()
         if start and server.shifts:
             server.shifts -= 1
             start += 1
         self.send_response(206 if start else 200)
-        if start:
+        if start and not server.hides_sizes:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - start))
         if server.tells_md5:
@@ -130,6 +138,20 @@ def test_an_answer_that_begins_elsewhere_is_not_appended(server, tmp_path):
     server.shifts = 1
     fetch(server.url(), tmp_path / "file.bin", md5())
     assert (tmp_path / "file.bin").read_bytes() == CONTENT and server.asked == ["bytes=1000-", None]
+
+
+def test_a_server_that_never_gives_more_than_a_part_is_given_up(server, tmp_path):
+    server.hides_sizes, server.cut_after, server.cuts = True, 30_000, 99
+    with pytest.raises(OSError, match="file.bin cannot be fetched"):
+        fetch(server.url(), tmp_path / "file.bin")
+    assert len(server.asked) <= 2 * download.ATTEMPTS and not (tmp_path / "file.bin").exists()
+
+
+def test_a_part_is_not_whole_because_the_server_says_so_later(server, tmp_path):
+    server.cut_after, server.cuts, server.ends_at = 30_000, 99, 30_000
+    with pytest.raises(OSError, match="file.bin cannot be fetched"):
+        fetch(server.url(), tmp_path / "file.bin")
+    assert not (tmp_path / "file.bin").exists()
 
 
 def test_a_server_that_gives_nothing_is_named_and_the_part_kept(server, tmp_path):

@@ -1,6 +1,8 @@
 """Data of one's own: folders of images, torch data sets, registered tasks, several suites at once."""
 
+import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -51,15 +53,55 @@ def test_every_subfolder_is_a_task_with_its_own_split_or_a_seeded_one(root):
     assert list(task_roles("folder", root)) == ["birds", "cars"]  # the cache is no task
 
 
-def test_linked_folders_count_and_each_folder_once(root):
+def test_linked_folders_count_but_none_twice(root):
     owls = root / "birds/train/owl"
     before = load_suite("folder", root, ["birds"])["birds"].train
     shutil.move(owls, root.parent / "elsewhere")
     owls.mkdir()
     (owls / "linked").symlink_to(root.parent / "elsewhere", target_is_directory=True)
-    (owls / "linked/circle").symlink_to(owls, target_is_directory=True)
     after = load_suite("folder", root, ["birds"])["birds"].train
     assert torch.equal(after.labels, before.labels) and torch.equal(after.images[:], before.images[:])
+    for target in (owls, root / "birds", root, root / "birds/train/crow", root / "birds/test"):
+        link = root / "birds/train/wren/link"
+        link.symlink_to(target, target_is_directory=True)
+        with pytest.raises(DamagedFile, match="is a link to a folder whose images are counted already"):
+            load_suite("folder", root, ["birds"])
+        link.unlink()
+
+
+def test_what_cannot_be_read_in_a_folder_is_named_and_hidden_folders_do_not_count(root, monkeypatch):
+    crows = root / "birds/train/crow"
+    count = len(load_suite("folder", root, ["birds"])["birds"].train)
+    write(crows / ".checkpoints", {"copy": 1})
+    assert len(load_suite("folder", root, ["birds"])["birds"].train) == count
+    (crows / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    with pytest.raises(DamagedFile, match="gone.jpg is no file, or a link that leads nowhere"):
+        load_suite("folder", root, ["birds"])
+    (crows / "gone.jpg").unlink()
+    os.mkfifo(crows / "pipe.png")
+    with pytest.raises(DamagedFile, match="pipe.png is no file"):
+        load_suite("folder", root, ["birds"])
+    (crows / "pipe.png").unlink()
+    shutil.copy(next(crows.glob("*.jpg")), os.fsencode(crows) + b"/caf\xe9.jpg")
+    with pytest.raises(DamagedFile, match="the name is not UTF-8"):
+        load_suite("folder", root, ["birds"])
+    os.unlink(os.fsencode(crows) + b"/caf\xe9.jpg")
+    listed = os.scandir
+
+    def locked(path):  # what a user who is not root meets
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(DamagedFile, match=r"crow/more cannot be read \(Permission denied\)"):
+        load_suite("folder", root, ["birds"])
+
+
+def test_a_folder_whose_classes_have_one_image_each_has_none_to_test_on(tmp_path):
+    write(tmp_path / "task", {"a": 1, "b": 1})
+    with pytest.raises(DamagedFile, match="has one image a class"):
+        load_suite("folder", tmp_path)
 
 
 def test_a_folder_task_takes_the_papers_size_next_to_its_images(tmp_path):
@@ -190,6 +232,50 @@ def test_a_task_is_made_of_torch_data_sets():
         Task.from_datasets("own", Pairs([0, 1]), Pairs([]), size=8)
     with pytest.raises(ValueError, match=r"'own' has training labels from 0 to 2 and 2 classes.*0\.\.1"):
         Task.from_datasets("own", Pairs([0, 2]), Pairs([1]), size=8, classes=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "train, options, words",
+    [
+        (Pairs([0, 1]), {"channels": 2}, "channels must be 1 or 3"),
+        (Pairs([0, 1]), {"size": 0}, "size at least 1"),
+        (Pairs([1, 2]), {}, "no training image of class 0: labels must be 0, 1"),
+        ([(layouts.pixels(0), 0.7)], {}, "item 0 cannot be read .ValueError: the label 0.7 is no integer"),
+    ],
+)
+def test_torch_data_sets_that_make_no_task_are_named(train, options, words, tmp_path):
+    for more in ({}, {"cache": tmp_path}):
+        with pytest.raises((ValueError, DamagedFile), match=words):
+            Task.from_datasets("own", train, Pairs([1]), **{"size": 8, **options, **more})
+
+
+def test_a_registered_task_that_cannot_be_trained_is_named_when_it_is_asked_for(monkeypatch):
+    def asked_for(made, name="mine"):
+        monkeypatch.setattr(suite, "REGISTERED", {})
+        cts_fast.data.register(name, made)
+        return load_suite(names=[name])[name]
+
+    good = make_task("other")
+    assert asked_for(good).name == "mine"
+    part, images = good.train, good.train.images
+    for train, words in (
+        (dataclasses.replace(part, images=images[:-1]), "images of shape .* and 60 labels"),
+        (dataclasses.replace(part, images=images.float()), "images of torch.float32, not torch.uint8"),
+        (dataclasses.replace(part, images=images.expand(-1, 4, -1, -1)), r"shape \(60, 4, 8, 8\)"),
+        (dataclasses.replace(part, labels=part.labels.int()), "labels of torch.int32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            asked_for(dataclasses.replace(good, train=train))
+    for made, words in (
+        (lambda: None, "is NoneType, not a Task"),
+        (lambda: 1 / 0, "cannot be made .ZeroDivisionError"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            asked_for(made)
+    with pytest.raises(TypeError, match="must be a Task or a function"):
+        asked_for(5)
+    with pytest.raises(ValueError, match="has a task 'greek' of its own"):
+        asked_for(good, "greek")
 
 
 def test_a_validation_task_is_seeded_and_has_no_test_image():

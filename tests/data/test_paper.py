@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,6 +197,28 @@ def test_a_missing_list_a_wrong_label_and_lists_of_unlike_lengths_are_named(tmp_
         data.find(tmp_path)
 
 
+class Runs:
+    """Runs when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_code_in_a_data_file_is_run(everything, tmp_path):
+    root, _ = everything
+    for name, file in (("cifar10", "cifar-10-batches-py/data_batch_2"), ("cifar100", "cifar-100-python/meta")):
+        copy = tmp_path / name
+        shutil.copytree(root / file.partition("/")[0], copy / file.partition("/")[0])
+        (copy / file).write_bytes(pickle.dumps({"data": Runs(tmp_path / "ran")}))
+        for partial in (False, True):
+            with pytest.raises(DamagedFile):
+                paper.BY_NAME[name].find(copy, partial=partial)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_files_that_cannot_be_parsed_are_named(everything, tmp_path, fixture_md5s):
     root, told = everything
     for name, file in (
@@ -305,9 +329,14 @@ def test_the_program_lists_data_and_stops(everything, tmp_path, capsys):
     assert resnet20.main(["--list-data", "--data-root", str(tmp_path), "--tasks", "cub,stanford_cars"]) == 0
     command = f"--list-data --data-root {tmp_path} --tasks cub --download"
     assert capsys.readouterr().out.endswith(f"{command}\n")
-    with pytest.raises(SystemExit) as end:
-        resnet20.main(["--list-data"])
-    assert end.value.code == 2 and "--data-root" in capsys.readouterr().err
+    for arguments, words in (
+        (["--list-data"], "--data-root"),
+        (["--list-data", "--data-root", str(root), "--tasks", "cifra"], "there is no data set 'cifra'"),
+        (["--cache-limit", "nan"], "--cache-limit"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            resnet20.main(arguments)
+        assert end.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_a_truncated_image_ends_a_program_with_one_message(everything, tmp_path, capsys):
