@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cts_fast.data import archive
 from cts_fast.data.cache import Storage, mapped
-from cts_fast.data.decode import decode
+from cts_fast.data.decode import decode, to_picture, upright
 from cts_fast.data.errors import DamagedFile
 from cts_fast.data.images import LazyImages, Samples
 
@@ -82,8 +82,8 @@ class Task:
             cache: a folder in which the images are kept in mapped files under ``name`` and ``version``; None: memory.
 
         Raises:
-            ValueError: a split without images, a label outside the classes, an image that is none.
-            DamagedFile: an item that cannot be read; the message has its number.
+            ValueError: a split without images, a label outside the classes.
+            DamagedFile: an item that cannot be read, or whose image or label is none; the message has its number.
         """
         if channels not in (1, 3) or size < 1:
             raise ValueError(f"task {name!r}: channels must be 1 or 3 and size at least 1, not {channels} and {size}")
@@ -162,10 +162,10 @@ def _read_dataset(title: str, data: Any, size: int, channels: int, cache: Path |
                 if int(label) != label:
                     raise ValueError(f"the label {label} is no integer")
                 labels[i] = int(label)
+                return upright(to_picture(image), channels)
             except Exception as error:
                 reason = (str(error).splitlines() or [""])[0]
                 raise DamagedFile(f"{title}: item {i} cannot be read ({type(error).__name__}: {reason})") from error
-            return image
 
     items: Any = Images()
     if cache is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cts_fast.models.resnet20 import ResNet20
 from cts_fast.models.task_net import TaskNet
@@ -46,6 +47,8 @@ def model(name: str, sizes: Iterable[tuple[int, int]] = (), batch_size: int = 2)
         net = make(TRIAL).eval()
         found = Model(name, make, _head(name, net))
         other = found(1)
+        if {*map(id, net.parameters())} & {*map(id, other.parameters())}:
+            raise ValueError(f"the model {name!r} returns parameters that it returned before: every task needs its own")
         if _shapes(_tried(found, net, sizes)) != _shapes(other.body):
             raise ValueError(
                 f"the model {name!r} has another body for another number of classes: tasks cannot share it"
@@ -79,7 +82,7 @@ def _function(name: str) -> Callable[[int], nn.Module]:
     where, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(where), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # the module's code runs
         raise ValueError(f"the model {name!r} cannot be imported: {_said(error)}") from error
 
     def make(num_classes: int) -> nn.Module:
@@ -98,6 +101,11 @@ def _function(name: str) -> Callable[[int], nn.Module]:
 
 def _head(name: str, net: nn.Module) -> str:
     """The name of the only linear layer with an output for each class of the trial."""
+    lazy = [path for path, parameter in net.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(
+            f"the model {name!r} has parameters without a shape ({lazy[0]}): give it layers that know theirs"
+        )
     heads = [
         path
         for path, module in net.named_modules()
@@ -112,6 +120,12 @@ def _head(name: str, net: nn.Module) -> str:
     shared = [parameter for path, parameter in net.named_parameters() if not path.startswith(f"{heads[0]}.")]
     if not heads[0] or not shared:
         raise ValueError(f"the model {name!r} has no parameters but those of its last layer: there is no body")
+    own = {*map(id, net.get_submodule(heads[0]).parameters())}
+    tied = [path for path, parameter in net.named_parameters(remove_duplicate=False) if id(parameter) in own]
+    if len(tied) > len(own):
+        raise ValueError(
+            f"the model {name!r} has one parameter in two places: {', '.join(tied)}: it has no head of its own"
+        )
     return heads[0]
 
 

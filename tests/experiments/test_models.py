@@ -89,6 +89,33 @@ def wide(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes + 1), nn.Linear(num_classes + 1, num_classes))
 
 
+def lazy(num_classes):
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+
+class Tied(nn.Module):
+    """Its last layer's weight is a parameter of its own, too."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.body, self.last = nn.Linear(3, 4), nn.Linear(4, num_classes)
+        self.again = nn.ParameterList([self.last.weight])
+
+    def forward(self, x):
+        return self.last(self.body(x.mean((2, 3))))
+
+
+def tied(num_classes):
+    return Tied(num_classes)
+
+
+BODY = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+
+
+def same_body(num_classes):
+    return TaskNet(BODY, 4, num_classes)
+
+
 def text(num_classes):
     return "a net"
 
@@ -143,11 +170,19 @@ def test_functions_of_ones_own_give_nets_to_split_or_whole_ones():
         (own("headless"), ["no linear layer"]),
         (own("bodiless"), ["no body"]),
         (own("wide"), ["another body"]),
+        (own("lazy"), ["without a shape", "0.weight"]),
+        (own("tied"), ["one parameter in two places", "last.weight", "again.0"]),
+        (own("same_body"), ["every task needs its own"]),
+        ("exits:net", ["cannot be imported"]),
+        ("garbled:net", ["cannot be imported"]),
         (own("with_softmax"), ["after its last linear layer '5'", "logits"]),
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_what_is_no_body_and_head_is_refused_by_name(name, words):
+def test_what_is_no_body_and_head_is_refused_by_name(name, words, tmp_path, monkeypatch):
+    (tmp_path / "exits.py").write_text("raise SystemExit(0)")
+    (tmp_path / "garbled.py").write_text("def net(:")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError) as error:
         model(name, [(8, 8)])
     assert all(word in str(error.value) for word in words), error.value
