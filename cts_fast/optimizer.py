@@ -106,11 +106,10 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         backend: str = "auto",
         capturable: bool = False,
     ) -> None:
-        hyper = Hyper(lr, momentum, dampening, weight_decay, nesterov, maximize, meta_lr, shift)
-        options = dict(
-            horizon=horizon, meta_interval=meta_interval, reset_momentum=reset_momentum, capturable=capturable
-        )
-        defaults = {**hyper._asdict(), "shared": True, **options}
+        rule: dict = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, maximize=maximize)
+        hyper = Hyper(**rule, nesterov=nesterov, meta_lr=meta_lr, shift=shift)
+        defaults = {**hyper._asdict(), "shared": True, "horizon": horizon, "meta_interval": meta_interval}
+        defaults |= {"reset_momentum": reset_momentum, "capturable": capturable}
         defaults = {name: plain_number(value) for name, value in defaults.items()}
         self._nonfinite, self._built = nonfinite, False
         self.ranks = None if process_group is None else Ranks(process_group)

@@ -321,7 +321,6 @@ VARIANTS: dict[str, type] = {
     "step(), cpu": Ours,
     "native call, cpu": OursNative,
 }
-FLAT_ALREADY = ("flat", "compiled flat")  # need gradients that are flat already, which autograd does not make
 
 
 def check(variant, problem: Problem) -> None:

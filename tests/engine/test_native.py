@@ -18,10 +18,15 @@ import pytest
 import torch
 
 from cts_fast.engine import native
+from cts_fast.engine.rules.sgd import Hyper
 
 CHECKOUT = Path(__file__).parents[2]
 _cpu = pytest.importorskip("cts_fast._cpu", reason="the native module is not built")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="shared libraries are ELF files on Linux")
+
+
+def test_it_unpacks_a_param_group_in_the_order_of_its_declaration():
+    assert _cpu.sgd_fields == Hyper._fields
 
 
 # A module's file

@@ -61,7 +61,7 @@ def test_every_snippet_is_known():
     assert len(SNIPPETS) == len(KEYS) and all(key in code for key, code in zip(KEYS, SNIPPETS, strict=True))
 
 
-@pytest.mark.parametrize(("key", "code"), zip(KEYS, SNIPPETS, strict=True), ids=KEYS)
+@pytest.mark.parametrize(("key", "code"), list(zip(KEYS, SNIPPETS, strict=True)), ids=KEYS)
 def test_a_snippet_of_the_readme(key, code, tmp_path, monkeypatch):
     if key in ("lightning", "accelerate"):
         pytest.importorskip(key)

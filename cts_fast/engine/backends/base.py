@@ -35,9 +35,12 @@ class Backend(MethodOps, ABC):
     counts_on_device = False  # whether it can take a captured step's decisions on the device
 
     @classmethod
-    @abstractmethod
     def unavailable(cls, device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
-        """Why it cannot run there with so many param groups; None if it can."""
+        """Why it cannot run there with so many param groups; None if it can, as what decides on the host can anywhere
+        but in a captured step."""
+        if capturable and device.type != "cpu":
+            return "it takes its decisions on the host, which a captured step may not"
+        return None
 
     def __init__(self, flats: Sequence[Flat]) -> None:
         self.flats = flats

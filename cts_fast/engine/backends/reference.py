@@ -69,13 +69,6 @@ class Reference(Backend):
     stores.
     """
 
-    @classmethod
-    def unavailable(cls, device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
-        """Why it cannot run there; None if it can."""
-        if capturable and device.type != "cpu":
-            return "it takes its decisions on the host, which a captured step may not"
-        return None
-
     def step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         def whole_(phi: Tensor | None, theta, v, g, started, h: Hyper, _columns: slice) -> None:
             shifting_step_(phi, theta, v, g, started, h, control)

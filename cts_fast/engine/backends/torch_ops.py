@@ -23,13 +23,6 @@ BLOCK = 1 << 19  # columns of all tasks together that one pass takes
 class TorchOps(Backend):
     """Blocks of columns with one param group each; in a block every equation is one op on [R, B]."""
 
-    @classmethod
-    def unavailable(cls, device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
-        """Why it cannot run there; None if it can."""
-        if capturable and device.type != "cpu":
-            return "it takes its decisions on the host, which a captured step may not"
-        return None
-
     def __init__(self, flats: Sequence[Flat]) -> None:
         super().__init__(flats)
         self.blocks: list[_Block] = []
