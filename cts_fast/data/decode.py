@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # what Pillow reads by itself, without other programs
 REMEDY = "replace the file by a whole one, or remove it"
 
 
@@ -32,7 +33,7 @@ def decode(item: Any, size: int, channels: int, remedy: str = REMEDY) -> np.ndar
     from PIL import Image
 
     try:
-        with Image.open(item) as picture:
+        with Image.open(item, formats=FORMATS) as picture:
             picture.load()
             return _square(upright(picture, channels), size)
     except MemoryError:

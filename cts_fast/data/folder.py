@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cts_fast.data.cache import FOLDER, Storage, hold
-from cts_fast.data.decode import EXTENSIONS
+from cts_fast.data.decode import EXTENSIONS, FORMATS
 from cts_fast.data.errors import DamagedFile, MissingData
 from cts_fast.data.images import Samples
 from cts_fast.data.suite import ImageSet, Suite, Task, split_by_class
@@ -98,6 +98,9 @@ class FolderSuite(Suite):
 def read_folder(folder: Path) -> tuple[Samples, Samples, list[str]]:
     """Training images, test images and classes of a task; raises DamagedFile that names the folder which is wrong."""
     parts = subfolders(folder)
+    other_case = [part for part in parts if part.lower() in ("train", "test") and part != part.lower()]
+    if other_case:
+        raise DamagedFile(f"{folder / other_case[0]}: call it {other_case[0].lower()!r}: a task is {LAYOUT}")
     if "train" in parts or "test" in parts:
         lacking = [part for part in ("train", "test") if part not in parts]
         if lacking:
@@ -138,7 +141,7 @@ def usual_size(paths: Sequence[str]) -> int:
     sides = []
     for path in paths[:: max(1, len(paths) // LOOKED_AT)]:
         try:
-            with Image.open(path) as picture:
+            with Image.open(path, formats=FORMATS) as picture:
                 sides.append(min(picture.size))
         except Exception:  # Pillow raises nearly anything on damaged data
             continue  # the decoding names it

@@ -87,6 +87,8 @@ class Task:
         """
         if channels not in (1, 3) or size < 1:
             raise ValueError(f"task {name!r}: channels must be 1 or 3 and size at least 1, not {channels} and {size}")
+        if cache is not None and Path(name).name != name:
+            raise ValueError(f"task {name!r} is no name of a folder, in which its images could be kept")
         count = 0
         splits = {}
         for split, data in (("train", train), ("test", test)):
@@ -148,6 +150,8 @@ def split_by_class(labels: Tensor, fraction: float, seed: str) -> tuple[Tensor, 
 
 def _read_dataset(title: str, data: Any, size: int, channels: int, cache: Path | str | None, version: str) -> ImageSet:
     """All of a torch data set, each item read once; its images in memory, or in the cache."""
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise ValueError(f"{title}: a data set must have len() and [i], which {type(data).__name__} has not")
     count = len(data)
     if not count:
         raise ValueError(f"{title}: the data set is empty")

@@ -98,6 +98,20 @@ def test_what_cannot_be_read_in_a_folder_is_named_and_hidden_folders_do_not_coun
         load_suite("folder", root, ["birds"])
 
 
+def test_a_split_in_capitals_is_no_class(tmp_path):
+    for part in ("Train", "Test"):
+        write(tmp_path / "task" / part, {"a": 2, "b": 2})
+    with pytest.raises(DamagedFile, match="call it 't"):
+        load_suite("folder", tmp_path)
+
+
+def test_no_other_program_is_asked_to_decode_an_image(tmp_path):
+    write(tmp_path / "task", {"a": 4, "b": 4})
+    (tmp_path / "task/a/a0.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    with pytest.raises(DamagedFile, match="a0.jpg cannot be used .cannot identify image file"):
+        load_suite("folder", tmp_path)["task"]
+
+
 def test_a_folder_whose_classes_have_one_image_each_has_none_to_test_on(tmp_path):
     write(tmp_path / "task", {"a": 1, "b": 1})
     with pytest.raises(DamagedFile, match="has one image a class"):
@@ -240,6 +254,7 @@ def test_a_task_is_made_of_torch_data_sets():
         (Pairs([0, 1]), {"channels": 2}, "channels must be 1 or 3"),
         (Pairs([0, 1]), {"size": 0}, "size at least 1"),
         (Pairs([1, 2]), {}, "no training image of class 0: labels must be 0, 1"),
+        (iter([]), {}, "must have len"),
         ([(layouts.pixels(0), 0.7)], {}, "item 0 cannot be read .ValueError: the label 0.7 is no integer"),
     ],
 )
@@ -247,6 +262,8 @@ def test_torch_data_sets_that_make_no_task_are_named(train, options, words, tmp_
     for more in ({}, {"cache": tmp_path}):
         with pytest.raises((ValueError, DamagedFile), match=words):
             Task.from_datasets("own", train, Pairs([1]), **{"size": 8, **options, **more})
+    with pytest.raises(ValueError, match="no name of a folder"):
+        Task.from_datasets("../own", Pairs([0, 1]), Pairs([1]), size=8, cache=tmp_path)
 
 
 def test_a_registered_task_that_cannot_be_trained_is_named_when_it_is_asked_for(monkeypatch):

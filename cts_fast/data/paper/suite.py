@@ -48,6 +48,8 @@ def checked_root(root: Path | None, suite: str) -> Path:
     """The data root; raises ValueError if none was given, MissingData if it does not exist."""
     if root is None:
         raise ValueError(f"the suite {suite} needs --data-root DIR: the folder that holds its data sets")
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"the data root {root} is no folder: give another --data-root")
     if not root.is_dir():
         raise MissingData(f"the data root {root} does not exist: make it, or give another --data-root")
     return root
