@@ -38,7 +38,7 @@ FULL = [
 QUICK = [Setup("resnet20", 8), Setup("resnet20", 32), Setup("mlp", 8)]
 
 
-def apart(study: Callable, *arguments):
+def in_own_process(study: Callable, *arguments):
     """study(*arguments) in a process of its own, so that what one leaves scattered in memory does not slow the next."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(study, *arguments).result()
@@ -75,16 +75,21 @@ def measure(quick: bool, setups: list[Setup], say: Callable[[str], object], save
 
     for setup in setups:
         next_part(str(setup))
-        result["steps"] += apart(step_cost, setup, budget, flush, shape)
+        result["steps"] += in_own_process(step_cost, setup, budget, flush, shape)
     backend = "torch" if Ours.unavailable(Setup("resnet20", 8)) else "cpu"
     next_part("host time")
-    result["host"] = {"backend": backend, **apart(host_time, backend, 10 if quick else 60, flush)}
+    result["host"] = {"backend": backend, **in_own_process(host_time, backend, 10 if quick else 60, flush)}
     for setup in [Setup("resnet20", 8)] if quick else [Setup("transformer", 8), Setup("resnet20", 8)]:
         next_part(f"methods, {setup}")
-        result["methods"].append(apart(method_cost, setup, replace(budget, seconds=4 * budget.seconds), flush, shape))
+        result["methods"].append(
+            in_own_process(method_cost, setup, replace(budget, seconds=4 * budget.seconds), flush, shape)
+        )
     for network in ["resnet20"] if quick else ["resnet20", "resnet18"]:
         next_part(f"whole step, {network}")
-        result["whole_steps"][network] = {"backend": backend, **apart(whole_step, network, backend, 2 if quick else 5)}
+        result["whole_steps"][network] = {
+            "backend": backend,
+            **in_own_process(whole_step, network, backend, 2 if quick else 5),
+        }
     next_part("done")
     return result
 

@@ -338,11 +338,11 @@ def shifting_step_kernel(
 def _columns_partial(
     buffers,
     phi,
-    total,
     inputs,
     column,
     start,
     count,
+    total,
     mode,
     T: tl.constexpr,
     ROWS: tl.constexpr,
@@ -400,11 +400,11 @@ def partial_step_kernel(
     if number < shared_tiles:
         if left >= BLOCK:  # with code of its own, as in `_tile_step`
             _columns_partial(
-                buffers, phi, total, inputs, column, start, BLOCK, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN
+                buffers, phi, inputs, column, start, BLOCK, total, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN
             )
         else:
             _columns_partial(
-                buffers, phi, total, inputs, column, start, left, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN
+                buffers, phi, inputs, column, start, left, total, mode, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN
             )
     elif head_theta is not None:
         tile = (column, start, left)

@@ -97,7 +97,7 @@ def split(optimizer: Any) -> ByTask:
     state_dict = optimizer.state_dict()
     state = state_dict["state"]
     summed = [name for name, kind in optimizer.buffers.items() if kind == "shared"]  # a method's, over its tasks
-    apart = {PHI, COUNTERS, *summed}
+    not_of_a_task = {PHI, COUNTERS, *summed}
     common: dict[str, Any] = {"groups": {}, PHI: {}}
     common[COUNTERS] = next(entry[COUNTERS] for entry in state.values() if COUNTERS in entry)
     tasks: list[dict] = []
@@ -106,7 +106,7 @@ def split(optimizer: Any) -> ByTask:
         tasks = tasks or [{} for _ in group["sizes"]]
         options = {option: value for option, value in group.items() if option not in LAID_OUT}
         for own, row in zip(tasks, _rows(group), strict=True):
-            entries = [{kind: value for kind, value in state[i].items() if kind not in apart} for i in row]
+            entries = [{kind: value for kind, value in state[i].items() if kind not in not_of_a_task} for i in row]
             if row:
                 own[name] = {"entries": entries} if group["shared"] else {"entries": entries, "options": {**options}}
         if group["shared"] and group["params"]:

@@ -436,8 +436,8 @@ class Ranks:
         """Raise on every rank where the flags say that one raised or is elsewhere, or that the ranks are apart."""
         at_one_step, same_phi = flagged.same_words(flags, self.size)
         meets = flags[MEETING] == self.size
-        apart = flags[MEETING] or not at_one_step or not (same_phi or flags[LOADED])
-        if not flags[FAILED] and (meets or not apart):
+        differ = flags[MEETING] or not at_one_step or not (same_phi or flags[LOADED])
+        if not flags[FAILED] and (meets or not differ):
             return
         reason = disagreement(self.gather(report()))
         reason = reason or RankError("the ranks are not at the same step; every rank makes the same calls in one order")

@@ -234,11 +234,11 @@ class Flat:
         parts = iter(self.parts(self.work_theta))
         for phi, segment in zip(self.initialization, self.segments, strict=True):
             rows = [next(parts) for _ in range(self.rows)]
-            apart = [row for row, theta in enumerate(rows) if not theta.equal(rows[0])]
-            if not apart:
+            differing = [row for row, theta in enumerate(rows) if not theta.equal(rows[0])]
+            if not differing:
                 phi.copy_(rows[0])
             elif differs is None:
-                differs = segment.where(apart[0])
+                differs = segment.where(differing[0])
         return differs
 
     def check_param(self, segment: Segment, row: int) -> None:
