@@ -98,9 +98,8 @@ class FolderSuite(Suite):
 def read_folder(folder: Path) -> tuple[Samples, Samples, list[str]]:
     """Training images, test images and classes of a task; raises DamagedFile that names the folder which is wrong."""
     parts = subfolders(folder)
-    other_case = [part for part in parts if part.lower() in ("train", "test") and part != part.lower()]
-    if other_case:
-        raise DamagedFile(f"{folder / other_case[0]}: call it {other_case[0].lower()!r}: a task is {LAYOUT}")
+    if sorted(map(str.lower, parts)) == ["test", "train"] and parts != ["test", "train"]:  # no two classes
+        raise DamagedFile(f"{folder} holds {' and '.join(parts)}: call them test and train: a task is {LAYOUT}")
     if "train" in parts or "test" in parts:
         lacking = [part for part in ("train", "test") if part not in parts]
         if lacking:

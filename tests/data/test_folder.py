@@ -101,8 +101,10 @@ def test_what_cannot_be_read_in_a_folder_is_named_and_hidden_folders_do_not_coun
 def test_a_split_in_capitals_is_no_class(tmp_path):
     for part in ("Train", "Test"):
         write(tmp_path / "task" / part, {"a": 2, "b": 2})
-    with pytest.raises(DamagedFile, match="call it 't"):
+    with pytest.raises(DamagedFile, match="holds Test and Train: call them test and train"):
         load_suite("folder", tmp_path)
+    write(tmp_path / "vehicles", {"Train": 4, "Car": 4})
+    assert load_suite("folder", tmp_path, ["vehicles"])["vehicles"].classes == ("Car", "Train")
 
 
 def test_no_other_program_is_asked_to_decode_an_image(tmp_path):

@@ -15,7 +15,7 @@ from benchmarks.common.setups import NETWORKS, Problem, Setup, parameter_layout
 from benchmarks.common.tables import markdown
 from benchmarks.common.variants import VARIANTS, check
 from benchmarks.cpu import ceiling
-from benchmarks.cpu.method_cost import ADDED, make_step
+from benchmarks.cpu.method_cost import ADDED, Traffic, make_step
 
 SHAPES = (
     ("conv.weight", torch.Size((4, 3, 3, 3)), (27, 1, 9, 3)),
@@ -110,6 +110,20 @@ def test_ceiling_kernel_reads_three_streams_and_writes_two(rows, columns, tile, 
     assert kernel.bytes == 20 * rows * columns
     torch.testing.assert_close(values, torch.stack([theta, start, moment]))
     assert int((kernel.buffer > 1.5e-3).sum()) == rows * columns
+
+
+@pytest.mark.parametrize(
+    ("traffic", "mixed", "alone"),
+    [
+        (Traffic(3, 2, 0, 0), 40, 0),  # of eight tasks, as the step itself
+        (Traffic(1, 0, 0, 0), 0, 8),
+        (Traffic(1, 2, 0, 0), 24, 0),
+        (Traffic(2, 0, 1, 1), 2.5, 15.5),
+    ],
+)
+def test_bytes_that_are_read_beyond_three_for_two_written_are_told_from_the_others(traffic, mixed, alone):
+    setup = Setup("resnet20", 8)
+    assert [size / (4 * setup.parameters) for size in traffic.bytes(setup)] == pytest.approx([mixed, alone])
 
 
 @pytest.mark.parametrize("method", ADDED)
