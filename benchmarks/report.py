@@ -59,7 +59,7 @@ def measure(quick: bool, setups: list[Setup], say: Callable[[str], object], save
         "ceiling": {
             "shape": shape,
             "gb_per_s": rates,
-            "reads_gb_per_s": ceiling.reads_gb_per_s(3 if quick else 10),
+            "alone_gb_per_s": ceiling.alone_gb_per_s(3 if quick else 10),
             "gflops_per_thread": ceiling.gflops_per_thread(),
         },
         "steps": [],

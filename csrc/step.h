@@ -4,7 +4,7 @@
 // functions in their order, and stores; how it walks over memory is its own affair.
 //
 //     for every task t with a gradient:
-//         inner_step(theta_t, v_t, g_t)                    theta_t <- theta_t - lr u_t
+//         inner_update(theta_t, v_t, g_t)                  theta_t <- theta_t - lr u_t
 //     sum = (theta_0 - phi) + (theta_1 - phi) + ...        in the tasks' order, so that runs are bit-equal
 //     delta = meta_update(phi, sum)                        phi <- phi + meta_lr (mean_t theta_t - phi)
 //     for every task:

@@ -84,8 +84,10 @@ def _ceiling(ceiling: Mapping) -> str:
     rows = [(name, f"{rate:.1f}", "best" if rate == best else "") for name, rate in ceiling["gb_per_s"].items()]
     table = _table(("form", "GB/s", ""), rows)
     text = "## The machine's ceiling\n\nIn-place 3-read-2-write of 450 MB, threads as torch has them."
-    reads = f"\n\nReads alone, of 450 MB: {ceiling['reads_gb_per_s']:.1f} GB/s." if "reads_gb_per_s" in ceiling else ""
-    return f"{text}\n\n{table}{reads}"
+    # reports made before have one of them
+    alone = ceiling.get("alone_gb_per_s", {"reads": ceiling["reads_gb_per_s"]} if "reads_gb_per_s" in ceiling else {})
+    lines = [f"{name.capitalize()} alone, of 450 MB: {rate:.1f} GB/s." for name, rate in alone.items()]
+    return "\n\n".join([text, table, *([" ".join(lines)] if lines else [])])
 
 
 GOALS = ("", "of ceiling", "× released form", "× naive loop", "× foreach", "× fused + foreach", "× compiled + copy")
@@ -199,7 +201,7 @@ def _methods(methods: Mapping) -> str:
     text = (
         f"## Methods, {methods['setup']}\n\nThe last column: a step over the fused inner step, autograd's time for the "
         "held-out gradients that the method takes, and the bytes that its definition adds, priced at the ceiling, "
-        "reads beyond three for two writes at what reads alone get (`benchmarks/cpu/method_cost.py`). "
+        "reads and writes beyond three for two at what reads and writes alone get (`benchmarks/cpu/method_cost.py`). "
         "Times are means of two optimizers whose memory lies elsewhere.\n\n"
     )
     head = ("step", "ms", "inner step, ms", "held-out gradients, ms", "added MB", "their price, ms", "ratio / goal")

@@ -7,6 +7,7 @@
  * software prefetch keeps more lines in flight than the hardware prefetchers do, which stop at page ends.
  */
 #include <stddef.h>
+#include <string.h>
 
 enum { LINE = 16 }; /* floats in a cache line */
 
@@ -58,6 +59,15 @@ float walk(const float* buffer, ptrdiff_t n, int threads) {
     total += sum[0] + sum[LINE - 1]; /* enough to make the reads count */
   }
   return total;
+}
+
+/* Writes zeros and reads nothing, as the C library knows best: past the caches, where n is large. */
+void fill(char* buffer, ptrdiff_t n, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int part = 0; part < threads; part++) {
+    ptrdiff_t begin = n / threads * part;
+    memset(buffer + begin, 0, part == threads - 1 ? n - begin : n / threads);
+  }
 }
 
 /* 2 * 96 * n floating-point operations in registers; returns a number that depends on all of them. */

@@ -56,6 +56,7 @@ def library() -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_ssize_t
     loaded.read3_write2.argtypes = [pointer] * 3 + [number] * 5 + [ctypes.c_int]
     loaded.walk.argtypes, loaded.walk.restype = [pointer, number, ctypes.c_int], ctypes.c_float
+    loaded.fill.argtypes = [pointer, number, ctypes.c_int]
     loaded.arithmetic.argtypes, loaded.arithmetic.restype = [number], ctypes.c_float
     return loaded
 
@@ -96,18 +97,21 @@ def best_shape(repeats: int) -> tuple[tuple[int, int, int], dict[str, float]]:
     return best, {names[shape]: rate for shape, rate in rates.items()}
 
 
-def reads_gb_per_s(repeats: int) -> float:
-    """What reads alone get of a buffer far larger than any cache.
+def alone_gb_per_s(repeats: int) -> dict[str, float]:
+    """What reads alone and writes alone get of a buffer far larger than any cache.
 
-    Less than 3-read-2-write does where writes have lanes of their own.
+    Less than 3-read-2-write does where reads and writes have lanes of their own.
     """
     walk = CacheFlush(5 * 4 * LARGE)
-    times = []
-    for _ in range(repeats + 1):
-        start = perf_counter()
-        walk()
-        times.append(perf_counter() - start)
-    return walk.buffer.nbytes / statistics.median(times[1:]) / 1e9
+    rates = {}
+    for name, run in (("reads", walk), ("writes", Fill(walk.buffer))):
+        times = []
+        for _ in range(repeats + 1):
+            start = perf_counter()
+            run()
+            times.append(perf_counter() - start)
+        rates[name] = walk.buffer.nbytes / statistics.median(times[1:]) / 1e9
+    return rates
 
 
 def gflops_per_thread(repeats: int = 5, n: int = 2_000_000) -> float:
@@ -131,3 +135,13 @@ class CacheFlush:
 
     def __call__(self) -> None:
         library().walk(self.buffer.data_ptr(), self.buffer.numel(), torch.get_num_threads())
+
+
+class Fill:
+    """Writes zeros over a buffer and reads nothing."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.buffer = buffer
+
+    def __call__(self) -> None:
+        library().fill(self.buffer.data_ptr(), self.buffer.nbytes, torch.get_num_threads())

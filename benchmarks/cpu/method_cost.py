@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.common.measure import Budget, paired, summary
 from benchmarks.common.setups import BETA, SGD, Problem, Setup
-from benchmarks.cpu.ceiling import CacheFlush, Read3Write2
+from benchmarks.cpu.ceiling import CacheFlush, Fill, Read3Write2
 from cts_fast.baselines import METHODS
 
 
@@ -26,12 +26,12 @@ class Traffic(NamedTuple):
     read: int
     written: int
 
-    def bytes(self, setup: Setup) -> tuple[float, float]:
-        """(bytes in the step's own proportion, three read for two written; bytes that are read beyond it)."""
+    def bytes(self, setup: Setup) -> tuple[float, float, float]:
+        """(bytes in the step's own proportion, three read for two written; read beyond it; written beyond it)."""
         read = 4 * setup.parameters * (self.read_each * setup.tasks + self.read)
         written = 4 * setup.parameters * (self.written_each * setup.tasks + self.written)
-        alone = max(0.0, read - 1.5 * written)
-        return read + written - alone, alone
+        reads, writes = max(0.0, read - written * 3 / 2), max(0.0, written - read * 2 / 3)
+        return read + written - reads - writes, reads, writes
 
 
 # What the terms of a method's definition read and write beside the inner step's 5 T P, each term once: first a step
@@ -132,7 +132,8 @@ def method_cost(setup: Setup, budget: Budget, flush: CacheFlush | None, shape: t
     whether weights were loaded, as those of the methods do. Everything is made twice, the second time in reverse order,
     and a time is the mean of both: where memory lies makes up to a tenth of a difference. Bytes that a method adds are
     priced at the ceiling, which takes turns with the methods; what it reads beyond three reads for two writes at what
-    reads alone get in the same repeats: processors whose writes have lanes of their own read 3-read-2-write no faster.
+    reads alone get in the same repeats, and what it writes beyond that at what writes alone get: where reads and writes
+    have lanes of their own, 3-read-2-write moves more than either.
     """
     problem = Problem(setup)
     rows, tasks, columns = {}, setup.tasks, setup.parameters
@@ -145,17 +146,20 @@ def method_cost(setup: Setup, budget: Budget, flush: CacheFlush | None, shape: t
         steps |= {f"{name} again": make() for name, make in reversed(makers.items())}
         ceiling = Read3Write2(shape[0], tasks * columns // shape[0], *shape[1:])
         reads = CacheFlush(4 * 3 * tasks * columns)
-        run = paired({**steps, "ceiling": ceiling.step, "reads": reads}, budget, flush)
+        prices = {"ceiling": ceiling.step, "reads": reads, "writes": Fill(torch.empty_like(reads.buffer))}
+        priced_bytes = (ceiling.bytes, reads.buffer.nbytes, reads.buffer.nbytes)
+        run = paired({**steps, **prices}, budget, flush)
         del steps  # before the next ones are made
         seconds = {
             name: [(a + b) / 2 for a, b in zip(run.seconds[name], run.seconds[f"{name} again"], strict=True)]
             for name in makers
         }
         for name, traffic in added_now.items():
-            added, alone = traffic.bytes(setup)
+            added = traffic.bytes(setup)
+            shares = [size / whole for size, whole in zip(added, priced_bytes, strict=True)]
             priced = [
-                added / ceiling.bytes * c + alone / reads.buffer.nbytes * r
-                for c, r in zip(run.seconds["ceiling"], run.seconds["reads"], strict=True)
+                sum(share * t for share, t in zip(shares, turn, strict=True))
+                for turn in zip(*(run.seconds[name] for name in prices), strict=True)
             ]
             evaluates = EVALUATES.get(name, (False, False))[kind]
             evaluations = seconds["held-out gradients"] if evaluates else [0.0] * len(priced)
@@ -164,7 +168,7 @@ def method_cost(setup: Setup, budget: Budget, flush: CacheFlush | None, shape: t
             rows[f"{name}, {('within a round', 'that ends a round')[kind]}"] = {
                 **summary(seconds[name]),
                 "inner_ms": summary(seconds["inner step"])["ms"],
-                "added_bytes": added + alone,
+                "added_bytes": sum(added),
                 "added_ms": summary(priced)["ms"],
                 "heldout_ms": summary(evaluations)["ms"],
                 "ratio": ratios[len(ratios) // 2],

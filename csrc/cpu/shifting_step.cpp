@@ -101,7 +101,7 @@ CTS_HD Vec<C> step_vector(const Rows<G, S, C>& rows, C* phi, C* sums, int64_t co
     if (kind != Kind::any || rows.g[i]) {
       V g = unscaled(whole ? load(rows.g[i] + column) : load_first<C>(rows.g[i] + column, left), rule), v{};
       if (rule.has_momentum) v = load(row.momentum + column);
-      inner_step(theta[i], v, g, kind != Kind::any || rows.started[i], rule);
+      inner_update(theta[i], v, g, kind != Kind::any || rows.started[i], rule);
       if (rule.has_momentum && !rule.reset_momentum) store(row.momentum + column, v);
     }
     if (rule.reset_momentum) store(row.momentum + column, V(C(0)));

@@ -82,7 +82,7 @@ __device__ __forceinline__ void inner_steps(C (*theta)[W], const Launch& p, cons
       C gradient = unscaled(widen<C>(g[t][i]), rule);
       if (!LEAN && p.nonfinite != nullptr) bad = bad || !(gradient - gradient == 0);
       if (rule.has_momentum) momentum[i] = widen<C>(v[t][i]);
-      inner_step(theta[t][i], momentum[i], gradient, started, rule);
+      inner_update(theta[t][i], momentum[i], gradient, started, rule);
     }
     if (!LEAN && bad) p.nonfinite[first + t] = 1;
     if (rule.reset_momentum) {

@@ -217,7 +217,6 @@ py::tuple GradientTable::collect(const py::list& params, const py::object& given
   const size_t count = pointers_.size();
   size_t present = 0;
   auto gradients = py::reinterpret_steal<py::list>(PyList_New(Py_ssize_t(count)));
-  bool changed = false;
   for (size_t step = 0; step < count + kCheck; ++step) {
     if (step < count) {
       if (impl_) prefetch_for(params, step);
@@ -241,14 +240,13 @@ py::tuple GradientTable::collect(const py::list& params, const py::object& given
       ++present;
       if (!is_plain(gradient, i, &data)) data = nullptr, odd.append(i);
     }
-    changed |= pointers_[i] != data;
     pointers_[i] = data;
     if (!addresses_[i]) continue;
     DLTensor found;
     if (describe(param, &found)) throw py::error_already_set();
     if (address(found) != addresses_[i] || !layout(i).fits(found.ndim, found.shape, found.strides)) moved.append(i);
   }
-  return py::make_tuple(gradients, present, changed, odd, moved);
+  return py::make_tuple(gradients, present, odd, moved);
 }
 
 void GradientTable::set(size_t i, uintptr_t address) { pointers_.at(i) = reinterpret_cast<const void*>(address); }

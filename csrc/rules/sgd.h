@@ -31,7 +31,7 @@ inline namespace CTS_ISA {
 
 // theta <- theta - lr u, v <- mu v + (1 - dampening) d, with d = +-g + lambda theta, u = v (Nesterov: d + mu v; no
 // momentum: d). started: v has taken a gradient before; the first one enters undamped.
-template <class V, class Rule> CTS_HD void inner_step(V& theta, V& v, V g, bool started, const Rule& r) {
+template <class V, class Rule> CTS_HD void inner_update(V& theta, V& v, V g, bool started, const Rule& r) {
   V d = r.maximize ? -g : g;
   if (r.has_weight_decay) d = fused(V(r.weight_decay), theta, d);
   V u = d;

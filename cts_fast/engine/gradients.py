@@ -41,14 +41,13 @@ class Gradients(Sequence):
     """Every replica's gradient, flat by flat, segment by segment and row by row; None where there is none.
 
     present: how many there are. address: of the table of their addresses in host memory, one pointer each, null for
-    None. changed: whether the table differs from the one before (False is certain). Valid until the next call of the
-    same `Collector`.
+    None. Valid until the next call of the same `Collector`.
     """
 
-    __slots__ = ("tensors", "present", "address", "changed", "table")
+    __slots__ = ("tensors", "present", "address", "table")
 
-    def __init__(self, tensors: list[Tensor | None], present: int, address: int, changed: bool) -> None:
-        self.tensors, self.present, self.address, self.changed = tensors, present, address, changed
+    def __init__(self, tensors: list[Tensor | None], present: int, address: int) -> None:
+        self.tensors, self.present, self.address = tensors, present, address
 
     @classmethod
     def of(cls, tensors: list[Tensor | None]) -> Gradients:
@@ -56,7 +55,7 @@ class Gradients(Sequence):
         table = torch.tensor(
             [0 if tensor is None else tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device="cpu"
         )
-        gradients = cls(tensors, sum(tensor is not None for tensor in tensors), table.data_ptr(), True)
+        gradients = cls(tensors, sum(tensor is not None for tensor in tensors), table.data_ptr())
         gradients.table = table  # lives as long as its address is in use
         return gradients
 
@@ -89,11 +88,11 @@ class Collector:
         Raises ValueError naming task and parameter, before anything moved, for sparse gradients and those of other
         kinds or devices.
         """
-        tensors, count, changed, odd, self.moved = self.table.collect(self.params, given)
+        tensors, count, odd, self.moved = self.table.collect(self.params, given)
         for i in odd:
             tensors[i] = dense = _dense(tensors[i], *self.places[i])
             self.table.set(i, dense.data_ptr())
-        return Gradients(tensors, count, self.table.address, changed or bool(odd))
+        return Gradients(tensors, count, self.table.address)
 
     def find_moved(self) -> list[int]:
         """The parameters whose storage was exchanged (`p.data = …`, deepcopy, share_memory_), by their index."""
@@ -119,8 +118,8 @@ class PythonTable:
 
     def collect(
         self, params: list[Tensor], given: list[Tensor | None] | None
-    ) -> tuple[list[Tensor | None], int, bool, list[int], list[int]]:
-        """(gradients, how many, whether an address changed, those that are not plain, parameters that moved)."""
+    ) -> tuple[list[Tensor | None], int, list[int], list[int]]:
+        """(gradients, how many, those that are not plain, parameters that moved)."""
         tensors = [param.grad for param in params] if given is None else list(given)
         present = [(i, gradient) for i, gradient in enumerate(tensors) if gradient is not None]
         odd = []
@@ -130,7 +129,7 @@ class PythonTable:
                 self._addresses[i] = gradient.data_ptr()
             else:
                 odd.append(i)
-        return tensors, len(present), True, odd, self._collector.find_moved()
+        return tensors, len(present), odd, self._collector.find_moved()
 
     def set(self, i: int, address: int) -> None:
         """Enter the address of a gradient that was made dense."""

@@ -178,11 +178,11 @@ class MetaTrainer:
     def train_step(self) -> Tensor:
         """One inner step of every task and what the method does with it; returns the T training losses, detached."""
         drawn = draw_together(self.batches)
-        losses = self.captured(drawn) if self.captured else self.inner_step(drawn)
+        losses = self.captured(drawn) if self.captured else self.eager_step(drawn)
         self.step += 1
         return losses
 
-    def inner_step(self, drawn: Tensor) -> Tensor:
+    def eager_step(self, drawn: Tensor) -> Tensor:
         """T forward and backward passes on what `draw_together` drew, and the optimizer's step; reads nothing back."""
         near = drawn.to(self.batches[0].device, non_blocking=True)  # one copy for all tasks
         draws = [near[t] if batches.lazy is None else drawn[t] for t, batches in enumerate(self.batches)]

@@ -21,7 +21,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", INTEGRATIONS, re.DOTALL)
 KEYS = ["GradScaler", "compile", "AveragedModel", "checkpoint", "lightning", "accelerate"]
 
 
-RANKS = README.partition("## Tasks over processes")[2].partition("\n## ")[0]
+FIRST, RANKS = (re.findall(r"```python\n(.*?)```", README, re.DOTALL)[n] for n in (0, 1))
 PRELUDE = """
 import torch
 from torch import nn
@@ -78,9 +78,18 @@ def test_a_snippet_of_the_readme(key, code, tmp_path, monkeypatch):
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) or key == "checkpoint"
 
 
+def test_the_first_example_trains_and_leaves_an_initialization_that_a_body_loads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(PRELUDE + FIRST, found)
+    assert found["opt"].meta_updates == 3
+    missing, unexpected = Net().body.load_state_dict(torch.load("phi.pt"), strict=False)
+    assert not missing and not unexpected
+
+
 def test_the_script_over_processes_runs_under_torchrun(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", RANKS, re.DOTALL)
-    (tmp_path / "train.py").write_text(PRELUDE + code)
+    assert "process_group" in RANKS
+    (tmp_path / "train.py").write_text(PRELUDE + RANKS)
     tests = str(Path(__file__).parents[1])
     environment = {
         **os.environ,

@@ -113,17 +113,24 @@ def test_ceiling_kernel_reads_three_streams_and_writes_two(rows, columns, tile, 
 
 
 @pytest.mark.parametrize(
-    ("traffic", "mixed", "alone"),
+    ("traffic", "mixed", "read", "written"),
     [
-        (Traffic(3, 2, 0, 0), 40, 0),  # of eight tasks, as the step itself
-        (Traffic(1, 0, 0, 0), 0, 8),
-        (Traffic(1, 2, 0, 0), 24, 0),
-        (Traffic(2, 0, 1, 1), 2.5, 15.5),
+        (Traffic(3, 2, 0, 0), 40, 0, 0),  # of eight tasks, as the step itself
+        (Traffic(1, 0, 0, 0), 0, 8, 0),
+        (Traffic(0, 1, 0, 0), 0, 0, 8),
+        (Traffic(3, 4, 0, 0), 40, 0, 16),
+        (Traffic(2, 0, 1, 1), 2.5, 15.5, 0),
     ],
 )
-def test_bytes_that_are_read_beyond_three_for_two_written_are_told_from_the_others(traffic, mixed, alone):
+def test_bytes_beyond_three_read_for_two_written_are_told_from_the_others(traffic, mixed, read, written):
     setup = Setup("resnet20", 8)
-    assert [size / (4 * setup.parameters) for size in traffic.bytes(setup)] == pytest.approx([mixed, alone])
+    assert [size / (4 * setup.parameters) for size in traffic.bytes(setup)] == pytest.approx([mixed, read, written])
+
+
+def test_a_fill_leaves_zeros_alone():
+    buffer = torch.ones(1001)
+    ceiling.Fill(buffer)()
+    assert not buffer.any()
 
 
 @pytest.mark.parametrize("method", ADDED)

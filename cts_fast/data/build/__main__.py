@@ -9,10 +9,10 @@ compressed bytes. The file's header records the versions.
 
 from __future__ import annotations
 
-import argparse
 import logging
-import tempfile
 from pathlib import Path
+
+from cts_fast.data.build.command import run
 
 LETTERS_PER_TASK = (4600, 1200)  # training and test images of a letter task, over all classes
 
@@ -73,19 +73,5 @@ def build(out: Path, work: Path) -> None:
     print(f"{out}: {out.stat().st_size:,} bytes")
 
 
-def main() -> None:
-    """The command line."""
-    summary = (__doc__ or "").partition("\n")[0]  # python -OO drops it
-    parser = argparse.ArgumentParser(prog="python -m cts_fast.data.build", description=summary)
-    parser.add_argument("--out", type=Path, required=True, help="file to write")
-    parser.add_argument("--work", type=Path, help="folder for downloads (default: a temporary one, removed afterwards)")
-    arguments = parser.parse_args()
-    if arguments.work:
-        build(arguments.out, arguments.work)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            build(arguments.out, Path(folder))
-
-
 if __name__ == "__main__":
-    main()
+    run(build, "cts_fast.data.build", __doc__)

@@ -9,10 +9,9 @@ again. Ours have 118, 100, 119, 129, 129, 122, 142 and 141; `cts_fast.data.paper
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from pathlib import Path
 
+from cts_fast.data.build.command import run
 from cts_fast.data.build.sources import fetch
 
 WHEELS = {"timm": "1.0.31"}
@@ -64,16 +63,5 @@ def build(out: Path, work: Path) -> None:
     print(f"{out}: {len(rows)} classes in groups of {', '.join(map(str, counts))}")
 
 
-def main() -> None:
-    """The command line."""
-    summary = (__doc__ or "").partition("\n")[0]  # python -OO drops it
-    parser = argparse.ArgumentParser(prog="python -m cts_fast.data.build.imagenet_groups", description=summary)
-    parser.add_argument("--out", type=Path, required=True, help="file to write")
-    parser.add_argument("--work", type=Path, help="folder for downloads (default: a temporary one, removed afterwards)")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        build(arguments.out, arguments.work or Path(folder))
-
-
 if __name__ == "__main__":
-    main()
+    run(build, "cts_fast.data.build.imagenet_groups", __doc__)

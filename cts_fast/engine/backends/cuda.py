@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cts_fast.engine.backends.base import CONTROL_FIELDS, DTYPES, Backend, packed_flat
 from cts_fast.engine.backends.device_table import DeviceTable, device_rate, host_addresses
+from cts_fast.engine.backends.gpu import tile_starts, too_old
 from cts_fast.engine.gradients import Gradients
 from cts_fast.engine.layout import Flat
 from cts_fast.engine.native import load
@@ -26,15 +27,15 @@ def make_tiles(flats: Sequence[Flat]) -> Tensor:
     """
     tasks = flats[0].rows if flats[0].shared else 1
     columns, head_columns = _cuda.tile_columns(tasks, flats[0].work_dtype.itemsize)
-    tiles, first = [], 0
-    for flat in flats:
-        most = columns if flat.shared else head_columns
-        for segment in flat.segments:
-            at = torch.arange(0, segment.numel, most, device="cpu")
-            count = (segment.numel - at).clamp(max=most)
-            place = torch.full_like(at, first | (not flat.shared) << 32)
-            tiles.append(torch.stack([segment.offset + at, at, count | segment.group << 32, place], dim=1))
-            first += flat.rows
+
+    def most(flat: Flat) -> int:
+        return columns if flat.shared else head_columns
+
+    tiles = []
+    for flat, segment, at, first in tile_starts(flats, most):
+        count = (segment.numel - at).clamp(max=most(flat))
+        place = torch.full_like(at, first | (not flat.shared) << 32)
+        tiles.append(torch.stack([segment.offset + at, at, count | segment.group << 32, place], dim=1))
     tiles = torch.cat(tiles)
     return tiles[(tiles[:, 2] & 0xFFFFFFFF).argsort(descending=True, stable=True)]
 
@@ -56,10 +57,7 @@ class Cuda(Backend):
         driver = _cuda.driver_version()
         if driver < _cuda.needs_driver:
             return f"the driver is for CUDA {_version(driver)}; this build needs {_version(_cuda.needs_driver)}"
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-            found = "{}.{}".format(*torch.cuda.get_device_capability(device))
-            return f"its kernels are built for compute capability 8.0 and newer, {device} has {found}"
-        return None
+        return too_old(device) if device.type == "cuda" else None
 
     def __init__(self, flats: Sequence[Flat]) -> None:
         super().__init__(flats)

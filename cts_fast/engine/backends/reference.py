@@ -14,7 +14,7 @@ from torch import Tensor
 from cts_fast.engine.backends.base import Backend
 from cts_fast.engine.gradients import Gradients
 from cts_fast.engine.plan import Control
-from cts_fast.engine.rules.sgd import Hyper, inner_step_
+from cts_fast.engine.rules.sgd import Hyper, inner_update_
 
 
 def sum_of_differences(phi: Tensor, theta: Sequence[Tensor]) -> Tensor:
@@ -36,7 +36,7 @@ def inner_steps_(
     """The inner step of every task with a gradient, of one tensor: T tensors of [n] each."""
     for t, gradient in enumerate(g):
         if gradient is not None:
-            inner_step_(theta[t], v[t], gradient, started[t], h)
+            inner_update_(theta[t], v[t], gradient, started[t], h)
 
 
 def shifting_step_(

@@ -74,7 +74,7 @@ class _Block:
         ]
 
     def step_(self, gradients: Sequence[Tensor | None], h: Hyper, c: Control) -> None:
-        phi, theta, v = self._inner_step_(gradients, h, c)
+        phi, theta, v = self._inner_update_(gradients, h, c)
         if phi is not None and c.meta_update and h.meta_lr:
             self._meta_update_(phi, theta, self._sum_of_differences(phi, theta), h, c)
         if phi is not None and c.reset:
@@ -84,7 +84,7 @@ class _Block:
         self._store_(theta, v)
 
     def partial_(self, gradients: Sequence[Tensor | None], h: Hyper, c: Control, total: Tensor) -> None:
-        phi, theta, v = self._inner_step_(gradients, h, c)
+        phi, theta, v = self._inner_update_(gradients, h, c)
         if phi is not None:
             total[self.columns] = self._sum_of_differences(phi, theta)
             if c.reset and c.reset_momentum:
@@ -102,7 +102,7 @@ class _Block:
             theta.copy_(phi)
         self._store_(theta)
 
-    def _inner_step_(
+    def _inner_update_(
         self, gradients: Sequence[Tensor | None], h: Hyper, c: Control
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """φ [B] and, after the inner step, θ and v [R, B], in working precision."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cts_fast.engine.backends.base import Backend
 from cts_fast.engine.backends.device_table import DeviceTable, device_rate, host_addresses
+from cts_fast.engine.backends.gpu import tile_starts, too_old
 from cts_fast.engine.gradients import Gradients
 from cts_fast.engine.layout import Flat
 from cts_fast.engine.plan import Control
@@ -29,13 +30,10 @@ def tile_shape(tasks: int, work_dtype: torch.dtype) -> dict[str, int]:
 
 def make_tiles(flats: Sequence[Flat], block: int) -> Tensor:
     """The tiles of all segments, in order; int64 [tiles, TILE]."""
-    tiles, first = [], 0
-    for flat in flats:
-        for segment in flat.segments:
-            at = torch.arange(0, segment.numel, block, device="cpu")
-            group, gradient = torch.full_like(at, segment.group), torch.full_like(at, first)
-            tiles.append(torch.stack([segment.offset + at, segment.numel - at, at, group, gradient], dim=1))
-            first += flat.rows
+    tiles = []
+    for _, segment, at, first in tile_starts(flats, lambda flat: block):
+        group, gradient = torch.full_like(at, segment.group), torch.full_like(at, first)
+        tiles.append(torch.stack([segment.offset + at, segment.numel - at, at, group, gradient], dim=1))
     return torch.cat(tiles)
 
 
@@ -69,10 +67,7 @@ class Triton(Backend):
                 "Triton runs on NVIDIA GPUs, or on CPU tensors under TRITON_INTERPRET=1; "
                 f"the parameters are on {device}"
             )
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-            found = "{}.{}".format(*torch.cuda.get_device_capability(device))
-            return f"Triton's kernels here need compute capability 8.0; {device} has {found}"
-        return None
+        return too_old(device) if torch.version.hip is None else None
 
     def __init__(self, flats: Sequence[Flat]) -> None:
         super().__init__(flats)

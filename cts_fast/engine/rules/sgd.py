@@ -59,7 +59,7 @@ def check_hyper(values: Mapping) -> None:
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
 
-def inner_step_(theta: Tensor, v: Tensor, g: Tensor, started: bool, h: Hyper) -> None:
+def inner_update_(theta: Tensor, v: Tensor, g: Tensor, started: bool, h: Hyper) -> None:
     """One step of one tensor of one task, theta and v in place; all of shape [n].
 
         d = ±g + λ θ;   v ← μ v + (1 − dampening) d  (its first gradient: v ← d)
