@@ -32,8 +32,9 @@ class GradientTable {
                 pybind11::object like, pybind11::object negated);
 
   // Reads every gradient: `.grad` of the parameters, or the entries of a list that is given in their place. Returns
-  // (gradients, count, odd, moved): a list of tensors or None, how many are tensors, the entries that are not plain dense
-  // tensors in their parameter's layout (null in the table), and the parameters that are not where they should be.
+  // (gradients, count, odd, moved): a list of tensors or None, how many are tensors, the entries that are not plain
+  // dense tensors in their parameter's layout (null in the table), and the parameters that are not where they should
+  // be.
   pybind11::tuple collect(const pybind11::list& params, const pybind11::object& given);
 
   void set(size_t i, uintptr_t address);
