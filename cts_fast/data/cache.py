@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
@@ -20,6 +21,7 @@ from cts_fast.data.images import DecodedImages, LazyImages, MappedImages, Sample
 FORMAT = 1  # another one makes every cached file anew
 FOLDER = ".cts-fast-cache"  # in the data root, unless another place is given
 LIMIT = 20e9
+LONGEST = 120  # bytes of a title in a folder's name, which may have 255
 CHUNK = 512  # images between two writes
 
 
@@ -54,7 +56,7 @@ def hold(
 
 def mapped(title: str, samples: Samples, size: int, channels: int, cache: Path) -> tuple[MappedImages, Tensor]:
     """Images and labels from the cache; decoded into it before, if they are not there in this version."""
-    entry = cache / f"{title}-{channels}x{size}x{size}-v{FORMAT}-{samples.version()}"
+    entry = cache / f"{_short(title)}-{channels}x{size}x{size}-v{FORMAT}-{samples.version()}"
     if not entry.is_dir():
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -69,6 +71,14 @@ def mapped(title: str, samples: Samples, size: int, channels: int, cache: Path) 
                 str(entry),
             ) from error
     return open_mapped(entry, (len(samples), channels, size, size))
+
+
+def _short(title: str) -> str:
+    """A title that leaves room in a folder's name for what tells entries apart; a long one keeps its beginning."""
+    data = os.fsencode(title)
+    if len(data) <= LONGEST:
+        return title
+    return f"{data[:LONGEST].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:16]}"
 
 
 def open_mapped(entry: Path, shape: tuple[int, ...]) -> tuple[MappedImages, Tensor]:

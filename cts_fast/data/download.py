@@ -97,7 +97,7 @@ def fetch(url: str, path: Path, md5: str | None = None) -> None:
         if failures == ATTEMPTS:
             raise OSError(f"{url} cannot be fetched ({reason}); {part} is kept: the same command goes on with it")
         time.sleep(WAIT)
-    expected, found = md5 or told, _md5(part)
+    expected, found = md5 or told, md5_of(part)
     if expected is not None and found != expected:
         part.unlink()
         raise DamagedFile(
@@ -132,8 +132,10 @@ def _receive(url: str, part: Path) -> tuple[str | None, bool, int | None]:
         elif ranged is None or int(ranged[1]) != start:
             part.unlink(missing_ok=True)  # it sends something else: the next request is for all of it
             return None, False, None
-        length = response.headers.get("Content-Length", "")
-        total = start + int(length) if length.isdecimal() else None
+        length = response.headers.get("Content-Length")
+        if length is not None and not re.fullmatch(r"\d+", length.strip(), re.ASCII):
+            raise HTTPException(f"its Content-Length is {length!r}, so that nobody knows whether all of it arrived")
+        total = None if length is None else start + int(length)
         if response.status == 206 and ranged and ranged[2] != "*":
             total = int(ranged[2])
         if total is not None and shutil.disk_usage(part.parent).free < total - start:
@@ -159,7 +161,8 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _md5(path: Path) -> str:
+def md5_of(path: Path) -> str:
+    """The md5 of a file, as hexadecimal digits."""
     digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(BLOCK):

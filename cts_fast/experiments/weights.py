@@ -92,7 +92,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:
         # torch's own text advises to read such a file with code in it
-        why = "it may hold more than tensors" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        with_code = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
+        why = "it may hold more than tensors" if with_code else first_line(error)
         raise ValueError(
             f"--weights {path} cannot be read ({why}): give a state dict that safetensors or torch.save wrote"
         ) from error

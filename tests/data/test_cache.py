@@ -105,6 +105,16 @@ def test_another_size_version_or_file_is_another_entry(tmp_path):
     assert (open_(level=2), entries()) == (2, 3)
 
 
+def test_long_titles_have_entries_of_their_own(tmp_path):
+    titles = ["ü" * 100 + end for end in ("a" * 40, "a" * 41, "b" * 40)]
+    for number, title in enumerate(titles * 2):
+        images, _ = mapped(
+            title, Samples(samples().items[number % 3 :][:1], torch.zeros(1).long(), key="1"), 8, 3, tmp_path
+        )
+        assert torch.equal(images[0], mapped("x", samples(), 8, 3, tmp_path)[0][number % 3])
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 4
+
+
 def test_a_damaged_entry_is_named(tmp_path):
     images, _ = mapped("x", samples(), 8, 3, tmp_path)
     whole = images.path.read_bytes()

@@ -31,6 +31,7 @@ class Server(ThreadingHTTPServer):
     ends_at = None  # says of a Range that the file has so many bytes
     failing = 0  # answers with 503 before the first good one
     tells_md5 = None
+    length = None  # its Content-Length, if not the true one
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -70,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start and not server.hides_sizes:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Content-Length", server.length or str(len(content) - start))
         if server.tells_md5:
             self.send_header("x-goog-hash", "crc32c=AAAAAA==")
             self.send_header("x-goog-hash", f"md5={base64.b64encode(bytes.fromhex(server.tells_md5)).decode()}")
@@ -145,6 +146,14 @@ def test_a_server_that_never_gives_more_than_a_part_is_given_up(server, tmp_path
     with pytest.raises(OSError, match="file.bin cannot be fetched"):
         fetch(server.url(), tmp_path / "file.bin")
     assert len(server.asked) <= 2 * download.ATTEMPTS and not (tmp_path / "file.bin").exists()
+
+
+@pytest.mark.parametrize("length", ["many", "-1", "1_000"])
+def test_a_length_that_is_no_number_is_told_and_nothing_taken_for_whole(server, tmp_path, length):
+    server.length = length
+    with pytest.raises(OSError, match=f"file.bin cannot be fetched .*Content-Length is '{length}'"):
+        fetch(server.url(), tmp_path / "file.bin")
+    assert not (tmp_path / "file.bin").exists()
 
 
 def test_a_part_is_not_whole_because_the_server_says_so_later(server, tmp_path):

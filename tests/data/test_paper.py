@@ -106,8 +106,13 @@ def test_the_published_numbers_are_asked_for_unless_partial(everything, fixture_
 
 def test_checksums_are_torchvisions_and_asked_for_unless_partial(everything):
     root, told = everything
-    for name in ("cifar10", "cifar100", "svhn", "stl10"):  # the fixture's files are not the published ones
-        with pytest.raises(DamagedFile, match=f"{name} in .*corrupted.*--download"):
+    for name, file in (  # the fixture's files are not the published ones
+        ("cifar10", "data_batch_1"),
+        ("cifar100", "train"),
+        ("svhn", "train_32x32.mat"),
+        ("stl10", "train_X.bin"),
+    ):
+        with pytest.raises(DamagedFile, match=f"{name} in .*{file} is corrupted.*--download"):
             small(name, told[name]).find(root)
     known = {archive.name: archive.md5 for data in sets.SETS for archive in data.archives}
     for kind in (datasets.CIFAR10, datasets.CIFAR100, datasets.STL10):
@@ -226,16 +231,30 @@ def test_files_that_cannot_be_parsed_are_named(everything, tmp_path, fixture_md5
         ("svhn", "svhn/test_32x32.mat"),
         ("stl10", "stl10_binary/train_X.bin"),
         ("fashion_mnist", "FashionMNIST/raw/train-images-idx3-ubyte"),
+        ("fashion_mnist", "FashionMNIST/raw/t10k-labels-idx1-ubyte"),
         ("stanford_dogs", "stanford_dogs/test_list.mat"),
         ("quickdraw", "quickdraw/numpy_bitmap/The Eiffel Tower.npy"),
         ("food101", "food-101/meta/train.json"),
+        ("flowers", "flowers-102/setid.mat"),
+        ("aircraft", "fgvc-aircraft-2013b/data/images_variant_test.txt"),
     ):
-        copy = tmp_path / name
+        copy = tmp_path / Path(file).name
         shutil.copytree(root / file.partition("/")[0], copy / file.partition("/")[0])
         whole = (copy / file).read_bytes()
         (copy / file).write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(DamagedFile, match=f"{file.partition('/')[0]}.*--download"):
+        with pytest.raises(DamagedFile, match=f"{file}.*--download"):
             small(name, told[name]).find(copy, partial=True)
+
+
+def test_files_with_other_content_than_arrays_are_named_and_nobody_is_advised_to_unpickle_them(everything, tmp_path):
+    root, told = everything
+    file = "quickdraw/numpy_bitmap/The Eiffel Tower.npy"
+    shutil.copytree(root / "quickdraw", tmp_path / "quickdraw")
+    for content in (b"garbage" * 40, pickle.dumps([1, 2]), b""):
+        (tmp_path / file).write_bytes(content)
+        with pytest.raises(DamagedFile, match=f"{file} is damaged.*--download") as told_error:
+            small("quickdraw", told["quickdraw"]).find(tmp_path, partial=True)
+        assert "pickle" not in str(told_error.value)
 
 
 def test_imagenets_groups_part_its_thousand_classes(everything, tmp_path):

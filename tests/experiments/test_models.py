@@ -1,5 +1,7 @@
 """ResNet20 as the paper's image experiments use it; other networks by name, and weights to begin at."""
 
+import warnings
+
 import pytest
 import torch
 import torchvision
@@ -271,6 +273,15 @@ def test_a_missing_or_damaged_file_of_weights_is_named(file, tmp_path):
     path.write_bytes(b"no tensors here")
     with pytest.raises(ValueError, match=f"{file} cannot be read"):
         read_weights(path, model(own("classifier")))
+
+
+def test_a_program_in_the_place_of_weights_is_refused_and_nobody_is_advised_to_run_it(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's newer versions prefer torch.export
+        torch.jit.trace(nn.Linear(2, 2), torch.randn(1, 2)).save(str(tmp_path / "w.pt"))
+        with pytest.raises(ValueError, match="w.pt cannot be read .it may hold more than tensors") as error:
+            read_weights(tmp_path / "w.pt", model(own("classifier")))
+    assert "weights_only" not in str(error.value)
 
 
 def test_meta_training_begins_at_the_weights_and_their_statistics_in_every_task(tmp_path):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cts_fast.data.download import Archive, obtain
+from cts_fast.data.download import Archive, md5_of, obtain
 from cts_fast.data.errors import DamagedFile, MissingData
 from cts_fast.data.folder import subfolders
 from cts_fast.data.images import Samples
@@ -82,7 +83,7 @@ class DataSet:
             splits = self.read(place, partial)
         except (DamagedFile, ImportError, MemoryError):
             raise
-        except Exception as error:  # unpickling and parsing of damaged files raise nearly anything
+        except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
             raise DamagedFile(
                 f"{self.name} in {place} cannot be read ({type(error).__name__}: {reason}): {self.remedy(place)}"
@@ -148,10 +149,32 @@ def of_files(paths: Sequence[str | os.PathLike], labels: Sequence[int], partial:
     )
 
 
+@contextmanager
+def reading(*files: Path) -> Iterator[None]:
+    """What is raised names the files that were read."""
+    try:
+        yield
+    except (DamagedFile, ImportError, MemoryError):
+        raise
+    except Exception as error:  # unpickling and parsing of damaged files raise nearly anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{' or '.join(map(str, files))}: {type(error).__name__}: {reason}") from error
+
+
+def check_md5s(place: Path, files: Iterable[Sequence[str]]) -> None:
+    """Raises ValueError that names the first of (file, md5) that is missing or is not the published one."""
+    for file, md5 in files:
+        if not (place / file).is_file():
+            raise ValueError(f"{place / file} is missing")
+        found = md5_of(place / file)
+        if found != md5:
+            raise ValueError(f"{place / file} is corrupted, or another version: its md5 is {found}, not {md5}")
+
+
 def of_pixels(pixels, labels: Tensor, *files: Path) -> Samples:
     """Images in an array, uint8 [N, H, W] or [N, H, W, 3], that was read from these files."""
     if len(pixels) != len(labels):
-        raise ValueError(f"{len(pixels):,} images and {len(labels):,} labels")
+        raise ValueError(f"{' and '.join(map(str, files))}: {len(pixels):,} images and {len(labels):,} labels")
     return Samples(pixels, labels, tuple(os.fspath(file) for file in files))
 
 

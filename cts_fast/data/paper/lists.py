@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cts_fast.data.paper.base import Splits, check_class_folders, of_files
+from cts_fast.data.paper.base import Splits, check_class_folders, of_files, reading
 
 
 def dogs(place: Path, partial: bool) -> Splits:
@@ -14,7 +14,8 @@ def dogs(place: Path, partial: bool) -> Splits:
 
     parts, names = [], {}
     for split in ("train", "test"):
-        told = loadmat(place / f"{split}_list.mat", squeeze_me=True)
+        with reading(place / f"{split}_list.mat"):
+            told = loadmat(place / f"{split}_list.mat", squeeze_me=True)
         files = [str(file) for file in np.atleast_1d(told["file_list"])]
         labels = [int(label) - 1 for label in np.atleast_1d(told["labels"])]
         names |= {label: file.partition("/")[0] for file, label in zip(files, labels, strict=True)}

@@ -42,7 +42,7 @@ def read(place: Path, partial: bool) -> Splits:
                 continue
             raise DamagedFile(f"{place / name}.npy is missing: fetch it with --download, {PARTIAL}")
         try:
-            drawings = np.load(path, mmap_mode="r")
+            drawings = np.lib.format.open_memmap(path, mode="r")  # numpy's own way in would advise to unpickle
             if drawings.dtype != np.uint8 or drawings.ndim != 2 or drawings.shape[1] != 784:
                 raise ValueError(f"it holds {drawings.dtype} {drawings.shape}")
         except (ValueError, EOFError, OSError) as error:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cts_fast.data.paper.base import Splits, check_class_folders, of_files, of_pixels
+from cts_fast.data.paper.base import Splits, check_class_folders, check_md5s, of_files, of_pixels, reading
+
+
+def _made(kind: Any, root: Path, splits: Iterable[str], lists: str, loader: Callable = str) -> list[Any]:
+    """The splits of a torchvision data set whose images are in files; lists: what it reads, {} the split's name."""
+    sets = []
+    for split in splits:
+        with reading(root / lists.format(split)):
+            sets.append(kind(root, split, loader=loader))
+    return sets
 
 
 def _listed(splits: list[list[Any]], partial: bool, classes: tuple[str, ...]) -> Splits:
@@ -21,9 +31,9 @@ def _listed(splits: list[list[Any]], partial: bool, classes: tuple[str, ...]) ->
     return Splits.of(parts, classes)
 
 
-def _without_md5(kind: type, partial: bool, **lists: Any) -> type:
-    """The class; where `partial`, one that asks for no checksums. lists: its public lists of (file, md5)."""
-    return type(kind.__name__, (kind,), lists) if partial else kind
+def _bare(kind: type, **lists: Any) -> type:
+    """The class, asking for no checksums: `check_md5s` says which file is wrong. lists: its public lists of files."""
+    return type(kind.__name__, (kind,), lists)
 
 
 class _Arrays(pickle.Unpickler):
@@ -43,15 +53,20 @@ def cifar(place: Path, partial: bool, fine: bool) -> Splits:
     from torchvision import datasets
 
     kind = datasets.CIFAR100 if fine else datasets.CIFAR10
+    listed = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
+    if partial:
+        for path in (place / file for file, _ in listed):
+            with reading(path), open(path, "rb") as opened:
+                _Arrays(opened, encoding="latin1").load()
+    else:
+        check_md5s(place, listed)
     bare = {name: [[file, None] for file, _ in getattr(kind, name)] for name in ("train_list", "test_list")}
-    kind = _without_md5(kind, partial, **bare, meta={**kind.meta, "md5": None})
+    kind = _bare(kind, **bare, meta={**kind.meta, "md5": None})
     parts = []
     for is_train in (True, False):
         files = [place / file for file, _ in (kind.train_list if is_train else kind.test_list)]
-        for file in [*files, place / kind.meta["filename"]] if partial else ():
-            with open(file, "rb") as opened:
-                _Arrays(opened, encoding="latin1").load()
-        data = kind(place.parent, train=is_train)
+        with reading(*files, place / kind.meta["filename"]):
+            data = kind(place.parent, train=is_train)
         parts.append(of_pixels(data.data, torch.tensor(data.targets), *files))
         classes = tuple(data.classes)
     return Splits.of(parts, classes)
@@ -60,12 +75,15 @@ def cifar(place: Path, partial: bool, fine: bool) -> Splits:
 def fashion_mnist(place: Path, partial: bool) -> Splits:
     """The four idx files, unpacked; Debian's packages of them have other md5s, so none is asked for."""
     from torchvision.datasets import FashionMNIST
+    from torchvision.datasets.mnist import read_image_file, read_label_file
 
     parts = []
-    for is_train, stem in ((True, "train"), (False, "t10k")):
-        data = FashionMNIST(place.parent.parent, train=is_train)
-        files = [place / f"{stem}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
-        parts.append(of_pixels(data.data.numpy(), data.targets.long(), *files))
+    for stem in ("train", "t10k"):
+        files = images, labels = place / f"{stem}-images-idx3-ubyte", place / f"{stem}-labels-idx1-ubyte"
+        with reading(images):
+            pixels = read_image_file(str(images)).numpy()
+        with reading(labels):
+            parts.append(of_pixels(pixels, read_label_file(str(labels)), *files))
     return Splits.of(parts, tuple(FashionMNIST.classes))
 
 
@@ -73,13 +91,16 @@ def svhn(place: Path, partial: bool) -> Splits:
     """train_32x32.mat and test_32x32.mat; the label 10 of the digit 0 becomes 0."""
     from torchvision.datasets import SVHN
 
-    bare = {split: [url, file, None] for split, (url, file, _) in SVHN.split_list.items()}
-    kind = _without_md5(SVHN, partial, split_list=bare)
+    kind = _bare(SVHN, split_list={split: [url, file, None] for split, (url, file, _) in SVHN.split_list.items()})
     parts = []
     for split in ("train", "test"):
-        data = kind(place, split=split)
+        _, file, md5 = SVHN.split_list[split]
+        if not partial:
+            check_md5s(place, [(file, md5)])
+        with reading(place / file):
+            data = kind(place, split=split)
         labels = torch.from_numpy(data.labels.reshape(-1)).long()
-        parts.append(of_pixels(data.data.transpose(0, 2, 3, 1), labels, place / kind.split_list[split][1]))
+        parts.append(of_pixels(data.data.transpose(0, 2, 3, 1), labels, place / file))
     return Splits.of(parts, tuple(map(str, range(10))))
 
 
@@ -87,14 +108,17 @@ def stl10(place: Path, partial: bool) -> Splits:
     """The labelled images; labels start at 1 in the files. The unlabelled ones need not be there."""
     from torchvision.datasets import STL10
 
-    train_list = [[file, None if partial else md5] for file, md5 in STL10.train_list[:2]]
-    test_list = [[file, None if partial else md5] for file, md5 in STL10.test_list]
-    kind = type("STL10", (STL10,), {"train_list": train_list, "test_list": test_list})
+    lists = {"train_list": STL10.train_list[:2], "test_list": STL10.test_list}
+    kind = _bare(STL10, **{name: [[file, None] for file, _ in files] for name, files in lists.items()})
     parts = []
-    for split, files in (("train", train_list), ("test", test_list)):
-        data = kind(place.parent, split=split)
+    for split, listed in zip(("train", "test"), lists.values(), strict=True):
+        if not partial:
+            check_md5s(place, listed)
+        files = [place / file for file, _ in listed]
+        with reading(*files):
+            data = kind(place.parent, split=split)
         labels = torch.as_tensor(data.labels).long()
-        parts.append(of_pixels(data.data.transpose(0, 2, 3, 1), labels, *(place / file for file, _ in files)))
+        parts.append(of_pixels(data.data.transpose(0, 2, 3, 1), labels, *files))
     return Splits.of(parts, tuple(data.classes))
 
 
@@ -102,7 +126,9 @@ def aircraft(place: Path, partial: bool) -> Splits:
     """The 100 variants; trainval to train on."""
     from torchvision.datasets import FGVCAircraft
 
-    train, test = (FGVCAircraft(place.parent, split, loader=str) for split in ("trainval", "test"))
+    train, test = _made(
+        FGVCAircraft, place.parent, ("trainval", "test"), "fgvc-aircraft-2013b/data/images_variant_{}.txt"
+    )
     return _listed([[train], [test]], partial, tuple(train.classes))
 
 
@@ -110,7 +136,9 @@ def cars(place: Path, partial: bool) -> Splits:
     """devkit, cars_train, cars_test; copies on the web nest the images (cars_train/cars_train)."""
     from torchvision.datasets import StanfordCars
 
-    train, test = (StanfordCars(place.parent, split, loader=_nested) for split in ("train", "test"))
+    train, test = _made(
+        StanfordCars, place.parent, ("train", "test"), "stanford_cars, its devkit and annotations of {}", _nested
+    )
     return _listed([[train], [test]], partial, tuple(train.classes))
 
 
@@ -124,7 +152,9 @@ def flowers(place: Path, partial: bool) -> Splits:
     """The published training and validation parts to train on (1,020 each), the large rest to test on."""
     from torchvision.datasets import Flowers102
 
-    train, val, test = (Flowers102(place.parent, split, loader=str) for split in ("train", "val", "test"))
+    train, val, test = _made(
+        Flowers102, place.parent, ("train", "val", "test"), "flowers-102/setid.mat or imagelabels.mat"
+    )
     return _listed([[train, val], [test]], partial, tuple(Flowers102.classes))
 
 
@@ -132,7 +162,7 @@ def food(place: Path, partial: bool) -> Splits:
     """meta/train.json and meta/test.json, images/<class>/*.jpg."""
     from torchvision.datasets import Food101
 
-    train, test = (Food101(place.parent, split, loader=str) for split in ("train", "test"))
+    train, test = _made(Food101, place.parent, ("train", "test"), "food-101/meta/{}.json")
     check_class_folders(place / "images", train.classes)
     return _listed([[train], [test]], partial, tuple(train.classes))
 
@@ -141,6 +171,6 @@ def dtd(place: Path, partial: bool) -> Splits:
     """The first of the ten published partitions; its training and validation parts to train on."""
     from torchvision.datasets import DTD
 
-    train, val, test = (DTD(place.parent, split, loader=str) for split in ("train", "val", "test"))
+    train, val, test = _made(DTD, place.parent, ("train", "val", "test"), "dtd/dtd/labels/{}1.txt")
     check_class_folders(place / "dtd" / "images", train.classes)
     return _listed([[train, val], [test]], partial, tuple(train.classes))
