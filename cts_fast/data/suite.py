@@ -351,16 +351,13 @@ def _parts(name: str, root: str | Path | None) -> list[tuple[Suite, Path | None]
 
 def _load(name: str, root: str | Path | None, names: list[str] | None, storage: Storage) -> dict[str, Task]:
     """Tasks of one or several suites, without those registered."""
-    tasks: dict[str, Task] = {}
     known: list[str] = []
+    wanted: list[tuple[Suite, Path | None, list[str]]] = []
     for suite, folder in _parts(name, root):
         roles = {task: role for task, role in suite.roles(folder).items() if task not in known}
         known += roles
-        mine = (
-            [task for task in names if task in roles] if names is not None else [t for t, role in roles.items() if role]
-        )
-        if mine:
-            tasks |= suite.load(folder, mine, storage)
+        by_role = [task for task, role in roles.items() if role]
+        wanted.append((suite, folder, by_role if names is None else [task for task in names if task in roles]))
     taken = [task for task in REGISTERED if task in known]
     if taken:
         raise ValueError(f"suite {name!r} has a task {taken[0]!r} of its own: register yours under another name")
@@ -368,4 +365,8 @@ def _load(name: str, root: str | Path | None, names: list[str] | None, storage: 
     unknown = [task for task in names or () if task not in known]
     if unknown:
         raise ValueError(f"suite {name!r} has no task {', '.join(map(repr, unknown))}; it has: {', '.join(known)}")
+    tasks: dict[str, Task] = {}
+    for suite, folder, mine in wanted:  # after all names are known, for it may decode for hours
+        if mine:
+            tasks |= suite.load(folder, mine, storage)
     return tasks

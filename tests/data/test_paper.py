@@ -271,6 +271,10 @@ def test_imagenets_groups_part_its_thousand_classes(everything, tmp_path):
     shutil.rmtree(tmp_path / "imagenet" / "val" / gone)
     with pytest.raises(DamagedFile, match=f"val/{gone} is missing"):
         small("imagenet_1", told["imagenet_1"]).find(tmp_path)
+    for wnid in list(found[0])[:-2]:  # some classes of a group are enough for a partial one
+        shutil.rmtree(tmp_path / "imagenet" / "train" / wnid)
+        shutil.rmtree(tmp_path / "imagenet" / "val" / wnid, ignore_errors=True)
+    assert paper.BY_NAME["imagenet_1"].find(tmp_path, partial=True).train.labels.tolist() == [116, 117]
 
 
 def test_a_missing_data_set_names_folder_layout_and_remedy(tmp_path):
@@ -293,6 +297,8 @@ def test_all_are_looked_for_before_any_is_decoded(tmp_path, everything):
     shutil.copytree(root / "CUB_200_2011", tmp_path / "CUB_200_2011")
     with pytest.raises(MissingData, match="pets"):
         load_suite("paper", tmp_path, ["cub", "pets"], Storage(partial=True))
+    with pytest.raises(ValueError, match="no task 'cup'"):
+        load_suite("paper,folder", tmp_path, ["cub", "cup"], Storage(partial=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["CUB_200_2011"]
 
 

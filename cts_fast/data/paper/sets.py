@@ -75,7 +75,6 @@ def _cifar(fine: bool) -> DataSet:
 
 
 def _imagenet_group(number: int, wnids: dict[str, str]) -> DataSet:
-    first = next(iter(wnids))
     return DataSet(
         name=f"imagenet_{number}",
         title=f"ImageNet, {imagenet.TITLES[number - 1]}",
@@ -87,7 +86,7 @@ def _imagenet_group(number: int, wnids: dict[str, str]) -> DataSet:
         size=64,
         roles={"imagenet": "train"},
         places=("imagenet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC", "."),
-        needs=(f"train/{first}", f"val/{first}"),
+        needs=("train/n*", "val/n*"),
         read=partial(imagenet.read, wnids=wnids),
         layout=imagenet.LAYOUT,
         manual="register at image-net.org, fetch ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and "
