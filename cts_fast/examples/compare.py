@@ -10,7 +10,7 @@ draws the accuracy against the steps spent.
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cts_fast.experiments import cli, plots
@@ -18,7 +18,12 @@ from cts_fast.experiments.comparison import Comparison
 from cts_fast.experiments.files import write_json
 from cts_fast.experiments.report import aligned, fill, percent, reference, table
 from cts_fast.experiments.run_folder import CONFIG
-from cts_fast.experiments.statistics import EqualAccuracy, paired_differences, steps_to_equal_accuracy
+from cts_fast.experiments.statistics import (
+    EqualAccuracy,
+    mean_over_log_steps,
+    paired_differences,
+    steps_to_equal_accuracy,
+)
 from cts_fast.experiments.weights import UNTRAINED
 
 Differences = dict[str, dict[int, list[float]]]  # other method to steps to fractions, one per seed
@@ -71,6 +76,12 @@ def differences(compared: Comparison, of: str) -> Differences:
     return ahead
 
 
+def over_the_curve(ahead: Mapping[int, Sequence[float]]) -> list[float]:
+    """Differences after each number of steps, one per seed, to every seed's mean along the log axis of steps."""
+    seeds = range(len(next(iter(ahead.values()))))
+    return [mean_over_log_steps({step: values[i] for step, values in ahead.items()}) for i in seeds]
+
+
 def equal_accuracy(compared: Comparison, of: str) -> Equal:
     """Steps that each other method takes to reach what `of` has at each point; and `of`, to reach their last."""
     curves = {name: compared.curve(name) for name in compared.methods}
@@ -97,6 +108,7 @@ def results(compared: Comparison, best: str, ahead: Differences, equal: Equal) -
             for (method, step), by_target in compared.accuracy.items()
         ],
         "paired_differences": {best: ahead},
+        "paired_differences_over_the_curve": {best: {other: over_the_curve(at) for other, at in ahead.items()}},
         "steps_to_equal_accuracy": [
             {
                 "of": one,
@@ -125,8 +137,11 @@ def draw(out: Path, compared: Comparison, best: str) -> None:
 def report(compared: Comparison, best: str, ahead: Differences, equal: Equal) -> str:
     """What is printed."""
     named, steps = compared.labels, list(compared.curve(best))
-    rows = [[f"{named[best]} minus ... after steps", *(f"{step:,}" for step in steps)]]
-    rows += [[named[other], *(percent(by_step[step], "+") for step in steps)] for other, by_step in ahead.items()]
+    rows = [[f"{named[best]} minus ... after steps", *(f"{step:,}" for step in steps), "whole curve"]]
+    rows += [
+        [named[other], *(percent(at[step], "+") for step in steps), percent(over_the_curve(at), "+")]
+        for other, at in ahead.items()
+    ]
     parts = [table(compared.final, named), account(compared), aligned(rows)]
     if others := list(equal[best]):
         rows = [[f"to reach {named[best]} after", *(named[other] for other in others)]]
@@ -171,7 +186,8 @@ def account(compared: Comparison) -> str:
     return fill(
         f"Accuracy in % on tasks that meta-training never saw, of {count} meta-training seed{'s' * (count > 1)} "
         f"({', '.join(map(str, compared.seeds))}), each the mean of {compared.config['meta_test']['seeds']} "
-        f"fine-tuning runs: {over}. Differences are paired: both of a pair have the same seeds, batches and tasks."
+        f"fine-tuning runs: {over}. Differences are paired: both of a pair have the same seeds, batches and tasks; of "
+        "the whole curve: their mean along a log axis of steps."
     )
 
 

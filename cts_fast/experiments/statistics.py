@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 RESAMPLES = 2000  # of the seeds, for the interval of steps to equal accuracy
 
@@ -34,6 +35,15 @@ def per_seed_mean(by_target: Mapping[str, Sequence[float]]) -> list[float]:
 def paired_differences(one: Sequence[float], other: Sequence[float]) -> list[float]:
     """one - other, seed by seed: what a seed does to both (its weights, heads, images, batches) cancels."""
     return [a - b for a, b in zip(one, other, strict=True)]
+
+
+def mean_over_log_steps(curve: Mapping[int, float]) -> float:
+    """Mean of a curve, steps to values, along a log axis of steps, straight between its points."""
+    steps = sorted(curve)
+    if len(steps) == 1:
+        return curve[steps[0]]
+    pieces = [((curve[a] + curve[b]) / 2, math.log(b / a)) for a, b in pairwise(steps)]
+    return sum(value * width for value, width in pieces) / math.log(steps[-1] / steps[0])
 
 
 def steps_to_reach(curve: Mapping[int, float], level: float) -> float:

@@ -7,6 +7,7 @@ import pytest
 
 from cts_fast.experiments.statistics import (
     mean_and_interval,
+    mean_over_log_steps,
     paired_differences,
     per_seed_mean,
     steps_to_equal_accuracy,
@@ -53,6 +54,12 @@ def test_steps_are_interpolated_on_a_log_axis():
     assert steps_to_reach(curve, 0.1) == 100 and steps_to_reach(curve, 0.2) == 100
     assert steps_to_reach(curve, 0.81) == math.inf
     assert steps_to_reach({1600: 0.6, 100: 0.2, 400: 0.6}, 0.4) == pytest.approx(200)  # in any order
+
+
+def test_the_mean_of_a_curve_weighs_its_pieces_by_how_often_they_double_the_steps():
+    # 0.2 to 0.4 over two doublings, 0.4 to 0.8 over one: (2 * 0.3 + 0.6) / 3
+    assert mean_over_log_steps({100: 0.2, 800: 0.8, 400: 0.4}) == pytest.approx(0.4)
+    assert mean_over_log_steps({7: 0.3}) == 0.3
 
 
 def test_a_curve_that_falls_again_has_reached_what_it_had():

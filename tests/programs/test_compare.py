@@ -72,6 +72,8 @@ def test_means_and_differences_are_those_of_the_runs_in_the_order_of_their_seeds
             assert values == pytest.approx(
                 [run["cts", int(step)] - x for run, x in zip(of_runs, of_other, strict=True)]
             )
+        along = found["paired_differences_over_the_curve"]["cts"][other]  # two points: their mean
+        assert along == pytest.approx([(x + y) / 2 for x, y in zip(by_step["1"], by_step["2"], strict=True)])
     centre, half = mean_and_interval(ahead["reptile@1"]["2"])
     assert f"{100 * centre:+.1f} ± {100 * half:.1f}" in text and "2 meta-training seeds (0, 1)" in text
     assert "Reptile, β = 1" in text and "Steps to equal accuracy" in text
