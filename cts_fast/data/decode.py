@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # what Pillow reads by itself, without other programs
 REMEDY = "replace the file by a whole one, or remove it"
 
@@ -42,6 +42,8 @@ def decode(item: Any, size: int, channels: int, remedy: str = REMEDY) -> np.ndar
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, FileNotFoundError):
             reason = "there is no such file"
+        elif isinstance(error, PermissionError):
+            reason, remedy = "permission denied", "make it readable"
         raise DamagedFile(f"the image {os.fspath(item)} cannot be used ({reason}): {remedy}") from None
 
 
@@ -63,6 +65,8 @@ def to_picture(pixels: Any) -> Image.Image:
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
         kind = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
         raise ValueError(f"an image must be a PIL image, a tensor [C, H, W] or uint8 pixels [H, W(, C)], not {kind}")
+    if not pixels.size:
+        raise ValueError(f"an image must have pixels, which {pixels.shape} has not")
     if pixels.ndim == 3 and pixels.shape[2] not in (1, 3):
         raise ValueError(f"an image must have 1 or 3 channels, not {pixels.shape[2]}")
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels))
@@ -71,12 +75,14 @@ def to_picture(pixels: Any) -> Image.Image:
 def upright(picture: Image.Image, channels: int) -> Image.Image:
     """As a viewer shows it, grey or RGB: turned as EXIF says, 16 bits scaled to 8, transparency laid on white.
 
-    Raises ValueError for floating-point pixels and for integers beyond 16 bits, whose range is not known.
+    Raises ValueError for floating-point pixels, integers beyond 16 bits, and small ones in 32 bits: their range is not
+    known.
     """
     import numpy as np
     from PIL import Image, ImageOps
 
     mode = "L" if channels == 1 else "RGB"
+    sixteen = picture.format in ("PNG", "PPM")  # which have no wider pixels
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F":
         raise ValueError("its pixels are floating-point numbers without a range")
@@ -84,6 +90,8 @@ def upright(picture: Image.Image, channels: int) -> Image.Image:
         pixels = np.asarray(picture)
         if pixels.min() < 0 or pixels.max() > 65535:
             raise ValueError(f"its pixels are integers from {pixels.min()} to {pixels.max()}, beyond 16 bits")
+        if picture.mode == "I" and not sixteen and 0 < pixels.max() < 256:
+            raise ValueError(f"its pixels are 32-bit integers up to {pixels.max()}, of 8 bits or of 16")
         picture = Image.fromarray((pixels / 257).round().astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")

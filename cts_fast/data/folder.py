@@ -76,6 +76,8 @@ class FolderSuite(Suite):
     def roles(self, root: Path | None) -> dict[str, str]:
         if root is None:
             raise ValueError(f"the suite folder needs --data-root DIR with {LAYOUT}")
+        if root.exists() and not root.is_dir():
+            raise ValueError(f"the data root {root} is no folder; it must be one with {LAYOUT}")
         if not root.is_dir():
             raise MissingData(f"the data root {root} does not exist; it must hold {LAYOUT}")
         tasks = subfolders(root)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cts_fast.data.decode import REMEDY, decode
+from cts_fast.data.errors import DamagedFile
 
 WORKERS = os.cpu_count() or 1
 Index = int | slice | Tensor
@@ -28,14 +29,13 @@ Index = int | slice | Tensor
 class Samples:
     """Images of a split before they are decoded.
 
-    items: a sequence of paths, or of pixels as `decode` takes them; labels: int64 [N]; files: what pixels were read
-    from (paths are their own), by whose sizes and times a new version is told; key: says the version where there are no
-    files; remedy: what a message about a damaged image tells to do.
+    items: a sequence of paths, or of pixels as `decode` takes them; labels: int64 [N]; key: says the version of pixels,
+    for those that were read from files their `fingerprint` before that; remedy: what a message about a damaged image
+    tells to do.
     """
 
     items: Any
     labels: Tensor
-    files: Sequence[str] = ()
     key: str = ""
     remedy: str = REMEDY
 
@@ -43,21 +43,33 @@ class Samples:
         return len(self.labels)
 
     def version(self) -> str:
-        """Changes with any file's name, size or time of change, with the order and with the labels; or with `key`."""
+        """Changes with the `fingerprint` of the files, with their order and with the labels; or with `key`.
+
+        Raises DamagedFile that names a file which is gone.
+        """
         if self.key:
             return hashlib.sha256(self.key.encode()).hexdigest()[:16]
-        digest = hashlib.sha256(self.labels.numpy().tobytes())
-        files = self.files or [os.fspath(item) for item in self.items]
-        base = os.path.commonpath([os.path.dirname(file) for file in files])
-        for file in files:
-            about = os.stat(file)
-            digest.update(f"{os.path.relpath(file, base)}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
-        return digest.hexdigest()[:16]
+        try:
+            found = fingerprint(self.items)
+        except FileNotFoundError as error:
+            raise DamagedFile(f"the image {error.filename} is gone since it was found: {self.remedy}") from None
+        return hashlib.sha256(self.labels.numpy().tobytes() + found.encode()).hexdigest()[:16]
 
     def select(self, numbers: Tensor) -> Samples:
         """Some of them, in this order."""
         items = [self.items[i] for i in numbers.tolist()]
         return replace(self, items=items, labels=self.labels[numbers])
+
+
+def fingerprint(files: Sequence[str | os.PathLike]) -> str:
+    """Changes with where files lie, and with the name, size or time of change of any of them."""
+    paths = [os.fspath(file) for file in files]
+    base = os.path.commonpath([os.path.dirname(path) for path in paths])
+    digest = hashlib.sha256(os.fsencode(os.path.realpath(base)))
+    for path in paths:
+        about = os.stat(path)
+        digest.update(f"{os.path.relpath(path, base)}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 class LazyImages:

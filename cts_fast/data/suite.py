@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from cts_fast.data import archive
 from cts_fast.data.cache import Storage, mapped
 from cts_fast.data.decode import decode, to_picture, upright
 from cts_fast.data.errors import DamagedFile
-from cts_fast.data.images import LazyImages, Samples
+from cts_fast.data.images import LazyImages, MappedImages, Samples
 
 BUILTIN_FILE = "builtin.bin"
 
@@ -89,24 +90,18 @@ class Task:
             raise ValueError(f"task {name!r}: channels must be 1 or 3 and size at least 1, not {channels} and {size}")
         if cache is not None and Path(name).name != name:
             raise ValueError(f"task {name!r} is no name of a folder, in which its images could be kept")
-        count = 0
-        splits = {}
-        for split, data in (("train", train), ("test", test)):
-            splits[split] = _read_dataset(f"{name}-{split}", data, size, channels, cache, version)
-            count = max(count, int(splits[split].labels.max()) + 1)
-        named = classes if classes is not None else getattr(train, "classes", None)
-        if named is None:
-            absent = [
-                label for label, number in enumerate(splits["train"].labels.bincount(minlength=count)) if not number
-            ]
-            if absent:
-                raise ValueError(
-                    f"task {name!r} has labels up to {count - 1} and no training image of class {absent[0]}: labels "
-                    "must be 0, 1, ... C - 1, or give classes"
-                )
-        names = tuple(map(str, range(count) if named is None else named))
-        task = Task(name, splits["train"], splits["test"], names, flip, role, title or name, source)
-        return task.checked()
+        splits = []
+        try:
+            for split, data in (("train", train), ("test", test)):
+                splits.append(_read_dataset(f"{name}-{split}", data, size, channels, cache, version))
+            named = classes if classes is not None else getattr(train, "classes", None)
+            names = tuple(_numbers_of_classes(name, splits[0], splits[1]) if named is None else map(str, named))
+            return Task(name, splits[0], splits[1], names, flip, role, title or name, source).checked()
+        except ValueError:
+            for part in splits:  # else the same would be found there after the data set was mended
+                if isinstance(part.images, MappedImages):
+                    shutil.rmtree(part.images.path.parent, ignore_errors=True)
+            raise
 
     def checked(self) -> Task:
         """The task itself; raises ValueError for a split without images, a label outside the classes, and what is no
@@ -134,6 +129,19 @@ class Task:
         """The same task for tuning: a seeded fraction of every class's training images takes the test set's place."""
         train, held = split_by_class(self.train.labels, fraction, f"{seed}/{self.name}")
         return replace(self, train=self.train.select(train), test=self.train.select(held)).checked()
+
+
+def _numbers_of_classes(name: str, train: ImageSet, test: ImageSet) -> list[str]:
+    """The names of classes that have none; raises ValueError unless every class has a training image."""
+    low, high = (int(bound) for bound in torch.cat([train.labels, test.labels]).aminmax())
+    there = train.labels.unique()
+    absent = [low] if low < 0 else [n for n, label in enumerate(there.tolist()) if label != n] or [len(there)]
+    if absent[0] <= high:
+        raise ValueError(
+            f"task {name!r} has labels from {low} to {high} and {'a' if low < 0 else 'no training image of'} class "
+            f"{absent[0]}: labels must be 0, 1, ... C - 1, or give classes"
+        )
+    return [str(label) for label in there.tolist()]
 
 
 def split_by_class(labels: Tensor, fraction: float, seed: str) -> tuple[Tensor, Tensor]:

@@ -279,6 +279,19 @@ def choose_tasks(args: argparse.Namespace, size: int | None) -> tuple[tuple[Task
     return loaded[: len(tasks)], tuple(task.validation() for task in held_out) if args.validation else held_out
 
 
+def check_places(args: argparse.Namespace) -> None:
+    """Raises ValueError for a folder of ours among those that are tasks."""
+    if "folder" not in args.suite.split(",") or args.data_root is None:
+        return
+    root = Path(args.data_root).resolve()
+    for option, place in (("--cache-dir", args.cache_dir), ("--out", args.out)):
+        if place is None or not place.resolve().is_relative_to(root):
+            continue
+        below = place.resolve().relative_to(root).parts
+        if not below or not below[0].startswith("."):  # hidden folders are no tasks
+            raise ValueError(f"{option} {place} lies in the data root {root}, whose folders are tasks: choose another")
+
+
 def chosen_names(asked_for: Sequence[str] | None, roles: Mapping[str, str], role: str) -> list[str]:
     """Names asked for, or else those of the role."""
     names = list(dict.fromkeys(asked_for)) if asked_for else [name for name, its in roles.items() if its == role]
@@ -290,6 +303,7 @@ def chosen_names(asked_for: Sequence[str] | None, roles: Mapping[str, str], role
 
 def load_tasks(args: argparse.Namespace, names: Sequence[str], size: int | None) -> tuple[Task, ...]:
     """Tasks of the suite by name; raises ValueError for one that it has not."""
+    check_places(args)
     return tuple(load_suite(args.suite, args.data_root, names, storage(args, size)).values())
 
 

@@ -58,6 +58,11 @@ def _bare(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
+def _plain(name: str) -> str:
+    """A task's name, in which two dollars are not a formula."""
+    return name.replace("$", r"\$")
+
+
 def _wrapped(text: str, inches: float) -> str:
     """Text in lines of this width."""
     letters = len(text) * inches / _inches(text)
@@ -232,7 +237,7 @@ def by_target(
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30 if len(ticks) > 4 else 0, fontsize="small")
         axes.minorticks_off()
-        axes.set_title(target, fontsize=TEXT)
+        axes.set_title(_plain(target), fontsize=TEXT)
     for axes in grid[:, 0]:
         axes.set_ylabel(_wrapped(y, 2.3))
     # x is named above: under the plots it would hide the legend
@@ -262,7 +267,7 @@ def final_accuracy(
             style = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 7}
             for place, height, half in zip(places, heights, finite, strict=True):
                 axes.annotate(f"{height:.1f}", (place, min(height + 100 * half, 100)), (0, 2), **style)
-    axes.set_xticks(range(len(targets)), targets)
+    axes.set_xticks(range(len(targets)), list(map(_plain, targets)))
     axes.set_ylim(max(0.0, 10 * math.floor(10 * lowest - 0.5)), min(105.0, axes.get_ylim()[1]))
     axes.set_ylabel("accuracy after fine-tuning, %" + (" (axis cut)" if axes.get_ylim()[0] else ""))
     axes.grid(axis="x", visible=False)

@@ -55,6 +55,7 @@ def read_weights(path: Path, model: Model) -> Weights:
     has_statistics = any(name in given for name in statistics)
     # older files count no batches, and an initialization holds no statistics at all
     optional = {name for name in statistics if not has_statistics or name.endswith("num_batches_tracked")}
+    usable = [name for name, tensor in own.items() if name in given and _convertible(given[name], tensor)]
     faults = {
         "missing": [name for name in own if name not in given and name not in optional],
         "not in the model": [name for name in given if name not in own and name not in left_out],
@@ -64,11 +65,11 @@ def read_weights(path: Path, model: Model) -> Weights:
             if name in given and given[name].shape != tensor.shape
         ],
         "of another kind": [
-            f"{name} {given[name].dtype}"
-            for name, tensor in own.items()
-            if name in given and given[name].is_floating_point() != tensor.is_floating_point()
+            f"{name} {given[name].dtype} {given[name].layout}".removesuffix(" torch.strided")
+            for name in own
+            if name in given and name not in usable
         ],
-        "not finite": [name for name in given if name in own and not given[name].isfinite().all()],
+        "not finite": [name for name in usable if not given[name].to(own[name].dtype).isfinite().all()],
     }
     said = [f"{what}: {_listed(names)}" for what, names in faults.items() if names]
     if said:
@@ -80,7 +81,8 @@ def read_weights(path: Path, model: Model) -> Weights:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ValueError(f"--weights {path}: there is no such file")
+        what = "is a folder: name the file in it" if path.is_dir() else "there is no such file"
+        raise ValueError(f"--weights {path}: {what}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -106,6 +108,13 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _is_entry(entry: tuple[object, object]) -> bool:
     name, value = entry
     return isinstance(name, str) and isinstance(value, Tensor) and not value.is_meta
+
+
+def _convertible(given: Tensor, tensor: Tensor) -> bool:
+    """Whether it is dense, of usual numbers, and of the same kind."""
+    plain = given.layout == torch.strided and not given.is_quantized and not given.is_complex()
+    of_bytes = given.is_floating_point() and given.element_size() < 2
+    return plain and not of_bytes and given.is_floating_point() == tensor.is_floating_point()
 
 
 def _listed(names: list[str]) -> str:

@@ -169,7 +169,8 @@ def _logits(name: str, net: nn.Module, images: Tensor) -> Tensor:
         logits = net(images)
     except Exception as error:
         raise ValueError(
-            f"the model {name!r} cannot take images of {height} x {width} pixels: {_said(error)}"
+            f"the model {name!r} cannot take images of {height} x {width} pixels: {_said(error)}; give another size "
+            "(--size), or another model"
         ) from error
     expected = (len(images), TRIAL)
     if not isinstance(logits, Tensor) or logits.shape != expected:

@@ -105,6 +105,23 @@ def test_another_size_version_or_file_is_another_entry(tmp_path):
     assert (open_(level=2), entries()) == (2, 3)
 
 
+def test_equal_files_at_two_places_are_two_entries(tmp_path):
+    from PIL import Image
+
+    for level in (1, 2):
+        folder = tmp_path / str(level)
+        folder.mkdir()
+        Image.new("RGB", (8, 8), (level, level, level)).save(folder / "a.ppm")
+        os.utime(folder / "a.ppm", (9, 9))
+        part = Samples([str(folder / "a.ppm")], torch.zeros(1).long())
+        assert mapped("x", part, 8, 3, tmp_path / "cache")[0][0].max() == level
+
+
+def test_a_file_that_is_gone_since_it_was_found_is_named(tmp_path):
+    with pytest.raises(DamagedFile, match="gone.png is gone since it was found: replace the file"):
+        mapped("x", Samples([str(tmp_path / "gone.png")], torch.zeros(1).long()), 8, 3, tmp_path)
+
+
 def test_long_titles_have_entries_of_their_own(tmp_path):
     titles = ["ü" * 100 + end for end in ("a" * 40, "a" * 41, "b" * 40)]
     for number, title in enumerate(titles * 2):

@@ -93,6 +93,10 @@ def test_files_that_cannot_be_used_are_named_with_reason_and_remedy(tmp_path):
         decode(str(tmp_path / "none.jpg"), 8, 3, remedy="fetch it")
     with pytest.raises(DamagedFile, match="floating-point"):
         decode(saved(tmp_path, Image.fromarray(gradient(np.float32)), "float.tif"), 8, 3)
+    with pytest.raises(DamagedFile, match="32-bit integers up to"):
+        decode(saved(tmp_path, Image.fromarray(gradient(np.int32)), "small.tif"), 8, 3)
+    with pytest.raises(ValueError, match="must have pixels"):
+        decode(np.zeros((0, 8, 3), np.uint8), 8, 3)
     with pytest.raises(DamagedFile, match="beyond 16 bits"):
         decode(saved(tmp_path, Image.fromarray(gradient(np.int32, 100_000)), "long.tif"), 8, 3)
 

@@ -158,6 +158,9 @@ def test_what_is_wrong_with_a_folder_is_named(root, tmp_path):
         load_suite("folder", root)
     with pytest.raises(MissingData, match="none does not exist; it must hold DIR"):
         load_suite("folder", root / "none")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is no folder"):
+        load_suite("folder", tmp_path / "file")
     with pytest.raises(ValueError, match="--data-root"):
         load_suite("folder")
 
@@ -169,6 +172,11 @@ def test_the_program_meta_trains_on_folders_and_tests_on_the_one_held_out(root, 
     with pytest.raises(SystemExit):
         resnet20.main(arguments)
     assert "give --targets" in capsys.readouterr().err
+    for option in ("--out", "--cache-dir"):  # its folders would be tasks of the next run
+        with pytest.raises(SystemExit):
+            resnet20.main([*arguments, "--targets", "birds", option, str(root / "runs/one")])
+        assert f"{option} {root / 'runs/one'} lies in the data root" in capsys.readouterr().err
+    assert not (root / "runs").exists()
     assert resnet20.main([*arguments, "--targets", "birds"]) == 0
     told = json.loads((tmp_path / "out/results.json").read_text())["config"]
     assert (told["tasks"], told["targets"]) == (["cars", "vans"], ["birds"])
@@ -256,6 +264,17 @@ def test_a_task_is_made_of_torch_data_sets():
         (Pairs([0, 1]), {"channels": 2}, "channels must be 1 or 3"),
         (Pairs([0, 1]), {"size": 0}, "size at least 1"),
         (Pairs([1, 2]), {}, "no training image of class 0: labels must be 0, 1"),
+        (
+            [(layouts.pixels(0), 0), (layouts.pixels(0), -1)],
+            {},
+            "labels from -1 to 1 and a class -1: labels must be 0, 1",
+        ),
+        (
+            [(layouts.pixels(0), 0), (layouts.pixels(0), 10**12)],
+            {},
+            "no training image of class 1: labels must be 0, 1",
+        ),
+        (Pairs([0]), {}, "labels from 0 to 1 and no training image of class 1"),
         (iter([]), {}, "must have len"),
         ([(layouts.pixels(0), 0.7)], {}, "item 0 cannot be read .ValueError: the label 0.7 is no integer"),
     ],
@@ -266,6 +285,13 @@ def test_torch_data_sets_that_make_no_task_are_named(train, options, words, tmp_
             Task.from_datasets("own", train, Pairs([1]), **{"size": 8, **options, **more})
     with pytest.raises(ValueError, match="no name of a folder"):
         Task.from_datasets("../own", Pairs([0, 1]), Pairs([1]), size=8, cache=tmp_path)
+
+
+def test_a_refused_data_set_is_read_anew_once_it_is_mended(tmp_path):
+    kept = {"size": 8, "cache": tmp_path}
+    with pytest.raises(ValueError, match="no training image of class 1"):
+        Task.from_datasets("own", Pairs([0, 2, 2]), Pairs([0]), **kept)
+    assert Task.from_datasets("own", Pairs([0, 1, 1]), Pairs([0]), **kept).train.labels.tolist() == [0, 1, 1]
 
 
 def test_a_registered_task_that_cannot_be_trained_is_named_when_it_is_asked_for(monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -134,6 +135,14 @@ def test_tiny_imagenets_val_may_be_sorted_into_folders(tmp_path):
         assert layouts.labels_of(torch.stack([torch.from_numpy(decode(i, 8, 3)) for i in splits.test.items])) == test
 
 
+def test_an_emptied_folder_of_tiny_imagenets_images_is_none(tmp_path):
+    told = layouts.tiny_imagenet(tmp_path, sort_val=True)
+    (tmp_path / "tiny-imagenet-200" / "val" / "images").mkdir()
+    layouts.lines(tmp_path / "tiny-imagenet-200" / "val" / "val_annotations.txt", ["val_1.JPEG\tn10000000\t0\t0\t9\t9"])
+    splits = small("tiny_imagenet_b", told["tiny_imagenet_b"]).find(tmp_path)
+    assert splits.test.labels.tolist() == told["tiny_imagenet_b"][1]
+
+
 def test_cars_images_may_be_nested(tmp_path):
     told = layouts.stanford_cars(tmp_path, nested=True)["stanford_cars"]
     splits = small("stanford_cars", told).find(tmp_path)
@@ -244,6 +253,43 @@ def test_files_that_cannot_be_parsed_are_named(everything, tmp_path, fixture_md5
         (copy / file).write_bytes(whole[: len(whole) // 2])
         with pytest.raises(DamagedFile, match=f"{file}.*--download"):
             small(name, told[name]).find(copy, partial=True)
+
+
+def test_pixels_are_of_the_version_that_was_read_though_their_files_change_before_they_are_kept(
+    everything, tmp_path, fixture_md5s
+):
+    root, told = everything
+    for name, file in (
+        ("cifar10", "cifar-10-batches-py/data_batch_3"),
+        ("svhn", "svhn/test_32x32.mat"),
+        ("stl10", "stl10_binary/train_X.bin"),
+        ("fashion_mnist", "FashionMNIST/raw/train-images-idx3-ubyte"),
+        ("quickdraw", "quickdraw/numpy_bitmap/The Eiffel Tower.npy"),
+    ):
+        copy = tmp_path / name
+        shutil.copytree(root / file.partition("/")[0], copy / file.partition("/")[0])
+        data = small(name, told[name])
+        first = data.find(copy, partial=True)
+        os.utime(copy / file, (9, 9))
+        second = data.find(copy, partial=True)
+        versions = [[part.version() for part in (splits.train, splits.test)] for splits in (first, second)]
+        assert versions[0] != versions[1]
+        assert [part.version() for part in (first.train, first.test)] == versions[0]
+
+
+def test_images_are_never_under_two_labels_or_in_both_splits_by_a_link(tmp_path):
+    layouts.imagenet_groups(tmp_path)
+    shutil.rmtree(tmp_path / "imagenet" / "val")
+    (tmp_path / "imagenet" / "val").symlink_to(tmp_path / "imagenet" / "train")
+    with pytest.raises(DamagedFile, match="imagenet/val/.*counted already"):
+        paper.BY_NAME["imagenet_1"].find(tmp_path, partial=True)
+    layouts.tiny_imagenet(tmp_path)
+    train = tmp_path / "tiny-imagenet-200" / "train"
+    one, other = sorted(train.iterdir())[:2]
+    shutil.rmtree(other)
+    other.symlink_to(one)
+    with pytest.raises(DamagedFile, match=f"{other.name}.*counted already"):
+        paper.BY_NAME["tiny_imagenet_a"].find(tmp_path, partial=True)
 
 
 def test_files_with_other_content_than_arrays_are_named_and_nobody_is_advised_to_unpickle_them(everything, tmp_path):

@@ -252,6 +252,15 @@ def state_with(**changes):
         (lambda: state_with(**{"0.bias": torch.zeros(7)}), ["0.bias (7,) instead of (4,)"]),
         (lambda: state_with(**{"0.bias": torch.zeros(4, dtype=torch.int8)}), ["of another kind: 0.bias torch.int8"]),
         (lambda: state_with(**{"0.bias": torch.full((4,), torch.nan)}), ["not finite: 0.bias"]),
+        (lambda: state_with(**{"0.bias": torch.full((4,), 1e300, dtype=torch.float64)}), ["not finite: 0.bias"]),
+        (
+            lambda: state_with(**{"0.bias": torch.zeros(4).to(torch.float8_e4m3fn)}),
+            ["of another kind: 0.bias torch.float8_e4m3fn"],
+        ),
+        (
+            lambda: state_with(**{"0.bias": torch.ones(4).to_sparse()}),
+            ["of another kind: 0.bias torch.float32 torch.sparse_coo"],
+        ),
         (lambda: {0: torch.zeros(1)}, ["no state dict", "0"]),
         (lambda: {"model": state_with(), "epoch": 3}, ["no state dict", "model, epoch"]),
         (lambda: [torch.zeros(1)], ["no state dict", "list"]),
@@ -270,6 +279,10 @@ def test_a_missing_or_damaged_file_of_weights_is_named(file, tmp_path):
     path = tmp_path / file
     with pytest.raises(ValueError, match="no such file"):
         read_weights(path, model(own("classifier")))
+    path.mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        read_weights(path, model(own("classifier")))
+    path.rmdir()
     path.write_bytes(b"no tensors here")
     with pytest.raises(ValueError, match=f"{file} cannot be read"):
         read_weights(path, model(own("classifier")))

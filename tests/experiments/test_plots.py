@@ -60,6 +60,12 @@ def figures(monkeypatch):
     return found
 
 
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_tasks_name_is_no_formula(name: str, tmp_path: Path):
+    DRAWN[name](["cts"], ["$5_and_$10", "$x"])(tmp_path / "f.png", labels=LABELS)
+    assert (tmp_path / "f.png").stat().st_size
+
+
 @pytest.mark.parametrize("targets", [["emoji"], ["emoji", "photos"]], ids=len)
 @pytest.mark.parametrize("methods", [["cts", "reptile"], TRAINED], ids=len)
 @pytest.mark.parametrize("name", DRAWN)

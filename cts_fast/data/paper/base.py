@@ -14,7 +14,7 @@ from torch import Tensor
 from cts_fast.data.download import Archive, md5_of, obtain
 from cts_fast.data.errors import DamagedFile, MissingData
 from cts_fast.data.folder import subfolders
-from cts_fast.data.images import Samples
+from cts_fast.data.images import Samples, fingerprint
 
 PARTIAL = "or add --partial to use what is there"
 
@@ -94,8 +94,14 @@ class DataSet:
         return Splits.of(parts, splits.classes)
 
     def place(self, root: Path) -> Path | None:
-        """The folder that it lies in: the first that holds something of what is needed."""
+        """The folder that it lies in: the first that holds something of what is needed.
+
+        Raises DamagedFile for one that cannot be read.
+        """
         folders = [root / place for place in self.places]
+        for folder in folders:
+            if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+                raise DamagedFile(f"{folder} cannot be read (permission denied): change that, or move it away")
         return next((f for f in folders if any(next(f.glob(need), None) is not None for need in self.needs)), None)
 
     def check(self, splits: Splits, place: Path, partial: bool) -> None:
@@ -150,10 +156,10 @@ def of_files(paths: Sequence[str | os.PathLike], labels: Sequence[int], partial:
 
 
 @contextmanager
-def reading(*files: Path) -> Iterator[None]:
-    """What is raised names the files that were read."""
+def reading(*files: Path) -> Iterator[str]:
+    """What is raised names the files that are read; gives their `fingerprint` before, the version of what is read."""
     try:
-        yield
+        yield fingerprint(files)
     except (DamagedFile, ImportError, MemoryError):
         raise
     except Exception as error:  # unpickling and parsing of damaged files raise nearly anything
@@ -171,11 +177,12 @@ def check_md5s(place: Path, files: Iterable[Sequence[str]]) -> None:
             raise ValueError(f"{place / file} is corrupted, or another version: its md5 is {found}, not {md5}")
 
 
-def of_pixels(pixels, labels: Tensor, *files: Path) -> Samples:
-    """Images in an array, uint8 [N, H, W] or [N, H, W, 3], that was read from these files."""
+def of_pixels(pixels, labels: Tensor, version: str, *files: Path) -> Samples:
+    """Images in an array, uint8 [N, H, W] or [N, H, W, 3], that was read from these files; version: their fingerprint
+    before."""
     if len(pixels) != len(labels):
         raise ValueError(f"{' and '.join(map(str, files))}: {len(pixels):,} images and {len(labels):,} labels")
-    return Samples(pixels, labels, tuple(os.fspath(file) for file in files))
+    return Samples(pixels, labels, version)
 
 
 def check_class_folders(folder: Path, classes: Collection[str]) -> None:

@@ -38,6 +38,7 @@ def groups() -> list[dict[str, str]]:
 def read(place: Path, partial: bool, wnids: dict[str, str]) -> Splits:
     """The classes of one group; the published validation set is the test set."""
     parts: list[Samples] = []
+    seen: set[tuple[int, int]] = set()  # a link would have images counted twice, or tested that were trained on
     for split in ("train", "val"):
         lacking = [wnid for wnid in wnids if not (place / split / wnid).is_dir()]
         if lacking and not partial:
@@ -45,5 +46,5 @@ def read(place: Path, partial: bool, wnids: dict[str, str]) -> Splits:
                 f"{place / split / lacking[0]} is missing ({len(lacking)} class folders of this group are): "
                 f"unpack the archive again, {PARTIAL}"
             )
-        parts.append(by_class(place / split, wnids))
+        parts.append(by_class(place / split, wnids, seen))
     return Splits.of(parts, tuple(f"{name} ({wnid})" for wnid, name in wnids.items()))

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from cts_fast.data.download import Archive
 from cts_fast.data.errors import DamagedFile
-from cts_fast.data.images import Samples
+from cts_fast.data.images import Samples, fingerprint
 from cts_fast.data.paper.base import PARTIAL, Splits
 
 TRAIN, TEST = 500, 100  # of a category; the paper's subset is not published, so this is a choice of ours
@@ -33,7 +33,7 @@ def read(place: Path, partial: bool) -> Splits:
     import numpy as np
     import torch
 
-    items, labels, files = ([], []), ([], []), []
+    items, labels, versions = ([], []), ([], []), []
     known = categories()
     for label, name in enumerate(known):
         path = next((p for p in (place / f"{name}.npy", place / f"{PREFIX}{name}.npy") if p.is_file()), None)
@@ -41,6 +41,7 @@ def read(place: Path, partial: bool) -> Splits:
             if partial:
                 continue
             raise DamagedFile(f"{place / name}.npy is missing: fetch it with --download, {PARTIAL}")
+        versions.append(fingerprint([path]))
         try:
             drawings = np.lib.format.open_memmap(path, mode="r")  # numpy's own way in would advise to unpickle
             if drawings.dtype != np.uint8 or drawings.ndim != 2 or drawings.shape[1] != 784:
@@ -55,9 +56,8 @@ def read(place: Path, partial: bool) -> Splits:
         for part, chosen in ((0, numbers[tested:]), (1, numbers[:tested])):
             items[part].append(drawings[sorted(chosen)].reshape(-1, 28, 28))
             labels[part].extend([label] * len(chosen))
-        files.append(str(path))
     parts = (
-        Samples(np.concatenate(pixels), torch.tensor(numbers), files)
+        Samples(np.concatenate(pixels), torch.tensor(numbers), f"{TRAIN}/{TEST}/{versions}")
         for pixels, numbers in zip(items, labels, strict=True)
     )
     return Splits.of(parts, tuple(known))

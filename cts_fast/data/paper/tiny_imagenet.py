@@ -19,15 +19,16 @@ def read(place: Path, partial: bool, half: int) -> Splits:
     wnids = sorted((place / "wnids.txt").read_text().split())
     check_class_folders(place / "train", wnids)
     classes = wnids[half * HALF : (half + 1) * HALF]
+    seen: set[tuple[int, int]] = set()  # a link would have images counted twice, or tested that were trained on
     number = {wnid: label for label, wnid in enumerate(classes)}
-    train = [(path, label) for wnid, label in number.items() for path in images_below(place / "train" / wnid)]
+    train = [(path, label) for wnid, label in number.items() for path in images_below(place / "train" / wnid, seen)]
     val = place / "val"
-    if (val / "images").is_dir() and (val / "val_annotations.txt").is_file():
+    if next((val / "images").glob("*"), None) and (val / "val_annotations.txt").is_file():
         rows = [line.split("\t") for line in (val / "val_annotations.txt").read_text().splitlines() if line.strip()]
         test = [(str(val / "images" / row[0]), number[row[1]]) for row in rows if row[1] in number]
     else:  # sorted into class folders, as many scripts do
         check_class_folders(val, [*wnids, "images"])
-        test = [(path, label) for wnid, label in number.items() for path in images_below(val / wnid)]
+        test = [(path, label) for wnid, label in number.items() for path in images_below(val / wnid, seen)]
     words = (
         dict(line.split("\t", 1) for line in (place / "words.txt").read_text().splitlines() if "\t" in line)
         if (place / "words.txt").is_file()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cts_fast.data.images import fingerprint
 from cts_fast.data.paper.base import Splits, check_class_folders, check_md5s, of_files, of_pixels, reading
 
 
@@ -17,8 +18,10 @@ def _made(kind: Any, root: Path, splits: Iterable[str], lists: str, loader: Call
     """The splits of a torchvision data set whose images are in files; lists: what it reads, {} the split's name."""
     sets = []
     for split in splits:
-        with reading(root / lists.format(split)):
+        try:
             sets.append(kind(root, split, loader=loader))
+        except Exception as error:  # its parsers raise nearly anything
+            raise ValueError(f"{root / lists.format(split)}: {type(error).__name__}: {error}") from error
     return sets
 
 
@@ -65,9 +68,9 @@ def cifar(place: Path, partial: bool, fine: bool) -> Splits:
     parts = []
     for is_train in (True, False):
         files = [place / file for file, _ in (kind.train_list if is_train else kind.test_list)]
-        with reading(*files, place / kind.meta["filename"]):
+        with reading(*files, place / kind.meta["filename"]) as version:
             data = kind(place.parent, train=is_train)
-        parts.append(of_pixels(data.data, torch.tensor(data.targets), *files))
+        parts.append(of_pixels(data.data, torch.tensor(data.targets), version, *files))
         classes = tuple(data.classes)
     return Splits.of(parts, classes)
 
@@ -80,10 +83,11 @@ def fashion_mnist(place: Path, partial: bool) -> Splits:
     parts = []
     for stem in ("train", "t10k"):
         files = images, labels = place / f"{stem}-images-idx3-ubyte", place / f"{stem}-labels-idx1-ubyte"
+        version = fingerprint(files)
         with reading(images):
             pixels = read_image_file(str(images)).numpy()
         with reading(labels):
-            parts.append(of_pixels(pixels, read_label_file(str(labels)), *files))
+            parts.append(of_pixels(pixels, read_label_file(str(labels)), version, *files))
     return Splits.of(parts, tuple(FashionMNIST.classes))
 
 
@@ -97,10 +101,10 @@ def svhn(place: Path, partial: bool) -> Splits:
         _, file, md5 = SVHN.split_list[split]
         if not partial:
             check_md5s(place, [(file, md5)])
-        with reading(place / file):
+        with reading(place / file) as version:
             data = kind(place, split=split)
         labels = torch.from_numpy(data.labels.reshape(-1)).long()
-        parts.append(of_pixels(data.data.transpose(0, 2, 3, 1), labels, place / file))
+        parts.append(of_pixels(data.data.transpose(0, 2, 3, 1), labels, version, place / file))
     return Splits.of(parts, tuple(map(str, range(10))))
 
 
@@ -115,10 +119,10 @@ def stl10(place: Path, partial: bool) -> Splits:
         if not partial:
             check_md5s(place, listed)
         files = [place / file for file, _ in listed]
-        with reading(*files):
+        with reading(*files) as version:
             data = kind(place.parent, split=split)
         labels = torch.as_tensor(data.labels).long()
-        parts.append(of_pixels(data.data.transpose(0, 2, 3, 1), labels, *files))
+        parts.append(of_pixels(data.data.transpose(0, 2, 3, 1), labels, version, *files))
     return Splits.of(parts, tuple(data.classes))
 
 
