@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -158,13 +159,20 @@ def of_files(paths: Sequence[str | os.PathLike], labels: Sequence[int], partial:
 @contextmanager
 def reading(*files: Path) -> Iterator[str]:
     """What is raised names the files that are read; gives their `fingerprint` before, the version of what is read."""
-    try:
+    with naming(" or ".join(map(str, files))):
         yield fingerprint(files)
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """What is raised names what is read; what says more by itself passes."""
+    try:
+        yield
     except (DamagedFile, ImportError, MemoryError):
         raise
     except Exception as error:  # unpickling and parsing of damaged files raise nearly anything
         reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{' or '.join(map(str, files))}: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"{what}: {type(error).__name__}: {reason}") from error
 
 
 def check_md5s(place: Path, files: Iterable[Sequence[str]]) -> None:
@@ -182,7 +190,7 @@ def of_pixels(pixels, labels: Tensor, version: str, *files: Path) -> Samples:
     before."""
     if len(pixels) != len(labels):
         raise ValueError(f"{' and '.join(map(str, files))}: {len(pixels):,} images and {len(labels):,} labels")
-    return Samples(pixels, labels, version)
+    return Samples(pixels, labels, f"{version}/{hashlib.sha256(labels.numpy().tobytes()).hexdigest()}")
 
 
 def check_class_folders(folder: Path, classes: Collection[str]) -> None:

@@ -11,17 +11,15 @@ from typing import Any
 import torch
 
 from cts_fast.data.images import fingerprint
-from cts_fast.data.paper.base import Splits, check_class_folders, check_md5s, of_files, of_pixels, reading
+from cts_fast.data.paper.base import Splits, check_class_folders, check_md5s, naming, of_files, of_pixels, reading
 
 
 def _made(kind: Any, root: Path, splits: Iterable[str], lists: str, loader: Callable = str) -> list[Any]:
     """The splits of a torchvision data set whose images are in files; lists: what it reads, {} the split's name."""
     sets = []
     for split in splits:
-        try:
+        with naming(str(root / lists.format(split))):
             sets.append(kind(root, split, loader=loader))
-        except Exception as error:  # its parsers raise nearly anything
-            raise ValueError(f"{root / lists.format(split)}: {type(error).__name__}: {error}") from error
     return sets
 
 
