@@ -29,7 +29,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 SOURCES = {  # module → its files by role
     "_cpu": {
         "kernels": ["cpu/shifting_step.cpp", "cpu/method_ops.cpp"],
-        "host": ["cpu/plan.cpp"],
+        "host": ["cpu/stepper.cpp"],
         "bindings": ["python/gradients.cpp", "python/cpu_bindings.cpp"],
     },
     "_cuda": {

@@ -1,7 +1,7 @@
 // Continual trajectory shifting (Shin et al., ICML 2021, Algorithm 2): the update rule, once, for host and device code.
 //
 // Every coordinate stands alone. A kernel loads theta, v and g of T tasks and phi at one coordinate, calls the four
-// functions in their order, and stores; how it walks over memory is its own affair.
+// functions in their order, and stores; the order in which it walks over memory is free.
 //
 //     for every task t with a gradient:
 //         inner_update(theta_t, v_t, g_t)                  theta_t <- theta_t - lr u_t
@@ -45,7 +45,7 @@ struct Flat {
 // Segment::first says where. A null gradient leaves the inner step out. started: momentum has taken its first gradient;
 // null: all have. nonfinite: set to 1 where a gradient holds a NaN or an infinity; null: not looked for. num_tasks: T
 // of the mean, which may be more than a buffer's rows.
-struct Step {
+struct Control {
   const void* const* gradients;
   const uint8_t* started;
   uint8_t* nonfinite;
@@ -64,7 +64,7 @@ template <class C> struct Rule {
   bool has_momentum, has_weight_decay, nesterov, scaled, maximize, meta_update, reset, reset_momentum;
 };
 
-template <class C> CTS_HD Rule<C> make_rule(const SgdGroup& h, const Step& step, bool shared) {
+template <class C> CTS_HD Rule<C> make_rule(const SgdGroup& h, const Control& step, bool shared) {
   Rule<C> r;
   r.descent = C(-h.lr), r.momentum = C(h.momentum), r.gain = C(1 - h.dampening), r.weight_decay = C(h.weight_decay);
   r.rate = C(h.meta_lr / step.num_tasks), r.shift = C(h.shift), r.scale = C(step.inverse_scale);
@@ -75,7 +75,7 @@ template <class C> CTS_HD Rule<C> make_rule(const SgdGroup& h, const Step& step,
   return r;
 }
 
-// The gradient as the step sees it, before maximize: unscaled. Its finiteness is what `Step::nonfinite` reports.
+// The gradient as the step sees it, before maximize: unscaled. Its finiteness is what `Control::nonfinite` reports.
 template <class V, class C> CTS_HD V unscaled(V g, const Rule<C>& r) { return r.scaled ? g * V(r.scale) : g; }
 
 // phi <- phi + delta, delta = meta_lr / T sum; returns delta. sum: of theta_t - phi over the tasks.

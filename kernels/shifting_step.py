@@ -25,8 +25,8 @@ import triton.language as tl
 
 # entries of a tile: its column in the buffers, columns left in its tensor, its start there, group, first gradient
 TILE = tl.constexpr(5)
-# entries of a group: Hyper's eight, the gradients' factor, a tensor α's address and whether it is float64, β's, T of the
-# mean
+# entries of a group: Hyper's eight, the gradients' factor, a tensor α's address and whether it is float64, β's, T of
+# the mean
 HYPER = tl.constexpr(14)
 LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE = (tl.constexpr(i) for i in range(6))
 META_LR, SHIFT, FACTOR, LR_TENSOR, META_LR_TENSOR, NUM_TASKS = (tl.constexpr(i) for i in (6, 7, 8, 9, 11, 13))
@@ -80,7 +80,7 @@ def _store(theta, master, offsets, mask, x):
 
 
 @triton.jit
-def _inner_step(
+def _inner_update(
     buffers, inputs, columns, rows, row_mask, clear, ALIGNED: tl.constexpr, WORK: tl.constexpr, PLAIN: tl.constexpr
 ):
     """θ′ [ROWS, BLOCK] of the tasks `rows`; writes their momentum. clear: momentum ends at zero."""
@@ -128,7 +128,7 @@ def _inner_step(
 
 
 @triton.jit
-def _inner_steps_in_turn(
+def _inner_updates_in_turn(
     buffers,
     inputs,
     columns,
@@ -147,7 +147,7 @@ def _inner_steps_in_turn(
     total = tl.full([BLOCK], 0, WORK)
     for t in range(0, T, ROWS):  # not unrolled: 128 tasks would compile for a minute
         here = t + rows < T
-        x, offsets, mask = _inner_step(buffers, inputs, columns, t + rows, here, clear, ALIGNED, WORK, PLAIN)
+        x, offsets, mask = _inner_update(buffers, inputs, columns, t + rows, here, clear, ALIGNED, WORK, PLAIN)
         total += tl.sum(tl.where(here[:, None], x - p[None, :], 0.0), axis=0)
         _store(theta, master, offsets, mask, x)
     return total
@@ -157,7 +157,7 @@ def _inner_steps_in_turn(
 def _shift_in_turn(
     buffers, column, numbers, inside, p, moved, shift, reset, T: tl.constexpr, ROWS: tl.constexpr, WORK: tl.constexpr
 ):
-    """θ ← θ′ + shift · Δ, or φ at a reset, of ROWS stored tasks after the other. moved: Δ, and whether anything moves."""
+    """θ ← θ′ + shift · Δ, or φ at a reset, of ROWS stored tasks in turn. moved: Δ, and whether anything moves."""
     theta, v, master, stride = buffers
     delta, moves = moved
     rows = tl.arange(0, ROWS)
@@ -194,7 +194,7 @@ def _columns_step(
     columns = (column, start, numbers, inside)
     rows = tl.arange(0, ROWS)
     if phi is None:
-        x, offsets, mask = _inner_step(buffers, inputs, columns, rows, rows < T, rows < 0, ALIGNED, WORK, PLAIN)
+        x, offsets, mask = _inner_update(buffers, inputs, columns, rows, rows < T, rows < 0, ALIGNED, WORK, PLAIN)
         _store(theta, master, offsets, mask, x)
     else:
         bits = tl.full([1], mode, tl.int32)
@@ -204,10 +204,10 @@ def _columns_step(
         meta_lr, shift = _learning_rate(h + META_LR, h + META_LR_TENSOR), tl.load(h + SHIFT).to(WORK)
         num_tasks = tl.load(h + NUM_TASKS)
         if T <= ROWS:
-            x, offsets, mask = _inner_step(buffers, inputs, columns, rows, rows < T, clear, ALIGNED, WORK, PLAIN)
+            x, offsets, mask = _inner_update(buffers, inputs, columns, rows, rows < T, clear, ALIGNED, WORK, PLAIN)
             total = tl.sum(tl.where((rows < T)[:, None], x - p[None, :], 0.0), axis=0)
         else:
-            total = _inner_steps_in_turn(buffers, inputs, columns, p, clear, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
+            total = _inner_updates_in_turn(buffers, inputs, columns, p, clear, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
             tl.debug_barrier()  # what is read back below may have been stored by another thread
         moves = meta_update & (tl.full([1], meta_lr, tl.float64) != 0)
         delta = tl.where(moves, total * (meta_lr / num_tasks).to(WORK), 0.0)
@@ -359,7 +359,7 @@ def _columns_partial(
     bits = tl.full([1], mode, tl.int32)
     clear = ((bits & RESET) != 0) & ((bits & RESET_MOMENTUM) != 0)
     own, columns = (gradients + first, flags, h, factor), (column, start, numbers, inside)
-    x = _inner_steps_in_turn(buffers, own, columns, p, clear, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
+    x = _inner_updates_in_turn(buffers, own, columns, p, clear, T, ROWS, BLOCK, ALIGNED, WORK, PLAIN)
     tl.store(total + column + numbers, x, mask=inside)
 
 

@@ -12,7 +12,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor, nn
 
-from cts_fast.engine.backends.reference import shifting_step_
+from cts_fast.engine.backends.reference import reference_step_
 from cts_fast.engine.plan import Control
 from cts_fast.engine.rules.sgd import Hyper
 from cts_fast.models.resnet20 import ResNet20
@@ -124,7 +124,7 @@ class Problem:
             v = [torch.zeros_like(x) for x in g]
             for step in range(CHECKED_STEPS):
                 started = [step > 0] * self.setup.tasks
-                shifting_step_(phi[block], list(theta[:, block]), v, g, started, HYPER, control)
+                reference_step_(phi[block], list(theta[:, block]), v, g, started, HYPER, control)
         return phi, theta
 
 

@@ -26,7 +26,7 @@ class Traffic(NamedTuple):
     read: int
     written: int
 
-    def bytes(self, setup: Setup) -> tuple[float, float, float]:
+    def moved(self, setup: Setup) -> tuple[float, float, float]:
         """(bytes in the step's own proportion, three read for two written; read beyond it; written beyond it)."""
         read = 4 * setup.parameters * (self.read_each * setup.tasks + self.read)
         written = 4 * setup.parameters * (self.written_each * setup.tasks + self.written)
@@ -94,7 +94,7 @@ def heldout_gradients(problem: Problem) -> Callable[[], object]:
     return run
 
 
-def inner_step(problem: Problem, begins: bool) -> Callable[[], object]:
+def inner_update_alone(problem: Problem, begins: bool) -> Callable[[], object]:
     """`step` with no meta-update due. begins: after the look at a round's first step, whether θ is φ."""
     step = make_step("cts", problem, LONG, meta_interval=LONG)
     if not begins:
@@ -139,7 +139,7 @@ def method_cost(setup: Setup, budget: Budget, flush: CacheFlush | None, shape: t
     rows, tasks, columns = {}, setup.tasks, setup.parameters
     for kind, horizon in enumerate((LONG, 1)):
         added_now = {name: both[kind] for name, both in ADDED.items() if len(both) > kind}
-        makers = {"inner step": partial(inner_step, problem, begins=horizon == 1)}
+        makers = {"inner step": partial(inner_update_alone, problem, begins=horizon == 1)}
         makers |= {name: partial(make_step, name, problem, horizon) for name in added_now}
         makers["held-out gradients"] = lambda: heldout_gradients(problem)
         steps = {name: make() for name, make in makers.items()}
@@ -155,7 +155,7 @@ def method_cost(setup: Setup, budget: Budget, flush: CacheFlush | None, shape: t
             for name in makers
         }
         for name, traffic in added_now.items():
-            added = traffic.bytes(setup)
+            added = traffic.moved(setup)
             shares = [size / whole for size, whole in zip(added, priced_bytes, strict=True)]
             priced = [
                 sum(share * t for share, t in zip(shares, turn, strict=True))

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cpu/plan.h"
+#include "cpu/stepper.h"
 #include "cpu/vec.h"
 
 namespace cts {
@@ -88,7 +88,7 @@ template <int G, class S, class C> void add_rows(const S* const* g, int64_t n, C
 
 // sums <- the sum over the rows of their gradients, one after the other.
 template <class S, class C>
-void sum_gradients(const Flat& flat, const Tile& span, const void* const* gradients, C* sums) {
+void sum_gradients(const Flat& flat, const Columns& span, const void* const* gradients, C* sums) {
   constexpr int kSideBySide = 8;
   const Segment& segment = flat.segments[span.segment];
   const int64_t n = span.end - span.begin;
@@ -106,7 +106,7 @@ void sum_gradients(const Flat& flat, const Tile& span, const void* const* gradie
 }
 
 template <class S, class C>
-void add_gradients(const Flat& flat, const Tile& span, const void* const* gradients, void* target, double weight) {
+void add_gradients(const Flat& flat, const Columns& span, const void* const* gradients, void* target, double weight) {
   const int64_t n = span.end - span.begin;
   alignas(64) C sums[kSpanElements + Vec<C>::size];
   sum_gradients<S>(flat, span, gradients, sums);
@@ -114,7 +114,8 @@ void add_gradients(const Flat& flat, const Tile& span, const void* const* gradie
   for (int64_t i = 0; i < n; i += Vec<C>::size) store(out + i, load(out + i) + Vec<C>(C(weight)) * load(sums + i));
 }
 
-template <class S, class C> void end_round(const Flat& flat, const Tile& span, const Tile* next, const RoundEnd& end) {
+template <class S, class C>
+void end_round(const Flat& flat, const Columns& span, const Columns* next, const RoundEnd& end) {
   using V = Vec<C>;
   const Segment& segment = flat.segments[span.segment];
   const int64_t first = segment.offset + span.begin, n = span.end - span.begin;
@@ -190,7 +191,7 @@ void row_distances(const C* a, int64_t a_stride, const C* b, int64_t b_stride, i
 }
 
 template <class C>
-void squared_distances(const Flat& flat, const Tile& span, const void* rows, int64_t stride, double* result) {
+void squared_distances(const Flat& flat, const Columns& span, const void* rows, int64_t stride, double* result) {
   constexpr int kSideBySide = 4;
   const int64_t first = flat.segments[span.segment].offset + span.begin, n = span.end - span.begin;
   const C *a = work_theta<C>(flat, first), *b = static_cast<const C*>(rows) + first;
@@ -201,7 +202,7 @@ void squared_distances(const Flat& flat, const Tile& span, const void* rows, int
 }
 
 template <class S, class C>
-void extend_path(const Flat& flat, const Tile& tile, const void* const* gradients, const PathSum& path) {
+void extend_path(const Flat& flat, const Columns& tile, const void* const* gradients, const PathSum& path) {
   using V = Vec<C>;
   const Segment& segment = flat.segments[tile.segment];
   const int64_t first = segment.offset + tile.begin, n = tile.end - tile.begin;
@@ -265,7 +266,7 @@ template <int G, class S, class C> void add_to_rows(const Flat& flat, int64_t at
 }
 
 template <class S, class C>
-void add_signs(const Flat& flat, const Tile& span, uint64_t key, uint64_t first, double scale) {
+void add_signs(const Flat& flat, const Columns& span, uint64_t key, uint64_t first, double scale) {
   constexpr int kSideBySide = 4;
   const int64_t at = flat.segments[span.segment].offset + span.begin, n = span.end - span.begin;
   static_assert(kSpanElements % 64 == 0);  // a span starts with a word

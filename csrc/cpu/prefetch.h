@@ -7,7 +7,7 @@
 // is visited in its pace, line by line of all streams.
 #pragma once
 
-#include "cpu/plan.h"
+#include "cpu/stepper.h"
 #include "cpu/vec.h"
 
 namespace cts {
@@ -29,13 +29,13 @@ template <class S, class C> class Prefetcher {
  public:
   static constexpr bool has_master = sizeof(S) != sizeof(C);
 
-  Prefetcher(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step)
+  Prefetcher(const Flat* flats, const Columns* tiles, Queue& queue, const Control& step)
       : flats_(flats), tiles_(tiles), queue_(queue), step_(step) {
     allow(kAhead / kLine);
   }
 
   // The next tile for the kernel; null after the last.
-  const Tile* follow() {
+  const Columns* follow() {
     if (followed_.first == followed_.last) {
       if (followed_ranges_ == taken_ && !take(true)) return nullptr;
       followed_ = ranges_[followed_ranges_++ % kRanges];
@@ -44,10 +44,10 @@ template <class S, class C> class Prefetcher {
   }
 
   // Lines of one stream over a tile.
-  static CTS_HD int64_t lines(const Tile& tile) { return (tile.end - tile.begin + kColumns - 1) / kColumns; }
+  static CTS_HD int64_t lines(const Columns& tile) { return (tile.end - tile.begin + kColumns - 1) / kColumns; }
 
   // Whether phi is among what is visited.
-  static CTS_HD bool visits_phi(const Step& step) { return step.meta_update || step.reset; }
+  static CTS_HD bool visits_phi(const Control& step) { return step.meta_update || step.reset; }
 
   // What a row is made of: gradient, theta, momentum and master.
   static CTS_HD int64_t streams(const S* g, bool has_momentum) {
@@ -84,7 +84,7 @@ template <class S, class C> class Prefetcher {
   }
 
   // The tile to visit next; null while the kernel has to come first, and at the end.
-  const Tile* next_tile() {
+  const Columns* next_tile() {
     if (visited_.first == visited_.last) {
       if (visited_ranges_ + 1 < followed_ranges_) visited_ranges_ = followed_ranges_ - 1;  // the kernel has come past
       if (visited_ranges_ == taken_ && (own_is_empty_ || !take(false))) {
@@ -128,13 +128,13 @@ template <class S, class C> class Prefetcher {
   }
 
   const Flat* flats_;
-  const Tile* tiles_;
+  const Columns* tiles_;
   Queue& queue_;
-  const Step& step_;
+  const Control& step_;
   Range ranges_[kRanges], visited_{0, 0}, followed_{0, 0};
   size_t taken_ = 0, visited_ranges_ = 0, followed_ranges_ = 0;
   bool own_is_empty_ = false;
-  const Tile* tile_ = nullptr;
+  const Columns* tile_ = nullptr;
   int64_t stream_ = 0, left_ = 0, budget_ = 0;
   int count_ = 0;  // streams that are visited now, side by side
   int64_t bytes_[4];

@@ -1,6 +1,6 @@
 // The step's kernel: applies the rule of step.h to all rows of a tile, vector by vector.
 //
-// Compiled once for each instruction set (-DCTS_ISA=avx512 | avx2 | plain); csrc/cpu/plan.cpp takes one at run time.
+// Compiled once for each instruction set (-DCTS_ISA=avx512 | avx2 | plain); csrc/cpu/stepper.cpp takes one at run time.
 #include "step.h"
 
 #include <algorithm>
@@ -49,7 +49,7 @@ template <class S, class C> CTS_HD Row<S, C> row_at(const Flat& flat, int64_t co
 // meta-update and a reset. The compiler then drops the other cases, and the kernel keeps up with memory.
 enum class Kind { any, inner, meta, reset };
 
-template <class C> Kind kind_of(const Rule<C>& rule, const Step& step, const Segment& segment, int32_t rows) {
+template <class C> Kind kind_of(const Rule<C>& rule, const Control& step, const Segment& segment, int32_t rows) {
   if (!rule.has_momentum || rule.nesterov || rule.scaled || rule.maximize) return Kind::any;
   if (rule.reset && !rule.meta_update) return Kind::any;
   for (int32_t i = segment.first; i < segment.first + rows; ++i)
@@ -127,8 +127,9 @@ CTS_HD Vec<C> step_vector(const Rows<G, S, C>& rows, C* phi, C* sums, int64_t co
 // The same for all columns of a tile, and the sum of the squares; sums and phi belong to its first. The rule is made in
 // here, behind the call that is not inlined, so that the compiler sees the kind's constants.
 template <int G, bool all, Kind kind, class S, class C>
-__attribute__((noinline)) double step_rows(const Flat& flat, const Tile& tile, int32_t first_row, const Step& step,
-                                           const Rule<C>& general, C* phi, C* sums, Prefetcher<S, C>& prefetcher) {
+__attribute__((noinline)) double step_rows(const Flat& flat, const Columns& tile, int32_t first_row,
+                                           const Control& step, const Rule<C>& general, C* phi, C* sums,
+                                           Prefetcher<S, C>& prefetcher) {
   constexpr int64_t N = Vec<C>::size, line = kLine / int64_t(sizeof(S));
   const Rule<Vec<C>> rule = broadcast<kind>(general);
   const Segment& segment = flat.segments[tile.segment];
@@ -159,7 +160,7 @@ __attribute__((noinline)) double step_rows(const Flat& flat, const Tile& tile, i
 
 // A tile whose rows fit into registers.
 template <Kind kind, int G = 1, class S, class C>
-double step_together(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule, C* phi,
+double step_together(const Flat& flat, const Columns& tile, const Control& step, const Rule<C>& rule, C* phi,
                      Prefetcher<S, C>& prefetcher) {
   if constexpr (G < kTogether)
     if (flat.rows > G) return step_together < kind, G<8 ? G + 1 : 2 * G>(flat, tile, step, rule, phi, prefetcher);
@@ -173,7 +174,7 @@ template <class S, class C> bool fits_registers(int32_t rows) {
 // The second visit to G rows of a tile: theta' + shift delta with the deltas given, or, at a reset, the values
 // themselves.
 template <int G, class S, class C>
-CTS_HD void shift_rows(const Flat& flat, const Tile& tile, int32_t first_row, const C* deltas,
+CTS_HD void shift_rows(const Flat& flat, const Columns& tile, int32_t first_row, const C* deltas,
                        const Rule<Vec<C>>& rule) {
   Row<S, C> row[G];
   for (int i = 0; i < G; ++i)
@@ -205,7 +206,7 @@ template <class C> CTS_HD Vec<C> move_phi(C* phi, const C* sums, C* moves, int64
 
 // The rows' part, the last ones first: they are still near.
 template <class S, class C>
-CTS_HD void move_rows(const Flat& flat, const Tile& tile, const C* moves, const Rule<Vec<C>>& rule) {
+CTS_HD void move_rows(const Flat& flat, const Columns& tile, const C* moves, const Rule<Vec<C>>& rule) {
   constexpr int abreast = 4;  // rows that share their visits to the moves; one row alone waits for the second cache
   int32_t t = flat.rows;
   for (; t >= abreast; t -= abreast) shift_rows<abreast, S>(flat, tile, t - abreast, moves, rule);
@@ -215,7 +216,7 @@ CTS_HD void move_rows(const Flat& flat, const Tile& tile, const C* moves, const 
 // A tile of any number of rows: some or one at a time, with the sum over them in the first cache; then the meta-update,
 // the shift and the reset, with theta' in the second cache still, unless rows are very many.
 template <Kind kind, class S, class C>
-double step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& general, C* phi,
+double step_in_turn(const Flat& flat, const Columns& tile, const Control& step, const Rule<C>& general, C* phi,
                     Prefetcher<S, C>& prefetcher) {
   using V = Vec<C>;
   const Rule<V> rule = broadcast<kind>(general);
@@ -239,7 +240,7 @@ double step_in_turn(const Flat& flat, const Tile& tile, const Step& step, const 
 // The first half of a step in two: the inner step of a tile, and sums <- the sum over the rows of theta - phi. The rule
 // has no reset.
 template <Kind kind, class S, class C>
-void first_half(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule, C* phi, C* sums,
+void first_half(const Flat& flat, const Columns& tile, const Control& step, const Rule<C>& rule, C* phi, C* sums,
                 Prefetcher<S, C>& prefetcher) {
   constexpr bool has_master = Prefetcher<S, C>::has_master;
   constexpr int64_t N = Vec<C>::size;
@@ -263,7 +264,7 @@ void first_half(const Flat& flat, const Tile& tile, const Step& step, const Rule
 }
 
 template <Kind kind, class S, class C>
-double step_tile(const Flat& flat, const Tile& tile, const Step& step, const Rule<C>& rule,
+double step_tile(const Flat& flat, const Columns& tile, const Control& step, const Rule<C>& rule,
                  Prefetcher<S, C>& prefetcher) {
   C* const phi = flat.phi ? static_cast<C*>(flat.phi) + flat.segments[tile.segment].offset + tile.begin : nullptr;
   if (phi && Prefetcher<S, C>::visits_phi(step)) prefetcher.allow(prefetcher.lines(tile));
@@ -299,8 +300,8 @@ bool look_at(const S* const* g, int64_t n, C inverse_scale, bool* found) {
 }
 
 // Whether a gradient holds a NaN or an infinity in a tile; step.nonfinite, if there is one, is set for it.
-template <class S, class C> bool nonfinite(const Flat& flat, const Tile& tile, const Step& step) {
-  constexpr int abreast = 8;  // so many streams are read at the memory's pace
+template <class S, class C> bool nonfinite(const Flat& flat, const Columns& tile, const Control& step) {
+  constexpr int abreast = 8;  // so many streams read at once use the memory's bandwidth
   const int32_t first = flat.segments[tile.segment].first;
   const int64_t n = tile.end - tile.begin;
   const C scale = C(step.inverse_scale);
@@ -324,10 +325,10 @@ template <class S, class C> bool nonfinite(const Flat& flat, const Tile& tile, c
 }
 
 template <class S, class C>
-void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const MethodOps& method_ops,
+void step_tiles(const Flat* flats, const Columns* tiles, Queue& queue, const Control& step, const MethodOps& method_ops,
                 const PathSum* path, double* moved) {
   Prefetcher<S, C> prefetcher(flats, tiles, queue, step);
-  while (const Tile* tile = prefetcher.follow()) {
+  while (const Columns* tile = prefetcher.follow()) {
     const Flat& flat = flats[tile->flat];
     const Segment& segment = flat.segments[tile->segment];
     const Rule<C> rule = make_rule<C>(step.groups[segment.group], step, flat.phi != nullptr);
@@ -356,9 +357,9 @@ void step_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& 
 }
 
 template <class S, class C>
-void partial_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, void* total) {
+void partial_tiles(const Flat* flats, const Columns* tiles, Queue& queue, const Control& step, void* total) {
   Prefetcher<S, C> prefetcher(flats, tiles, queue, step);
-  while (const Tile* tile = prefetcher.follow()) {
+  while (const Columns* tile = prefetcher.follow()) {
     const Flat& flat = flats[tile->flat];
     const Segment& segment = flat.segments[tile->segment];
     Rule<C> rule = make_rule<C>(step.groups[segment.group], step, flat.phi != nullptr);
@@ -379,7 +380,7 @@ void partial_tiles(const Flat* flats, const Tile* tiles, Queue& queue, const Ste
   }
 }
 
-template <class S, class C> void finish(const Flat& flat, const Tile& span, const Step& step, const void* total) {
+template <class S, class C> void finish(const Flat& flat, const Columns& span, const Control& step, const void* total) {
   const Segment& segment = flat.segments[span.segment];
   const Rule<Vec<C>> rule = broadcast<Kind::any>(make_rule<C>(step.groups[segment.group], step, true));
   if (!rule.meta_update && !rule.reset) return;

@@ -69,7 +69,7 @@ inline void fiber_main() {
   leave(true);
 }
 
-// All threads of a block, each as far as its next barrier, until all are through.
+// All threads of a block, each as far as its next barrier, until all are done.
 inline void run_block() {
   const unsigned count = blockDim.x * blockDim.y;
   if (fibers.size() < count) fibers.resize(count);

@@ -52,7 +52,7 @@ struct alignas(16) Tile {
   int32_t columns, group, first, head;
 };
 
-// For a captured step: what the device reads instead of being told, and advances after the last block. counters:
+// For a captured step: what the device reads itself, and advances after the last block. counters:
 // inner_step, round, meta_updates; null: the host has decided. ticket: 0 before and after every launch. groups: the
 // group of each gradient's tensor.
 struct Counting {
@@ -65,7 +65,7 @@ struct Counting {
   bool advances;
 };
 
-// A rate that the device reads, a float's address or a double's; null: the host has told it.
+// A rate that the device reads, a float's address or a double's; null: the host passes the number.
 struct DeviceRate {
   const void* address;
   bool is_double;
@@ -94,20 +94,20 @@ struct Launch {
 int driver_version();
 
 // Queues the step on the stream. Throws std::runtime_error with what CUDA said.
-void launch(const Launch& l, const Step& step, const Counting& counting);
+void launch(const Launch& l, const Control& step, const Counting& counting);
 
 // The same in two halves, whose sum over the tasks is completed in between. total: [S] of phi's type on the device; the
 // first half writes the sum over the rows of theta - phi, the second one reads that over all tasks. The rates are
 // numbers.
-void launch_partial(const Launch& l, const Step& step, void* total);
-void launch_finish(const Launch& l, const Step& step, const void* total);
+void launch_partial(const Launch& l, const Control& step, void* total);
+void launch_finish(const Launch& l, const Control& step, const void* total);
 
 // What these call: one for each dtype that csrc/cuda/shifting_step.cu is compiled for.
-#define CTS_LAUNCHES(dtype)                                    \
-  namespace dtype {                                            \
-  void launch(const Launch&, const Step&, const Counting&);    \
-  void launch_partial(const Launch&, const Step&, void*);      \
-  void launch_finish(const Launch&, const Step&, const void*); \
+#define CTS_LAUNCHES(dtype)                                       \
+  namespace dtype {                                               \
+  void launch(const Launch&, const Control&, const Counting&);    \
+  void launch_partial(const Launch&, const Control&, void*);      \
+  void launch_finish(const Launch&, const Control&, const void*); \
   }
 CTS_LAUNCHES(float32)
 CTS_LAUNCHES(float64)

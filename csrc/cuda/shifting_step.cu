@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(SLICED ? MAX_SLICES * 32 : THREADS, MIN_BLOCKS
   const Decision decision = counts ? decide(c) : Decision{};
   const auto rule = rule_of<LEAN, typename Work<P>::type>(p, tile, decision);
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
-  const bool late = !LEAN && p.dampened;  // steps read the flags, so they are written when all blocks are through
+  const bool late = !LEAN && p.dampened;  // steps read the flags, so they are written when all blocks are done
   if (counts && !late) {                  // the counters have been read; a tensor's first block writes its flags
     if (is_last(c)) advance_counters(c, decision);
     for (int t = thread; decision.works && tile.at == 0 && t < (tile.head ? 1 : p.tasks); t += threads)
@@ -148,8 +148,8 @@ __device__ __forceinline__ void sum_shared(const Launch& p, const Tile& tile, co
     C theta[BATCH][W], phi[W];
     load(phi, b.phi + tile.column + column);
     for (int begin = from; begin < to; begin += BATCH) {
-      inner_steps<false, BATCH>(theta, p, b, rule, tile.first + begin, to - begin, begin * b.stride + tile.column,
-                                tile.at, column);
+      inner_updates<false, BATCH>(theta, p, b, rule, tile.first + begin, to - begin, begin * b.stride + tile.column,
+                                  tile.at, column);
       CTS_UNROLL
       for (int t = 0; t < BATCH; ++t) {
         if (begin + t >= to) continue;
@@ -245,7 +245,7 @@ void check(cudaError_t error, const char* what) {
 }
 
 // Whether all gradients are aligned to `bytes`; a missing one is.
-bool are_aligned(const Launch& l, const Step& step, size_t bytes) {
+bool are_aligned(const Launch& l, const Control& step, size_t bytes) {
   uintptr_t addresses = 0;
   for (int i = 0; i < l.count; ++i) addresses |= reinterpret_cast<uintptr_t>(step.gradients[i]);
   return addresses % bytes == 0;
@@ -258,7 +258,7 @@ template <class P> Buffers<P> buffers(const Flat& f) {
 }
 
 template <class P, int POINTERS, int GROUPS>
-void fill(Params<P, POINTERS, GROUPS>& p, const Launch& l, const Step& step, const Counting& counting) {
+void fill(Params<P, POINTERS, GROUPS>& p, const Launch& l, const Control& step, const Counting& counting) {
   using C = typename Work<P>::type;
   const Shape shape = shape_of(l.shared.rows);
   p.shared = buffers<P>(l.shared), p.heads = buffers<P>(l.heads);
@@ -287,14 +287,14 @@ template <class P> void queue(void (*kernel)(P), P& parameters, const Launch& l)
 }
 
 template <bool LEAN, int N, bool SLICED, class P, int POINTERS, int GROUPS>
-void launch_kernel(const Launch& l, const Step& step, const Counting& counting) {
+void launch_kernel(const Launch& l, const Control& step, const Counting& counting) {
   Params<P, POINTERS, GROUPS> p;
   fill(p, l, step, counting);
   queue(shifting_step<LEAN, N, SLICED, P, POINTERS, GROUPS>, p, l);
 }
 
 // Whether all groups have the rule that lean kernels are made for, of N tasks or any number.
-template <class P, int N, bool SLICED> bool is_usual(const Launch& l, const Step& step, const Counting& counting) {
+template <class P, int N, bool SLICED> bool is_usual(const Launch& l, const Control& step, const Counting& counting) {
   if (step.nonfinite != nullptr && !LEAN_FLAGS<P, true>) return false;
   if ((!SLICED && l.shared.rows != N) || step.inverse_scale != 1 || counting.grad_scale != nullptr) return false;
   if (std::find(step.gradients, step.gradients + l.count, nullptr) != step.gradients + l.count) return false;
@@ -304,7 +304,7 @@ template <class P, int N, bool SLICED> bool is_usual(const Launch& l, const Step
 }
 
 template <class P, int N, bool SLICED = false>
-void launch_sized(const Launch& l, const Step& step, const Counting& counting) {
+void launch_sized(const Launch& l, const Control& step, const Counting& counting) {
   const bool usual = is_usual<P, N, SLICED>(l, step, counting);
   if constexpr (sizeof(P) == 4) {  // small nets count microseconds; the other types do without these kernels
     if (usual && l.num_groups <= SMALL_GROUPS && (l.table != nullptr || l.count <= SMALL_POINTERS))
@@ -329,7 +329,7 @@ namespace float16 {
 using Parameter = __half;
 }
 
-void CTS_DTYPE::launch(const Launch& l, const Step& step, const Counting& counting) {
+void CTS_DTYPE::launch(const Launch& l, const Control& step, const Counting& counting) {
   using P = Parameter;
   check(cudaSetDevice(l.device), "choice of the device");
   const int tasks = l.shared.rows;
@@ -340,7 +340,7 @@ void CTS_DTYPE::launch(const Launch& l, const Step& step, const Counting& counti
   else launch_sized<P, HELD, true>(l, step, counting);
 }
 
-void CTS_DTYPE::launch_partial(const Launch& l, const Step& step, void* total) {
+void CTS_DTYPE::launch_partial(const Launch& l, const Control& step, void* total) {
   using P = Parameter;
   check(cudaSetDevice(l.device), "choice of the device");
   Partial<P, MAX_POINTERS, MAX_GROUPS> p;
@@ -349,7 +349,7 @@ void CTS_DTYPE::launch_partial(const Launch& l, const Step& step, void* total) {
   queue(partial_step<P, MAX_POINTERS, MAX_GROUPS>, p, l);
 }
 
-void CTS_DTYPE::launch_finish(const Launch& l, const Step& step, const void* total) {
+void CTS_DTYPE::launch_finish(const Launch& l, const Control& step, const void* total) {
   using P = Parameter;
   using C = Work<P>::type;
   check(cudaSetDevice(l.device), "choice of the device");

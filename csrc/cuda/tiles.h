@@ -47,8 +47,8 @@ __device__ __forceinline__ double value_of(const DeviceRate& rate) {
 // of the thread in the tile, apart from what the whole block shares, so that one register holds it for all addresses.
 // LEAN: the usual rule, no gradient is missing.
 template <bool LEAN, int N, int W, class P, class C, class Launch>
-__device__ __forceinline__ void inner_steps(C (*theta)[W], const Launch& p, const Buffers<P>& b, const Rule<C>& rule,
-                                            int first, int tasks, int64_t place, int64_t at, unsigned column) {
+__device__ __forceinline__ void inner_updates(C (*theta)[W], const Launch& p, const Buffers<P>& b, const Rule<C>& rule,
+                                              int first, int tasks, int64_t place, int64_t at, unsigned column) {
   P x[N][W], v[N][W], g[N][W];
   const P* from[N];
   CTS_UNROLL
@@ -152,7 +152,7 @@ __device__ void flag_nonfinite(const Launch& p, const Tile& tile, int from, int 
 }
 
 // One step of W columns of a shared tensor. A thread takes all tasks, or those of its slice; one that is not active
-// only keeps the others company at their barriers. EXACT: there are N tasks.
+// only takes part in the barriers. EXACT: there are N tasks.
 template <bool LEAN, int N, bool SLICED, bool EXACT, int W, class P, class C, class Launch>
 __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, const Rule<C>& rule, unsigned column,
                                             bool active) {
@@ -167,8 +167,8 @@ __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, c
     for (;; begin += N) {
       CTS_UNROLL
       for (int t = 0; t < N; t += BATCH)
-        inner_steps<LEAN, BATCH>(theta + t, p, b, rule, tile.first + begin + t, to - begin - t,
-                                 (begin + t) * b.stride + tile.column, tile.at, column);
+        inner_updates<LEAN, BATCH>(theta + t, p, b, rule, tile.first + begin + t, to - begin - t,
+                                   (begin + t) * b.stride + tile.column, tile.at, column);
       CTS_UNROLL
       for (int t = 0; t < N; ++t) {
         if (begin + t >= to) continue;
@@ -216,7 +216,7 @@ __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, c
 template <bool LEAN, int W, class P, class C, class Launch>
 __device__ __forceinline__ void step_head(const Launch& p, const Tile& tile, const Rule<C>& rule, unsigned column) {
   C theta[1][W];
-  inner_steps<LEAN, 1>(theta, p, p.heads, rule, tile.first, 1, tile.column, tile.at, column);
+  inner_updates<LEAN, 1>(theta, p, p.heads, rule, tile.first, 1, tile.column, tile.at, column);
   store_theta(p.heads, tile.column, column, theta[0], p.streams);
   if (LEAN_FLAGS<P, LEAN> && asks_for_flags(p, theta[0])) flag_nonfinite<W>(p, tile, 0, 1, column);
 }

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "cpu/plan.h"
+#include "cpu/stepper.h"
 #include "python/gradients.h"
 #include "python/notes.h"
 #include "python/records.h"
@@ -23,12 +23,12 @@ using PathTuple =
     std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, std::vector<double>, std::vector<double>, double, bool>;
 
 // What stays the same from step to step.
-struct Plan : cts::Plan {
+struct Stepper : cts::Stepper {
   cts::Notes notes;
 };
 
-Plan make_plan(int dtype, const std::vector<cts::FlatTuple>& flats,
-               const std::vector<std::vector<SegmentTuple>>& segments, const std::string& isa) {
+Stepper make_stepper(int dtype, const std::vector<cts::FlatTuple>& flats,
+                     const std::vector<std::vector<SegmentTuple>>& segments, const std::string& isa) {
   std::vector<cts::Flat> native;
   for (const auto& flat : flats) native.push_back(cts::unpacked(flat));
   std::vector<std::vector<cts::Segment>> places;
@@ -42,15 +42,15 @@ Plan make_plan(int dtype, const std::vector<cts::FlatTuple>& flats,
     }
   }
   const size_t shared_count = native[0].phi ? places[0].size() * size_t(native[0].rows) : 0;
-  return {cts::Plan(static_cast<cts::DType>(dtype), std::move(native), std::move(places), isa),
+  return {cts::Stepper(static_cast<cts::DType>(dtype), std::move(native), std::move(places), isa),
           cts::Notes(std::move(groups), shared_count)};
 }
 
-double step(const Plan& plan, uintptr_t gradients, uintptr_t started, bool all_started, uintptr_t nonfinite,
+double step(const Stepper& stepper, uintptr_t gradients, uintptr_t started, bool all_started, uintptr_t nonfinite,
             const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control, const cts::AfterTuple& after,
             const std::optional<PathTuple>& path, bool measure_phi, int threads) {
   const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
-  const cts::Step step = cts::step_of(gradients, all_started ? 0 : started, nonfinite, groups, control);
+  const cts::Control step = cts::control_of(gradients, all_started ? 0 : started, nonfinite, groups, control);
   cts::PathSum native{};
   if (path) {
     const auto& [total, theta, gradient, stride, weights, loss_changes, scale, keep_point] = *path;
@@ -60,62 +60,62 @@ double step(const Plan& plan, uintptr_t gradients, uintptr_t started, bool all_s
     native.scale = scale, native.keep_point = keep_point;
   }
   py::gil_scoped_release release;
-  const double moved = plan.step(step, path ? &native : nullptr, measure_phi, threads);
-  plan.notes.write(step, pointer<uint8_t>(started), all_started, after);
+  const double moved = stepper.step(step, path ? &native : nullptr, measure_phi, threads);
+  stepper.notes.write(step, pointer<uint8_t>(started), all_started, after);
   return moved;
 }
 
-bool any_nonfinite(const Plan& plan, uintptr_t gradients, int threads) {
-  cts::Step step{};
+bool any_nonfinite(const Stepper& stepper, uintptr_t gradients, int threads) {
+  cts::Control step{};
   step.gradients = pointer<const void* const>(gradients), step.inverse_scale = 1;
   py::gil_scoped_release release;
-  return plan.any_nonfinite(step, threads);
+  return stepper.any_nonfinite(step, threads);
 }
 
-void partial(const Plan& plan, uintptr_t gradients, uintptr_t started, bool all_started, uintptr_t nonfinite,
+void partial(const Stepper& stepper, uintptr_t gradients, uintptr_t started, bool all_started, uintptr_t nonfinite,
              const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control, uintptr_t total,
              int threads) {
   const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
-  const cts::Step step = cts::step_of(gradients, all_started ? 0 : started, nonfinite, groups, control);
+  const cts::Control step = cts::control_of(gradients, all_started ? 0 : started, nonfinite, groups, control);
   py::gil_scoped_release release;
-  plan.partial(step, pointer<void>(total), threads);
-  plan.notes.write(step, pointer<uint8_t>(started), all_started, std::nullopt);
+  stepper.partial(step, pointer<void>(total), threads);
+  stepper.notes.write(step, pointer<uint8_t>(started), all_started, std::nullopt);
 }
 
-void finish(const Plan& plan, const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control,
+void finish(const Stepper& stepper, const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control,
             const cts::AfterTuple& after, uintptr_t total, int threads) {
   const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
-  const cts::Step step = cts::step_of(0, 0, 0, groups, control);
+  const cts::Control step = cts::control_of(0, 0, 0, groups, control);
   py::gil_scoped_release release;
-  plan.finish(step, pointer<const void>(total), threads);
-  plan.notes.write(step, nullptr, true, after);
+  stepper.finish(step, pointer<const void>(total), threads);
+  stepper.notes.write(step, nullptr, true, after);
 }
 
-void add_gradients(const Plan& plan, uintptr_t gradients, uintptr_t target, double weight, int threads) {
+void add_gradients(const Stepper& stepper, uintptr_t gradients, uintptr_t target, double weight, int threads) {
   py::gil_scoped_release release;
-  plan.add_gradients(pointer<const void* const>(gradients), pointer<void>(target), weight, threads);
+  stepper.add_gradients(pointer<const void* const>(gradients), pointer<void>(target), weight, threads);
 }
 
-void end_round(const Plan& plan, uintptr_t gradients, uintptr_t total, double weight, const std::vector<double>& rates,
-               bool momentum, int threads) {
+void end_round(const Stepper& stepper, uintptr_t gradients, uintptr_t total, double weight,
+               const std::vector<double>& rates, bool momentum, int threads) {
   py::gil_scoped_release release;
-  plan.end_round({pointer<const void* const>(gradients), pointer<void>(total), weight, rates.data(), momentum},
-                 threads);
+  stepper.end_round({pointer<const void* const>(gradients), pointer<void>(total), weight, rates.data(), momentum},
+                    threads);
 }
 
-bool is_at_phi(const Plan& plan, int threads) {
+bool is_at_phi(const Stepper& stepper, int threads) {
   py::gil_scoped_release release;
-  return plan.is_at_phi(threads);
+  return stepper.is_at_phi(threads);
 }
 
-std::vector<double> squared_distances(const Plan& plan, uintptr_t rows, int64_t stride, int threads) {
+std::vector<double> squared_distances(const Stepper& stepper, uintptr_t rows, int64_t stride, int threads) {
   py::gil_scoped_release release;
-  return plan.squared_distances(pointer<const void>(rows), stride, threads);
+  return stepper.squared_distances(pointer<const void>(rows), stride, threads);
 }
 
-void add_signs(const Plan& plan, uint64_t key, uint64_t first, double scale, int threads) {
+void add_signs(const Stepper& stepper, uint64_t key, uint64_t first, double scale, int threads) {
   py::gil_scoped_release release;
-  plan.add_signs(key, first, scale, threads);
+  stepper.add_signs(key, first, scale, threads);
 }
 
 }  // namespace
@@ -126,8 +126,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_sets", &cts::instruction_sets, "Instruction sets that can run here, the widest first.");
   m.def("share_openmp", &cts::share_openmp, "library"_a,
         "Use the OpenMP runtime that a loaded library is linked with; False if none.");
-  py::class_<Plan>(m, "Plan", "Buffers of one dtype, cut into tiles; the buffers must outlive it.")
-      .def(py::init(&make_plan), "dtype"_a, "flats"_a, "segments"_a, "isa"_a,
+  py::class_<Stepper>(m, "Stepper", "Buffers of one dtype, cut into tiles; the buffers must outlive it.")
+      .def(py::init(&make_stepper), "dtype"_a, "flats"_a, "segments"_a, "isa"_a,
            "dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. flats: (phi, theta, momentum, master, stride, rows), "
            "addresses or 0. segments: for each flat, (offset, numel, group, index of row 0's gradient).")
       .def(
@@ -167,8 +167,9 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init<const std::vector<uintptr_t>&, const std::vector<py::tuple>&, py::object, py::object>(),
            "addresses"_a, "layouts"_a, "like"_a, "negated"_a)
       .def("collect", &cts::GradientTable::collect, "params"_a, "given"_a = py::none(),
-           "(gradients, how many, changed, odd, moved)")
-      .def("set", &cts::GradientTable::set, "i"_a, "address"_a, "Enter the address of a gradient that was made dense.")
+           "(gradients, how many, odd, moved)")
+      .def("enter", &cts::GradientTable::enter, "i"_a, "address"_a,
+           "Enter the address of a gradient that was made dense.")
       .def_property_readonly(
           "address", [](const cts::GradientTable& t) { return reinterpret_cast<uintptr_t>(t.data()); },
           "Where the table is: one pointer for each parameter, null where there is no gradient.");

@@ -18,12 +18,12 @@ using CountingTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uin
 using RateTuple = std::pair<uintptr_t, bool>;
 
 // What stays the same from step to step.
-struct Plan {
+struct Stepper {
   cts::Launch launch{};
   cts::Notes notes;
 
-  Plan(int dtype, int device, FlatTuple shared, FlatTuple heads, uintptr_t tiles, int num_tiles,
-       const std::vector<int32_t>& groups, int shared_count, bool streams)
+  Stepper(int dtype, int device, FlatTuple shared, FlatTuple heads, uintptr_t tiles, int num_tiles,
+          const std::vector<int32_t>& groups, int shared_count, bool streams)
       : notes(groups, size_t(shared_count)) {
     launch.dtype = dtype, launch.device = device, launch.num_tiles = num_tiles;
     launch.count = int32_t(groups.size()), launch.shared_count = shared_count;
@@ -36,7 +36,7 @@ struct Plan {
             const cts::ControlTuple& control, const cts::AfterTuple& after, const CountingTuple& counting,
             uintptr_t stream) const {
     const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
-    const cts::Step step = cts::step_of(gradients, started, nonfinite, groups, control);
+    const cts::Control step = cts::control_of(gradients, started, nonfinite, groups, control);
     if (rates.size() != groups.size()) throw std::invalid_argument("one pair of rates for each group");
     std::vector<cts::DeviceRates> on_device;
     for (auto [lr, meta_lr] : rates) on_device.push_back({unpacked(lr), unpacked(meta_lr)});
@@ -57,7 +57,7 @@ struct Plan {
                const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control, uintptr_t total,
                uintptr_t stream) const {
     const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
-    const cts::Step step = cts::step_of(gradients, started, nonfinite, groups, control);
+    const cts::Control step = cts::control_of(gradients, started, nonfinite, groups, control);
     const std::vector<cts::DeviceRates> none(groups.size());
     cts::launch_partial(completed(groups.size(), none.data(), table, started, stream), step, pointer<void>(total));
     notes.write(step, pointer<uint8_t>(host_started), false, std::nullopt);
@@ -66,7 +66,7 @@ struct Plan {
   void finish(const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control, const cts::AfterTuple& after,
               uintptr_t total, uintptr_t stream) const {
     const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
-    const cts::Step step = cts::step_of(0, 0, 0, groups, control);
+    const cts::Control step = cts::control_of(0, 0, 0, groups, control);
     cts::launch_finish(completed(groups.size(), nullptr, 1, 0, stream), step, pointer<const void>(total));
     notes.write(step, nullptr, true, after);
   }
@@ -106,7 +106,8 @@ PYBIND11_MODULE(_cuda, m) {
       "tasks"_a, "itemsize"_a,
       "The most columns of a shared tile and of a head's; itemsize: bytes of a number of phi.");
   m.attr("needs_driver") = cts::NEEDS_DRIVER;
-  py::class_<Plan>(m, "Plan", "Buffers of one device and dtype and their tiles; all of it must outlive the plan.")
+  py::class_<Stepper>(m, "Stepper",
+                      "Buffers of one device and dtype and their tiles; all of it must outlive the stepper.")
       .def(py::init<int, int, FlatTuple, FlatTuple, uintptr_t, int, const std::vector<int32_t>&, int, bool>(),
            "dtype"_a, "device"_a, "shared"_a, "heads"_a, "tiles"_a, "num_tiles"_a, "groups"_a, "shared_count"_a,
            "streams"_a,
@@ -115,7 +116,7 @@ PYBIND11_MODULE(_cuda, m) {
            "streams: "
            "what is stored may leave the caches first.")
       .def(
-          "step", &Plan::step, "gradients"_a, "table"_a, "started"_a, "host_started"_a, "nonfinite"_a, "hyper"_a,
+          "step", &Stepper::step, "gradients"_a, "table"_a, "started"_a, "host_started"_a, "nonfinite"_a, "hyper"_a,
           "rates"_a, "control"_a, "after"_a, "counting"_a, "stream"_a,
           "Queue one step. gradients: address of the table in host memory; table: of its copy on the device, or 0. "
           "started: of the first-gradient flags on the device, or 0; host_started: of the host's, which are brought up "
@@ -126,10 +127,10 @@ PYBIND11_MODULE(_cuda, m) {
           "(address of the host's counters, their values after the step). counting: (counters, ticket, found_inf, "
           "grad_scale, groups, horizon, meta_interval, advances), 0 for none.")
       .def(
-          "partial", &Plan::partial, "gradients"_a, "table"_a, "started"_a, "host_started"_a, "nonfinite"_a, "hyper"_a,
-          "control"_a, "total"_a, "stream"_a,
+          "partial", &Stepper::partial, "gradients"_a, "table"_a, "started"_a, "host_started"_a, "nonfinite"_a,
+          "hyper"_a, "control"_a, "total"_a, "stream"_a,
           "Queue the first half of a step, as `step` up to the inner step; total [S] on the device <- the sum over the "
           "rows of theta - phi. At a reset that clears momentum it is cleared.")
-      .def("finish", &Plan::finish, "hyper"_a, "control"_a, "after"_a, "total"_a, "stream"_a,
+      .def("finish", &Stepper::finish, "hyper"_a, "control"_a, "after"_a, "total"_a, "stream"_a,
            "Queue the second half: meta-update with a total over all tasks, shift and reset.");
 }

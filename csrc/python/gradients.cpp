@@ -249,6 +249,6 @@ py::tuple GradientTable::collect(const py::list& params, const py::object& given
   return py::make_tuple(gradients, present, odd, moved);
 }
 
-void GradientTable::set(size_t i, uintptr_t address) { pointers_.at(i) = reinterpret_cast<const void*>(address); }
+void GradientTable::enter(size_t i, uintptr_t address) { pointers_.at(i) = reinterpret_cast<const void*>(address); }
 
 }  // namespace cts

@@ -37,7 +37,7 @@ class GradientTable {
   // be.
   pybind11::tuple collect(const pybind11::list& params, const pybind11::object& given);
 
-  void set(size_t i, uintptr_t address);
+  void enter(size_t i, uintptr_t address);
 
   const void* const* data() const { return pointers_.data(); }
 

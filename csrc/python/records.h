@@ -52,9 +52,9 @@ inline std::vector<SgdGroup> unpacked(const std::vector<GroupTuple>& packed) {
 using ControlTuple = std::tuple<bool, bool, bool, int32_t, double>;
 
 // gradients, started, nonfinite: addresses; the last two may be 0. groups must outlive it.
-inline Step step_of(uintptr_t gradients, uintptr_t started, uintptr_t nonfinite, const std::vector<SgdGroup>& groups,
-                    const ControlTuple& control) {
-  Step step{};
+inline Control control_of(uintptr_t gradients, uintptr_t started, uintptr_t nonfinite,
+                          const std::vector<SgdGroup>& groups, const ControlTuple& control) {
+  Control step{};
   step.gradients = pointer<const void* const>(gradients), step.started = pointer<const uint8_t>(started);
   step.nonfinite = pointer<uint8_t>(nonfinite), step.groups = groups.data();
   std::tie(step.meta_update, step.reset, step.reset_momentum, step.num_tasks, step.inverse_scale) = control;

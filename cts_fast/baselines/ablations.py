@@ -74,7 +74,7 @@ class RandomShifting(NoShifting):
         scale = math.sqrt(sum(moved) / (numbers or 1))
         # random words go on from one buffer to the next
         for (backend, _), first in zip(self.engine.shared, accumulate(words, initial=0), strict=False):
-            backend.add_signs_(key, first, scale)  # autograd has heard of this step's writes
+            backend.add_signs_(key, first, scale)  # this step's writes are noted for autograd already
 
 
 class ShiftingAccurate(Method):

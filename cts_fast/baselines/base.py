@@ -94,7 +94,7 @@ class Method(ShiftingMetaOptimizer):
             for group in self.param_groups:
                 group["meta_interval"] = group["horizon"]
 
-    def inner_update_(self, step: Step, shared_step: Callable[..., object] | None = None) -> None:
+    def update_tasks_(self, step: Step, shared_step: Callable[..., object] | None = None) -> None:
         """The fused inner step of all tasks and nothing else; shared_step: what runs it on shared parameters, if not
         the backend's.
         """

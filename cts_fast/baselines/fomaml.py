@@ -24,7 +24,7 @@ class FOMAML(Method):
     one_process = "the gradients of its held-out losses are summed over the tasks of one process"
 
     def apply_(self, step: Step) -> None:
-        self.inner_update_(step)
+        self.update_tasks_(step)
         if step.control.reset:
             found = self.heldout_gradients(step.heldout)
             with torch.no_grad():
@@ -49,7 +49,7 @@ class FOMAMLPlusPlus(Method):
 
     @torch.no_grad()
     def apply_(self, step: Step) -> None:
-        self.inner_update_(step)
+        self.update_tasks_(step)
         weight = 1 / (self.param_groups[0]["horizon"] * self.num_tasks)
         found = self.heldout_gradients(step.heldout)
         totals = [flat.own["meta_gradient"] for flat in self.shared_flats()]

@@ -59,7 +59,7 @@ class IMAML(Method):
         if any(h.maximize for h in step.hyper):
             raise ValueError("IMAML: its proximal problem is a minimization; give the negative loss and maximize=False")
         gradients = self._with_proximal_term(step.gradients, step.control.inverse_scale)
-        self.inner_update_(step._replace(gradients=gradients))
+        self.update_tasks_(step._replace(gradients=gradients))
         if not step.control.reset:
             return
         flats = self.shared_flats()

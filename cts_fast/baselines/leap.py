@@ -58,7 +58,7 @@ class Leap(Method):
         def leave_point_(backend, *arguments) -> None:
             backend.path_step_(_point(backend.flats[0], weights, changes, step.control), *arguments)
 
-        self.inner_update_(step, leave_point_)
+        self.update_tasks_(step, leave_point_)
         if step.control.reset:
             total = self.over_ranks([flat.own["meta_gradient"] for flat in self.shared_flats()])
             self.end_round_(step.hyper, step.control, total)

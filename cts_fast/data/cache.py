@@ -21,7 +21,7 @@ from cts_fast.data.images import DecodedImages, LazyImages, MappedImages, Sample
 FORMAT = 1  # another one makes every cached file anew
 FOLDER = ".cts-fast-cache"  # in the data root, unless another place is given
 LIMIT = 20e9
-LONGEST = 120  # bytes of a title in a folder's name, which may have 255
+TITLE_BYTES = 120  # of a folder's name, which may have 255
 CHUNK = 512  # images between two writes
 
 
@@ -76,9 +76,9 @@ def mapped(title: str, samples: Samples, size: int, channels: int, cache: Path) 
 def _short(title: str) -> str:
     """A title that leaves room in a folder's name for what tells entries apart; a long one keeps its beginning."""
     data = os.fsencode(title)
-    if len(data) <= LONGEST:
+    if len(data) <= TITLE_BYTES:
         return title
-    return f"{data[:LONGEST].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:16]}"
+    return f"{data[:TITLE_BYTES].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:16]}"
 
 
 def open_mapped(entry: Path, shape: tuple[int, ...]) -> tuple[MappedImages, Tensor]:

@@ -24,7 +24,7 @@ ODD = 0x1E35A7BD  # any odd number that is not small
 
 
 class RankError(RuntimeError):
-    """What every rank raises, because of one of them or because one cannot be reached; nobody is left to be told."""
+    """What every rank raises, because of one of them or because one cannot be reached; nobody is left to send it to."""
 
 
 class RanksDiffer(ValueError, RankError):

@@ -17,7 +17,7 @@ from cts_fast.distributed.agreement import RanksDiffer, Report
 from cts_fast.distributed.ranks import together
 from cts_fast.engine.layout import plain_name
 
-PHI, COUNTERS = "initialization", "counters"  # names in the entries of a state dict
+INITIALIZATION, COUNTER_ENTRY = "initialization", "counters"  # names in the entries of a state dict
 LAID_OUT = ("params", "param_names", "sizes")  # what a group says of this rank's tasks
 
 Entries = list[dict[str, Any]]  # of a state dict, one for each parameter
@@ -97,9 +97,9 @@ def split(optimizer: Any) -> ByTask:
     state_dict = optimizer.state_dict()
     state = state_dict["state"]
     summed = [name for name, kind in optimizer.buffers.items() if kind == "shared"]  # a method's, over its tasks
-    not_of_a_task = {PHI, COUNTERS, *summed}
-    common: dict[str, Any] = {"groups": {}, PHI: {}}
-    common[COUNTERS] = next(entry[COUNTERS] for entry in state.values() if COUNTERS in entry)
+    not_of_a_task = {INITIALIZATION, COUNTER_ENTRY, *summed}
+    common: dict[str, Any] = {"groups": {}, INITIALIZATION: {}}
+    common[COUNTER_ENTRY] = next(entry[COUNTER_ENTRY] for entry in state.values() if COUNTER_ENTRY in entry)
     tasks: list[dict] = []
     sums = {}
     for name, group in _named(state_dict["param_groups"]):
@@ -112,7 +112,7 @@ def split(optimizer: Any) -> ByTask:
         if group["shared"] and group["params"]:
             firsts = [state[i] for i in next(_rows(group))]
             common["groups"][name] = options
-            common[PHI][name] = [entry[PHI] for entry in firsts]
+            common[INITIALIZATION][name] = [entry[INITIALIZATION] for entry in firsts]
             if summed:
                 sums[name] = [{kind: entry[kind] for kind in summed} for entry in firsts]
     return ByTask(common, tasks, sums)
@@ -139,10 +139,10 @@ def joined(own: Mapping[str, Any], saved: ByTask) -> dict[str, Any]:
             for n, (i, entry) in enumerate(zip(row, part["entries"], strict=True)):
                 state[i] = {**entry}
                 if group["shared"] and t == 0:
-                    state[i][PHI] = saved.common[PHI][name][n]
+                    state[i][INITIALIZATION] = saved.common[INITIALIZATION][name][n]
                     state[i].update(saved.sums[name][n] if saved.sums else {})
-                if COUNTERS in own["state"][i]:
-                    state[i][COUNTERS] = saved.common[COUNTERS]
+                if COUNTER_ENTRY in own["state"][i]:
+                    state[i][COUNTER_ENTRY] = saved.common[COUNTER_ENTRY]
         groups.append({**group, **(options or {})})
     return {"state": state, "param_groups": groups}
 

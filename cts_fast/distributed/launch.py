@@ -54,7 +54,7 @@ class Team:
 
         device: "cuda" gives each rank the GPU of its number on its machine. timeout: seconds that a rank waits for
         another. Raises RankError where the ranks do not find each other, ValueError for a device that several ranks
-        cannot share. Nothing to wait for is left to torch.distributed before all ranks are there: it hears no signal.
+        cannot share. Nothing to wait for is left to torch.distributed before all ranks are there: it takes no signal.
         """
         self.device = device
         if self.size == 1:
@@ -197,7 +197,7 @@ def launched() -> Team:
 
 
 def _pause(end: float, missing: str) -> None:
-    """A moment in which signals are heard; raises RuntimeError when it is too late."""
+    """A moment in which signals are taken; raises RuntimeError when it is too late."""
     if time.monotonic() > end:
         raise RuntimeError(f"{missing} has not come in time")
     time.sleep(0.02)

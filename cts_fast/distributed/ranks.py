@@ -13,7 +13,7 @@ that a program runs on the same group between two calls:
     it loads, adds a group, or uses a         it comes with a flag to what a step would begin with, and goes on where
     GradScaler, or none, from now on          all of them meet there
     its parameters were exchanged             likewise in the next call with a sum
-    its weights were loaded at a round's      it takes them for φ; at the next sum all ranks hear of it, compare, and go
+    its weights were loaded at a round's      it takes them for φ; at the next sum all ranks know of it, compare, and go
     start                                     back to the former φ where they differ
 
 A step that broke off half-way, here or elsewhere, leaves ranks `torn`: none takes another step, or saves its state,

@@ -91,7 +91,7 @@ class Collector:
         tensors, count, odd, self.moved = self.table.collect(self.params, given)
         for i in odd:
             tensors[i] = dense = _dense(tensors[i], *self.places[i])
-            self.table.set(i, dense.data_ptr())
+            self.table.enter(i, dense.data_ptr())
         return Gradients(tensors, count, self.table.address)
 
     def find_moved(self) -> list[int]:
@@ -131,7 +131,7 @@ class PythonTable:
                 odd.append(i)
         return tensors, len(present), odd, self._collector.find_moved()
 
-    def set(self, i: int, address: int) -> None:
+    def enter(self, i: int, address: int) -> None:
         """Enter the address of a gradient that was made dense."""
         self._addresses[i] = address
 

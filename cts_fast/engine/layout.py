@@ -301,7 +301,7 @@ class Flat:
         self._phi_addresses = [address_in(self.phi, segment) for segment in self.segments] if self.shared else []
 
     def note_write(self) -> None:
-        """Let autograd hear that the parameters and φ are written behind its back, so that a graph which saved one
+        """Note for autograd that the parameters and φ are written behind its back, so that a graph which saved one
         notices.
         """
         for tensors in self._written:

@@ -15,7 +15,7 @@ def with_torchs_hooks(step: Callable) -> Callable:
     """What torch.optim puts around `step`: hooks and the profiler's label; and, under torch.compile, a graph break.
 
     It is entered only where somebody listens: with cold caches it costs a tenth of a small network's step.
-    `failed(error)` of the optimizer hears of a hook that raises before the step.
+    `failed(error)` of the optimizer is called where a hook raises before the step.
     """
 
     def after_pre_hooks(self, *args, **kwargs):

@@ -104,7 +104,7 @@ def run(work: study.Study) -> str:
         {f"{a}-{p}": one["phi"] for (a, p), one in found.items()},
     )
     figure_3(work.out / "figure-3.png", curves, kinds, orders)
-    return table(curves, kinds, orders)
+    return table(kinds, orders)
 
 
 def rows(curves: dict, kinds: dict) -> Iterator[tuple]:
@@ -144,7 +144,7 @@ def figure_3(path: Path, curves: dict, kinds: dict, orders: dict) -> None:
     save_figure(path, figure)
 
 
-def table(curves: dict, kinds: dict, orders: dict) -> str:
+def table(kinds: dict, orders: dict) -> str:
     """Orders of growth beside the theory's, and the error of each kind of network."""
     lines = ["", f"{'the error grows with':<24}{'Softplus':>10}{'ReLU':>10}{'Eq. (5)':>10}", "-" * 54]
     for panel, by in orders.items():

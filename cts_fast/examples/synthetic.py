@@ -21,13 +21,13 @@ from torch import Tensor
 from cts_fast.baselines import METHODS
 from cts_fast.examples import synthetic_figures
 from cts_fast.examples.landscapes import Landscape, attractors, meta_train
+from cts_fast.examples.synthetic_figures import HIGH, LOW
 from cts_fast.experiments import study
 from cts_fast.experiments.settings import LABELS
 
 INNER = {"lr": 0.05, "momentum": 0.9, "meta_lr": 0.1}
 HORIZON, ROUNDS = 100, 3
 COMPARED = ("reptile", "cts", "cts-accurate")
-LOW, HIGH = -5.0, 15.0  # the plotted square
 START_AXIS = (-5.0, 5.0, 15.0)  # the scored starts are its square
 REPTILE_HORIZONS = (5, 10, 25, 50, HORIZON)
 MAP_SIDE, GRID_SIDE = 121, 15  # points a side of the quality map, and of the grid that Reptile starts from

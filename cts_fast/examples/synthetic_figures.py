@@ -14,7 +14,7 @@ from cts_fast.experiments.plots import new_figure
 
 COLOURS = {"reptile": "#0072B2", "cts": "#D55E00", "cts-accurate": "#009E73"}
 SHORT = {"reptile": "Reptile", "cts": "cts", "cts-accurate": "cts, exact"}
-LOW, HIGH = -5.0, 15.0
+LOW, HIGH = -5.0, 15.0  # the plotted square
 
 
 def figure_4(

@@ -50,7 +50,7 @@ Prepared = TypeVar("Prepared", bound=HasFolder)
 
 DATA_EXTRAS = ("PIL", "numpy", "scipy", "torchvision", "tqdm")  # what reading data sets needs
 
-LONGEST = 30 * 24 * 3600.0  # seconds
+LONGEST_WAIT = 30 * 24 * 3600.0  # seconds
 
 # Types of arguments
 
@@ -66,8 +66,8 @@ def names(text: str) -> list[str]:
 def seconds(text: str) -> float:
     """A time above 0, up to thirty days."""
     value = number(text)
-    if not 0 < value <= LONGEST:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time above 0 and up to {LONGEST:g} seconds")
+    if not 0 < value <= LONGEST_WAIT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time above 0 and up to {LONGEST_WAIT:g} seconds")
     return value
 
 
@@ -435,7 +435,7 @@ def run_program(
                 with shown_by_the_first(team):
                     prepared = prepare(team)
             with stop_on_signals(at_once) as stop, shown_by_the_first(team):
-                early.check()  # signals that come later are heard by `stop`
+                early.check()  # `stop` takes the signals that come later
                 run(prepared, stop)
                 team.gather(None, patiently=True)  # all are through: a launch goes on together or not at all
             team.close()

@@ -276,7 +276,7 @@ class Experiment:
         before = len(jobs) - len(todo)
         with Progress("meta-test", before + len(share), before, unit="run", shown=team.is_first) as progress:
             map_tasks(work, share)
-        stop.check()  # now: nothing is heard while others are waited for
+        stop.check()  # now: signals are not looked at while others are waited for
         for found in team.gather(self.accuracy, patiently=True):
             self.accuracy.update(found)
 

@@ -13,7 +13,7 @@ import torch
 from cts_fast.distributed.launch import Team
 
 T = TypeVar("T")
-MEETING = 1.0  # seconds of training between two exchanges of the ranks, at most
+MEETING_SECONDS = 1.0  # seconds of training between two exchanges of the ranks, at most
 
 
 @contextmanager
@@ -46,8 +46,8 @@ def _in_turn(function: Callable[..., T], *arguments: Sequence) -> list[T]:
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """The numbers of each rank's share of what costs so much, ascending: the dearest first, each to the rank that has
-    least; ranks that get nothing have an empty one.
+    """The numbers of each rank's share of what costs so much, ascending: the most expensive first, each to the
+    rank that has least; ranks that get nothing have an empty one.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0.0] * ranks
@@ -59,14 +59,14 @@ def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
 
 class Meetings:
-    """When the ranks of a team that train together tell each other news: at the same steps on all of them.
+    """When the ranks of a team that train together exchange news: at the same steps on all of them.
 
     One process alone does after every step. Ranks do about every second, or every `every` seconds if that is less: rank
     0 says at each meeting after how many steps the next one is, so that nobody has to ask in between.
     """
 
     def __init__(self, team: Team, step: int, every: float | None) -> None:
-        self.team, self.every = team, MEETING if every is None else min(every, MEETING)
+        self.team, self.every = team, MEETING_SECONDS if every is None else min(every, MEETING_SECONDS)
         self.step, self.next, self.time = step, step + 1, time.monotonic()
 
     def exchange(self, step: int, news: T) -> list[T]:

@@ -120,7 +120,7 @@ def main(program: Program, argv: Sequence[str] | None = None) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedRun:
     """A run before there is a folder for it."""
 
     config: dict[str, Any]
@@ -167,7 +167,7 @@ def prepare(args: argparse.Namespace, program: Program, started: float, team: Te
     """From arguments to what they ask for; raises ValueError or OSError that says what is wrong with them."""
     if args.dry_run and team.size > 1:
         raise ValueError("--dry-run measures one process: start it without torchrun")
-    plans = plans_of(args, program)
+    plans = planned_runs(args, program)
     if args.dry_run:
         return rehearsed(plans, args.out)
     folder = {"resume": args.resume, "overwrite": args.overwrite, "save_every": args.save_every, "team": team}
@@ -189,7 +189,7 @@ def settings_of(args: argparse.Namespace, preset: Preset) -> tuple[list[MetaTrai
     return of_horizons(train, args.horizon or [train.horizon]), test
 
 
-def plans_of(args: argparse.Namespace, program: Program) -> list[Plan]:
+def planned_runs(args: argparse.Namespace, program: Program) -> list[PlannedRun]:
     """The runs asked for, one for each horizon; raises as `prepare` does."""
     preset = program.presets[args.preset]
     trains, test = settings_of(args, preset)
@@ -227,7 +227,7 @@ def plans_of(args: argparse.Namespace, program: Program) -> list[Plan]:
         **{name: getattr(args, name) for name in ("seed", "device", "tensorboard", "capture", "streams", "precision")},
     }
     points = halvings(args.points) if args.points else preset.snapshots
-    make = partial(Plan, methods=methods, targets=targets)
+    make = partial(PlannedRun, methods=methods, targets=targets)
     return [
         make(
             config={**about, **cli.about_settings(train, test, more_images, snapshots)},

@@ -30,7 +30,7 @@ class Diverged(ArithmeticError):
 class Curve:
     """Training losses of one method: `losses[i][t]` is the mean of task t over the steps up to `steps[i]`.
 
-    Of this rank's `own` tasks are `closed`, points that the other ranks have not heard of, and `pending`, losses of the
+    Of this rank's `own` tasks are `closed`, points that the other ranks do not have yet, and `pending`, losses of the
     steps after the last point, one tensor a step, still on the device.
     """
 
@@ -169,7 +169,7 @@ class Training:
 
     def _save(self) -> None:
         state, curve = self.trainer.state_dict(), self.curve
-        self._check_finite()  # after the optimizer has told of a gradient, which says more
+        self._check_finite()  # after the optimizer has named a gradient, which says more
         pending = torch.stack(curve.pending).cpu() if curve.pending else torch.empty(0, len(curve.own))
         for of_task, losses in zip(state["own"]["tasks"].values(), pending.unbind(1), strict=True):
             of_task["pending"] = losses.clone(memory_format=torch.contiguous_format)

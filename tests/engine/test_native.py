@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -17,12 +18,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from cts_fast import ShiftingMetaOptimizer
 from cts_fast.engine import native
 from cts_fast.engine.rules.sgd import Hyper
 
 CHECKOUT = Path(__file__).parents[2]
 _cpu = pytest.importorskip("cts_fast._cpu", reason="the native module is not built")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="shared libraries are ELF files on Linux")
+
+
+def test_the_optimizers_defaults_are_those_of_the_declaration():
+    given = inspect.signature(ShiftingMetaOptimizer).parameters
+    assert {name: given[name].default for name in Hyper._fields} == Hyper._field_defaults
 
 
 def test_it_unpacks_a_param_group_in_the_order_of_its_declaration():
@@ -252,7 +259,7 @@ class Notes:
             (0, self.heads.data_ptr(), self.head_v.data_ptr(), 0, 64, 1),
         ]
         segments = [[(0, 1, 0, 0), (32, 1, 1, 2)], [(0, 1, 2, 4), (32, 1, 2, 5)]]
-        self.plan = _cpu.Plan(0, flats, segments, "plain")
+        self.stepper = _cpu.Stepper(0, flats, segments, "plain")
         self.gradients = torch.ones(6)
         addresses = [self.gradients[i].data_ptr() if there else 0 for i, there in enumerate(present)]
         self.table = torch.tensor(addresses, dtype=torch.int64)
@@ -264,7 +271,7 @@ class Notes:
         """The flags after a step."""
         counters = (self.counters.data_ptr(), (3, 4, 5, 6)) if after else None
         addresses = (self.table.data_ptr(), self.started.data_ptr())
-        self.plan.step(*addresses, all_started, 0, self.hyper, control, counters, None, False, 1)
+        self.stepper.step(*addresses, all_started, 0, self.hyper, control, counters, None, False, 1)
         return self.started.tolist()
 
 

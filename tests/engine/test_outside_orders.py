@@ -1,4 +1,4 @@
-"""Changes from outside in combination and in odd orders: surgery with inherited state, edits around saves, interrupts."""
+"""Changes from outside, combined and in odd orders: surgery with inherited state, edits around saves, interrupts."""
 
 import copy
 import gc

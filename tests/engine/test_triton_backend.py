@@ -20,9 +20,11 @@ from support.step_cases import (
     set_gradients,
 )
 
+from cts_fast.engine.rules.sgd import Hyper
 from cts_fast.engine.step import unavailable
 
 pytest.importorskip("triton")
+kernel = pytest.importorskip("cts_fast.kernels.shifting_step")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter is slow: few cases, and no search for smaller ones
 few = settings(
@@ -33,6 +35,11 @@ few = settings(
     phases=[Phase.explicit, Phase.generate],
 )
 OPTIONS = dict(lr=0.1, momentum=0.9, weight_decay=0.01, meta_lr=0.3, horizon=3)
+
+
+def test_it_reads_a_param_group_in_the_order_of_its_declaration():
+    names = ("LR", "MOMENTUM", "DAMPENING", "WEIGHT_DECAY", "NESTEROV", "MAXIMIZE", "META_LR", "SHIFT")
+    assert {name.lower(): getattr(kernel, name).value for name in names} == {f: i for i, f in enumerate(Hyper._fields)}
 
 
 def assert_equal(a, b):

@@ -1,4 +1,4 @@
-"""A run that is stopped wherever it asks whether to stop, and resumed each time, leaves what an uninterrupted one does."""
+"""A run that is stopped wherever it asks for it, and resumed each time, leaves what an uninterrupted one does."""
 
 import dataclasses
 
@@ -63,7 +63,7 @@ def run(out, stop, **options):
 
 
 def through_interruptions(out, **options):
-    """Stopped at the first to the eighth question, in turn, so that a fine-tuning run is left at every one of its own and
+    """Stopped at the first to the eighth question, in turn, so that a fine-tuning run is left at each of its own and
     ends at last; then after each file of the report. Returns how often."""
     stops = reports = 0
     while True:

@@ -1,5 +1,5 @@
-"""The suite "tiny", which the programs run on here. They draw no figures, which take half of a small run's time, but where
-a test asks for them: each form of them is drawn in some test."""
+"""The suite "tiny", which the programs run on here. They draw no figures, which take half of a small run's time, but
+where a test asks for them: each form of them is drawn in some test."""
 
 import pytest
 from support.image_tasks import make_suite

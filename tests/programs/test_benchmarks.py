@@ -124,7 +124,7 @@ def test_ceiling_kernel_reads_three_streams_and_writes_two(rows, columns, tile, 
 )
 def test_bytes_beyond_three_read_for_two_written_are_told_from_the_others(traffic, mixed, read, written):
     setup = Setup("resnet20", 8)
-    assert [size / (4 * setup.parameters) for size in traffic.bytes(setup)] == pytest.approx([mixed, read, written])
+    assert [size / (4 * setup.parameters) for size in traffic.moved(setup)] == pytest.approx([mixed, read, written])
 
 
 def test_a_fill_leaves_zeros_alone():

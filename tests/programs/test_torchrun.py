@@ -1,6 +1,7 @@
 """The image program on several ranks: the same results, checkpoints that any number of ranks goes on with, and faults.
 
-Ranks are processes with gloo between them, started as torchrun starts them, and by torchrun itself. Oracle: one process.
+Ranks are processes with gloo between them, started as torchrun starts them, and by torchrun itself. Oracle: one
+process.
 """
 
 import json

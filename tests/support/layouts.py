@@ -1,4 +1,4 @@
-"""Tiny data sets in the official layouts: each image's upper half shows its label as a colour, the lower half is black."""
+"""Tiny data sets in the official layouts: an image's upper half shows its label as a colour, the lower one is black."""
 
 import gzip
 import json

@@ -18,7 +18,7 @@ KINDS = ["shared", "head"]
 
 
 class Problem:
-    """Three small nets with heads and their optimizer; with meta_lr 0 each task follows a torch.optim.SGD of its own."""
+    """Three small nets with heads and their optimizer; with meta_lr 0 each task follows its own torch.optim.SGD."""
 
     def __init__(self, backend="auto", dtype=torch.float32, **options):
         torch.manual_seed(0)

@@ -50,13 +50,13 @@ class Cpu(Backend):
         for flat in flats:
             segments.append([(s.offset, s.numel, s.group, first + n * flat.rows) for n, s in enumerate(flat.segments)])
             first += len(flat.params)
-        self.plan = _cpu.Plan(DTYPES[flats[0].dtype], list(map(packed_flat, flats)), segments, instruction_set())
+        self.stepper = _cpu.Stepper(DTYPES[flats[0].dtype], list(map(packed_flat, flats)), segments, instruction_set())
 
     def step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         self._step_(gradients, hyper, control)
 
     def partial_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
-        self.plan.partial(
+        self.stepper.partial(
             gradients.address,
             self.started.data_ptr(),
             all(flat.all_started for flat in self.flats),
@@ -69,7 +69,7 @@ class Cpu(Backend):
 
     def finish_(self, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
         settled = (control[:CONTROL_FIELDS], control.after)
-        self.plan.finish(hyper, *settled, total.data_ptr(), torch.get_num_threads())
+        self.stepper.finish(hyper, *settled, total.data_ptr(), torch.get_num_threads())
 
     def measured_step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> float:
         return self._step_(gradients, hyper, control, measure_phi=True)
@@ -87,7 +87,7 @@ class Cpu(Backend):
         measure_phi: bool = False,
     ) -> float:
         all_started = all(flat.all_started for flat in self.flats)
-        return self.plan.step(
+        return self.stepper.step(
             gradients.address,
             self.started.data_ptr(),
             all_started,
@@ -101,17 +101,17 @@ class Cpu(Backend):
         )
 
     def any_nonfinite(self, gradients: Gradients) -> Tensor:
-        return torch.tensor(self.plan.any_nonfinite(gradients.address, torch.get_num_threads()))
+        return torch.tensor(self.stepper.any_nonfinite(gradients.address, torch.get_num_threads()))
 
     def is_at_phi(self) -> bool:
-        return self.plan.is_at_phi(torch.get_num_threads())
+        return self.stepper.is_at_phi(torch.get_num_threads())
 
     def add_gradients_(self, target: Tensor, gradients: Gradients, weight: float) -> None:
-        self.plan.add_gradients(gradients.address, target.data_ptr(), weight, torch.get_num_threads())
+        self.stepper.add_gradients(gradients.address, target.data_ptr(), weight, torch.get_num_threads())
 
     def end_round_(self, total, gradients, weight: float, rates: Sequence[float], clear_momentum: bool) -> None:
         given = (0 if gradients is None else gradients.address, 0 if total is None else total.data_ptr())
-        self.plan.end_round(*given, weight, rates, clear_momentum, torch.get_num_threads())
+        self.stepper.end_round(*given, weight, rates, clear_momentum, torch.get_num_threads())
         if clear_momentum:
             self.flats[0].forget_started_()
 
@@ -119,7 +119,7 @@ class Cpu(Backend):
         self.end_round_(None, None, 0.0, (), clear_momentum)
 
     def squared_distances(self, rows: Tensor) -> list[float]:
-        return self.plan.squared_distances(rows.data_ptr(), rows.stride(0), torch.get_num_threads())
+        return self.stepper.squared_distances(rows.data_ptr(), rows.stride(0), torch.get_num_threads())
 
     def add_signs_(self, key: int, first: int, scale: float) -> None:
-        self.plan.add_signs(key, first, scale, torch.get_num_threads())
+        self.stepper.add_signs(key, first, scale, torch.get_num_threads())

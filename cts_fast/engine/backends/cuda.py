@@ -9,9 +9,9 @@ from torch import Tensor
 
 from cts_fast.engine.backends.base import CONTROL_FIELDS, DTYPES, Backend, packed_flat
 from cts_fast.engine.backends.device_table import DeviceTable, device_rate, host_addresses
-from cts_fast.engine.backends.gpu import tile_starts, too_old
+from cts_fast.engine.backends.gpu import make_tiles, too_old
 from cts_fast.engine.gradients import Gradients
-from cts_fast.engine.layout import Flat
+from cts_fast.engine.layout import Flat, Segment
 from cts_fast.engine.native import load
 from cts_fast.engine.plan import Control, Counting
 from cts_fast.engine.rules.sgd import Hyper
@@ -21,9 +21,9 @@ _cuda = load("_cuda")
 NO_BUFFERS = (0, 0, 0, 0, 0, 1)
 
 
-def make_tiles(flats: Sequence[Flat]) -> Tensor:
-    """The tiles of all segments as csrc/cuda/launch.h lays them out, int64 [tiles, 4], the largest first: small ones
-    fill the gaps at the end.
+def largest_first(flats: Sequence[Flat]) -> Tensor:
+    """The tiles of all segments as csrc/cuda/launch.h lays them out, int64 [tiles, 4]; small ones fill the gaps at the
+    end.
     """
     tasks = flats[0].rows if flats[0].shared else 1
     columns, head_columns = _cuda.tile_columns(tasks, flats[0].work_dtype.itemsize)
@@ -31,12 +31,12 @@ def make_tiles(flats: Sequence[Flat]) -> Tensor:
     def most(flat: Flat) -> int:
         return columns if flat.shared else head_columns
 
-    tiles = []
-    for flat, segment, at, first in tile_starts(flats, most):
+    def entries(flat: Flat, segment: Segment, at: Tensor, first: int) -> tuple[Tensor, ...]:
         count = (segment.numel - at).clamp(max=most(flat))
         place = torch.full_like(at, first | (not flat.shared) << 32)
-        tiles.append(torch.stack([segment.offset + at, at, count | segment.group << 32, place], dim=1))
-    tiles = torch.cat(tiles)
+        return segment.offset + at, at, count | segment.group << 32, place
+
+    tiles = make_tiles(flats, most, entries)
     return tiles[(tiles[:, 2] & 0xFFFFFFFF).argsort(descending=True, stable=True)]
 
 
@@ -62,7 +62,7 @@ class Cuda(Backend):
     def __init__(self, flats: Sequence[Flat]) -> None:
         super().__init__(flats)
         device, on_gpu = flats[0].device, flats[0].device.type == "cuda"
-        tiles = make_tiles(flats)
+        tiles = largest_first(flats)
         self.num_tiles = len(tiles)
         self.tiles = (tiles if len(tiles) else torch.zeros(1, 4, dtype=torch.int64, device="cpu")).to(device)
         groups = [segment.group for flat in flats for segment in flat.segments for _ in range(flat.rows)]
@@ -77,7 +77,7 @@ class Cuda(Backend):
         heads = NO_BUFFERS if flats[-1].shared else packed_flat(flats[-1])
         shared_count = len(flats[0].params) if flats[0].shared else 0
         places = (self.tiles.data_ptr(), max(self.num_tiles, 1), groups, shared_count)
-        self.plan = _cuda.Plan(DTYPES[flats[0].dtype], self.index, shared, heads, *places, streams)
+        self.stepper = _cuda.Stepper(DTYPES[flats[0].dtype], self.index, shared, heads, *places, streams)
 
     def step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         counting = control.counting
@@ -89,10 +89,9 @@ class Cuda(Backend):
             h._replace(lr=0.0 if lr else h.lr, meta_lr=1.0 if meta_lr else h.meta_lr)
             for h, ((lr, _), (meta_lr, _)) in zip(hyper, rates, strict=True)
         ]
-        on_gpu = self.flats[0].device.type == "cuda"
-        with torch.cuda.device(self.index if on_gpu else -1):
+        with self._on_device():
             table = 0 if self.table is None else self.table(host_addresses(gradients), counting is not None).data_ptr()
-            self.plan.step(
+            self.stepper.step(
                 gradients.address,
                 table,
                 self._started(hyper, counting),
@@ -103,7 +102,7 @@ class Cuda(Backend):
                 control[:CONTROL_FIELDS],
                 control.after,
                 (0,) * 8 if counting is None else self._counts(counting),
-                torch.cuda.current_stream().cuda_stream if on_gpu else 0,
+                self._stream(),
             )
 
     def partial_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
@@ -111,7 +110,7 @@ class Cuda(Backend):
             return
         with self._on_device():
             table = 0 if self.table is None else self.table(host_addresses(gradients)).data_ptr()
-            self.plan.partial(
+            self.stepper.partial(
                 gradients.address,
                 table,
                 self._started(hyper, None),
@@ -128,7 +127,7 @@ class Cuda(Backend):
             return
         with self._on_device():
             settled = (hyper[: self.num_groups], control[:CONTROL_FIELDS], control.after)
-            self.plan.finish(*settled, total.data_ptr(), self._stream())
+            self.stepper.finish(*settled, total.data_ptr(), self._stream())
 
     def _on_device(self):
         return torch.cuda.device(self.index if self.flats[0].device.type == "cuda" else -1)
@@ -140,7 +139,7 @@ class Cuda(Backend):
         """Where the device reads the first-gradient flags; 0 where it need not."""
         if counting is not None:
             return self.flats[0].started.data_ptr()
-        if any(h.dampening and h.momentum for h in hyper) and not all(flat.all_started for flat in self.flats):
+        if any(h.dampened for h in hyper) and not all(flat.all_started for flat in self.flats):
             return self.flags(torch.cat([flat.started.flatten() for flat in self.flats])).data_ptr()
         return 0
 

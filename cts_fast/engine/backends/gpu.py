@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,15 +10,23 @@ from torch import Tensor
 from cts_fast.engine.layout import Flat, Segment
 
 
-def tile_starts(flats: Sequence[Flat], columns: Callable[[Flat], int]) -> Iterator[tuple[Flat, Segment, Tensor, int]]:
-    """Every segment, cut into tiles of at most `columns(flat)` columns: (flat, segment, where in the segment each tile
-    begins, int64 on the host, index of its first row's gradient).
+def make_tiles(
+    flats: Sequence[Flat],
+    columns: Callable[[Flat], int],
+    entries: Callable[[Flat, Segment, Tensor, int], Sequence[Tensor]],
+) -> Tensor:
+    """All segments, cut into tiles of at most `columns(flat)` columns, in order; int64 [tiles, entries], on the host.
+
+    entries: a tile's entries in the kernel's order, each [tiles], from flat, segment, where in the segment the tiles
+    begin, and the index of the gradient of the segment's first row.
     """
-    first = 0
+    tiles, first = [], 0
     for flat in flats:
         for segment in flat.segments:
-            yield flat, segment, torch.arange(0, segment.numel, columns(flat), device="cpu"), first
+            at = torch.arange(0, segment.numel, columns(flat), device="cpu")
+            tiles.append(torch.stack(tuple(entries(flat, segment, at, first)), dim=1))
             first += flat.rows
+    return torch.cat(tiles)
 
 
 def too_old(device: torch.device) -> str | None:

@@ -30,7 +30,7 @@ def meta_update_(phi: Tensor, theta: Sequence[Tensor], total: Tensor, h: Hyper, 
         theta_t.add_(delta, alpha=h.shift)
 
 
-def inner_steps_(
+def inner_updates_(
     theta: Sequence[Tensor], v: Sequence[Tensor], g: Sequence[Tensor | None], started: Sequence[bool], h: Hyper
 ) -> None:
     """The inner step of every task with a gradient, of one tensor: T tensors of [n] each."""
@@ -39,7 +39,7 @@ def inner_steps_(
             inner_update_(theta[t], v[t], gradient, started[t], h)
 
 
-def shifting_step_(
+def reference_step_(
     phi: Tensor | None,
     theta: Sequence[Tensor],
     v: Sequence[Tensor],
@@ -52,7 +52,7 @@ def shifting_step_(
 
     phi: [n], or None for a head. theta, v, g: T tensors of [n]; a missing gradient leaves that task's inner step out.
     """
-    inner_steps_(theta, v, g, started, h)
+    inner_updates_(theta, v, g, started, h)
     if phi is None:
         return
     if c.meta_update:
@@ -71,13 +71,13 @@ class Reference(Backend):
 
     def step_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control) -> None:
         def whole_(phi: Tensor | None, theta, v, g, started, h: Hyper, _columns: slice) -> None:
-            shifting_step_(phi, theta, v, g, started, h, control)
+            reference_step_(phi, theta, v, g, started, h, control)
 
         self._step_segments_(gradients, hyper, control, whole_)
 
     def partial_(self, gradients: Gradients, hyper: Sequence[Hyper], control: Control, total: Tensor) -> None:
         def first_half_(phi: Tensor | None, theta, v, g, started, h: Hyper, columns: slice) -> None:
-            inner_steps_(theta, v, g, started, h)
+            inner_updates_(theta, v, g, started, h)
             if phi is not None:
                 total[columns] = sum_of_differences(phi, theta)
                 for v_t in v if control.reset and control.reset_momentum else ():

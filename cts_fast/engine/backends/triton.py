@@ -12,14 +12,13 @@ from torch import Tensor
 
 from cts_fast.engine.backends.base import Backend
 from cts_fast.engine.backends.device_table import DeviceTable, device_rate, host_addresses
-from cts_fast.engine.backends.gpu import tile_starts, too_old
+from cts_fast.engine.backends.gpu import make_tiles, too_old
 from cts_fast.engine.gradients import Gradients
-from cts_fast.engine.layout import Flat
+from cts_fast.engine.layout import Flat, Segment
 from cts_fast.engine.plan import Control
 from cts_fast.engine.rules.sgd import Hyper
 from cts_fast.kernels import shifting_step as kernel
 
-INTERPRETED = triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
 NONE = (None,) * 5
 
 
@@ -28,13 +27,10 @@ def tile_shape(tasks: int, work_dtype: torch.dtype) -> dict[str, int]:
     return {"ROWS": min(triton.next_power_of_2(tasks), 8), "BLOCK": 128 * 16 // work_dtype.itemsize}
 
 
-def make_tiles(flats: Sequence[Flat], block: int) -> Tensor:
-    """The tiles of all segments, in order; int64 [tiles, TILE]."""
-    tiles = []
-    for _, segment, at, first in tile_starts(flats, lambda flat: block):
-        group, gradient = torch.full_like(at, segment.group), torch.full_like(at, first)
-        tiles.append(torch.stack([segment.offset + at, segment.numel - at, at, group, gradient], dim=1))
-    return torch.cat(tiles)
+def _entries(flat: Flat, segment: Segment, at: Tensor, first: int) -> tuple[Tensor, ...]:
+    """Those of a tile (`kernel.TILE` of them)."""
+    group, gradient = torch.full_like(at, segment.group), torch.full_like(at, first)
+    return segment.offset + at, segment.numel - at, at, group, gradient
 
 
 def _plain(tasks: int, rows: int, hyper: Sequence[Hyper], control: Control) -> bool:
@@ -60,7 +56,7 @@ class Triton(Backend):
     @classmethod
     def unavailable(cls, device: torch.device, dtype: torch.dtype, capturable: bool, groups: int) -> str | None:
         """Why it cannot run there; None if it can: CPU tensors under TRITON_INTERPRET=1, else CUDA ones."""
-        if INTERPRETED:
+        if kernel.INTERPRETED.value:
             return None if device.type == "cpu" else "TRITON_INTERPRET is set, which runs Triton on CPU tensors only"
         if device.type != "cuda":
             return (
@@ -78,7 +74,7 @@ class Triton(Backend):
         self.shared_count = len(self.shared.params) if self.shared else 0
         self.tasks = self.shared.rows if self.shared else 1
         self.shape = tile_shape(self.tasks, self.work_dtype)
-        tiles = make_tiles(flats, self.shape["BLOCK"])
+        tiles = make_tiles(flats, lambda flat: self.shape["BLOCK"], _entries)
         segments = self.shared.segments if self.shared else []
         self.shared_tiles = sum(-(-segment.numel // self.shape["BLOCK"]) for segment in segments)
         self.num_tiles = len(tiles)
@@ -98,7 +94,7 @@ class Triton(Backend):
             return
         hyper = hyper[: self.num_groups]
         addresses = host_addresses(gradients)
-        dampened = any(h.dampening and h.momentum for h in hyper)
+        dampened = any(h.dampened for h in hyper)
         shared, head = self.shared, self.head
         buffers = (shared.theta, shared.momentum, shared.master, shared.phi, shared.theta.stride(0)) if shared else NONE
         heads = (head.theta, head.momentum, head.master) if head else NONE[:3]
@@ -141,7 +137,7 @@ class Triton(Backend):
             return
         hyper = hyper[: self.num_groups]
         addresses = host_addresses(gradients)
-        dampened = any(h.dampening and h.momentum for h in hyper)
+        dampened = any(h.dampened for h in hyper)
         shared, head = self.flats[0], self.head
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
             started = self._started(dampened, control)

@@ -36,6 +36,11 @@ class Hyper(NamedTuple):
     meta_lr: float | Tensor = 1e-2
     shift: float = 1.0
 
+    @property
+    def dampened(self) -> bool:
+        """Whether a first gradient enters the momentum otherwise than later ones."""
+        return bool(self.dampening and self.momentum)
+
 
 def check_hyper(values: Mapping) -> None:
     """Raise ValueError, naming the option, for hyper-parameters that no step can use."""

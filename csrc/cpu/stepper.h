@@ -13,7 +13,7 @@ namespace cts {
 enum class DType : int { float32, float64, bfloat16, float16 };
 
 // Columns begin ... end of one segment, all rows.
-struct Tile {
+struct Columns {
   int32_t flat, segment;
   int64_t begin, end;
 };
@@ -24,10 +24,10 @@ constexpr int64_t kSpanElements = 1024;
 
 // Tiles in the order in which memory is visited, and how many numbers they hold up to and with each.
 struct Tiles {
-  std::vector<Tile> list;
+  std::vector<Columns> list;
   std::vector<int64_t> numbers;
 
-  void add(const Tile& tile, int64_t rows);
+  void add(const Columns& tile, int64_t rows);
 };
 
 struct Range {
@@ -75,56 +75,57 @@ struct RoundEnd {
   bool momentum;
 };
 
-// What methods do with a part of a flat that has a phi; Plan has the same for all of it, the path as a part of the
+// What methods do with a part of a flat that has a phi; Stepper has the same for all of it, the path as a part of the
 // step.
 struct MethodOps {
-  void (*add_gradients)(const Flat& flat, const Tile& span, const void* const* gradients, void* target, double weight);
+  void (*add_gradients)(const Flat& flat, const Columns& span, const void* const* gradients, void* target,
+                        double weight);
   // next: fetched meanwhile, or null
-  void (*end_round)(const Flat& flat, const Tile& span, const Tile* next, const RoundEnd& end);
-  void (*squared_distances)(const Flat& flat, const Tile& span, const void* rows, int64_t stride, double* result);
-  void (*extend_path)(const Flat& flat, const Tile& tile, const void* const* gradients, const PathSum& path);
+  void (*end_round)(const Flat& flat, const Columns& span, const Columns* next, const RoundEnd& end);
+  void (*squared_distances)(const Flat& flat, const Columns& span, const void* rows, int64_t stride, double* result);
+  void (*extend_path)(const Flat& flat, const Columns& tile, const void* const* gradients, const PathSum& path);
   // first: word of the span's segment
-  void (*add_signs)(const Flat& flat, const Tile& span, uint64_t key, uint64_t first, double scale);
+  void (*add_signs)(const Flat& flat, const Columns& span, uint64_t key, uint64_t first, double scale);
 };
 
 // Steps tiles until the queue is empty, those of a flat that has a phi after the path's sum if there is one; every
 // thread of a team runs it. moved: where each tile leaves the sum of the squares of what phi moves by there; null: not
 // asked for.
 struct Kernel {
-  void (*step)(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, const MethodOps& method_ops,
+  void (*step)(const Flat* flats, const Columns* tiles, Queue& queue, const Control& step, const MethodOps& method_ops,
                const PathSum* path, double* moved);
   // The halves of a step whose sum over the tasks is completed elsewhere. total: [S] of phi's type; the first half
   // leaves there what the rows of a flat that has a phi come to; the second one reads it.
-  void (*partial)(const Flat* flats, const Tile* tiles, Queue& queue, const Step& step, void* total);
-  void (*finish)(const Flat& flat, const Tile& span, const Step& step, const void* total);
+  void (*partial)(const Flat* flats, const Columns* tiles, Queue& queue, const Control& step, void* total);
+  void (*finish)(const Flat& flat, const Columns& span, const Control& step, const void* total);
   // Whether so many rows are stepped together in the usual kinds of step, in registers; else in turn.
   bool (*fits_registers)(int32_t rows);
   // Whether a gradient holds a NaN or an infinity in a tile; sets its entry of step.nonfinite if there is one.
-  bool (*nonfinite)(const Flat& flat, const Tile& tile, const Step& step);
+  bool (*nonfinite)(const Flat& flat, const Columns& tile, const Control& step);
 };
 
 // Instruction sets that this module holds and this machine has, the widest first: of "avx512", "avx2", "plain".
 std::vector<std::string> instruction_sets();
 
 // Buffers of one dtype and how they are cut into tiles. Buffers must outlive it.
-class Plan {
+class Stepper {
  public:
   // segments[f] belongs to flats[f]; flats[f].segments is set here. isa: one of instruction_sets().
-  Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment>> segments, const std::string& isa);
+  Stepper(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment>> segments, const std::string& isa);
 
   // One step in place, after the path's sum if there is one; returns, if measure_phi, the square of the way that phi
   // moves. At most `threads` threads; the result does not depend on how many.
-  double step(const Step& step, const PathSum* path, bool measure_phi, int threads) const;
+  double step(const Control& step, const PathSum* path, bool measure_phi, int threads) const;
 
   // The inner step, and total <- sum over the rows of theta - phi, [S] as phi; at a reset that clears momentum, it
   // does.
-  void partial(const Step& step, void* total, int threads) const;
+  void partial(const Control& step, void* total, int threads) const;
 
   // What of the step is left, with a total that may come from more tasks than there are rows.
-  void finish(const Step& step, const void* total, int threads) const;
+  void finish(const Control& step, const void* total, int threads) const;
 
   // Whether any gradient holds a NaN or an infinity; reads gradients and inverse_scale of the step alone.
-  bool any_nonfinite(const Step& step, int threads) const;
+  bool any_nonfinite(const Control& step, int threads) const;
 
   // The rest is about the first flat, which has a phi. Buffers of the methods are laid out as phi, [S], or as theta,
   // [rows, S] with rows `stride` apart, and are of phi's type.

@@ -1,4 +1,4 @@
-#include "cpu/plan.h"
+#include "cpu/stepper.h"
 
 #include <dlfcn.h>
 
@@ -91,7 +91,7 @@ void run_team(void (*body)(void*), void* data, int threads) {
 
 int thread_number() { return shared_parallel.load() ? shared_thread_number.load()() : own_thread_number; }
 
-void Tiles::add(const Tile& tile, int64_t rows) {
+void Tiles::add(const Columns& tile, int64_t rows) {
   list.push_back(tile);
   numbers.push_back((numbers.empty() ? 0 : numbers.back()) + (tile.end - tile.begin) * rows);
 }
@@ -120,7 +120,8 @@ bool Queue::take(Range& range, bool steals) {
   return false;
 }
 
-Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment>> segments, const std::string& isa)
+Stepper::Stepper(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment>> segments,
+                 const std::string& isa)
     : flats_(std::move(flats)), segments_(std::move(segments)) {
   std::tie(kernel_, method_ops_) = code_for(isa, dtype);
   const size_t size = size_of(dtype);
@@ -145,12 +146,12 @@ Plan::Plan(DType dtype, std::vector<Flat> flats, std::vector<std::vector<Segment
   }
 }
 
-int Plan::team_for(int threads, size_t pieces) const {
+int Stepper::team_for(int threads, size_t pieces) const {
   return int(std::min<size_t>(
       {size_t(std::max(threads, 1)), std::max<size_t>(1, bytes_ / kThreadBytes), std::max<size_t>(1, pieces)}));
 }
 
-double Plan::step(const Step& step, const PathSum* path, bool measure_phi, int threads) const {
+double Stepper::step(const Control& step, const PathSum* path, bool measure_phi, int threads) const {
   threads = team_for(threads, tiles_.list.size());
   Queue queue(tiles_, threads);
   std::vector<double> moved(measure_phi ? tiles_.list.size() : 0);
@@ -161,58 +162,60 @@ double Plan::step(const Step& step, const PathSum* path, bool measure_phi, int t
   return std::accumulate(moved.begin(), moved.end(), 0.0);  // in one order, whoever computed them
 }
 
-bool Plan::any_nonfinite(const Step& step, int threads) const {
+bool Stepper::any_nonfinite(const Control& step, int threads) const {
   threads = team_for(threads, tiles_.list.size());
   Queue queue(tiles_, threads);  // each thread looks at what it steps afterwards
   std::atomic<bool> found{false};
   run_on_all(threads, [&] {
     for (Range range; !found.load(std::memory_order_relaxed) && queue.take(range);)
       for (int64_t i = range.first; i < range.last; ++i)
-        if (const Tile& tile = tiles_.list[size_t(i)]; kernel_.nonfinite(flats_[size_t(tile.flat)], tile, step))
+        if (const Columns& tile = tiles_.list[size_t(i)]; kernel_.nonfinite(flats_[size_t(tile.flat)], tile, step))
           found.store(true, std::memory_order_relaxed);
   });
   return found.load();
 }
 
-void Plan::partial(const Step& step, void* total, int threads) const {
+void Stepper::partial(const Control& step, void* total, int threads) const {
   threads = team_for(threads, tiles_.list.size());
   Queue queue(tiles_, threads);
   run_on_all(threads, [&] { kernel_.partial(flats_.data(), tiles_.list.data(), queue, step, total); });
 }
 
-template <class Body> void Plan::over_spans(int threads, Body body) const {
+template <class Body> void Stepper::over_spans(int threads, Body body) const {
   threads = team_for(threads, spans_.list.size());
   Queue queue(spans_, threads);
   run_on_all(threads, [&] {
     for (Range range; queue.take(range);)
       for (int64_t i = range.first; i < range.last; ++i) {
-        const Tile* const span = &spans_.list[size_t(i)];
+        const Columns* const span = &spans_.list[size_t(i)];
         body(i, *span, i + 1 < range.last ? span + 1 : nullptr);
       }
   });
 }
 
-void Plan::finish(const Step& step, const void* total, int threads) const {
-  over_spans(threads, [&](int64_t, const Tile& span, const Tile*) { kernel_.finish(flats_[0], span, step, total); });
+void Stepper::finish(const Control& step, const void* total, int threads) const {
+  over_spans(threads,
+             [&](int64_t, const Columns& span, const Columns*) { kernel_.finish(flats_[0], span, step, total); });
 }
 
-void Plan::add_gradients(const void* const* gradients, void* target, double weight, int threads) const {
-  over_spans(threads, [&](int64_t, const Tile& span, const Tile*) {
+void Stepper::add_gradients(const void* const* gradients, void* target, double weight, int threads) const {
+  over_spans(threads, [&](int64_t, const Columns& span, const Columns*) {
     method_ops_.add_gradients(flats_[0], span, gradients, target, weight);
   });
 }
 
-void Plan::end_round(const RoundEnd& end, int threads) const {
-  over_spans(threads,
-             [&](int64_t, const Tile& span, const Tile* next) { method_ops_.end_round(flats_[0], span, next, end); });
+void Stepper::end_round(const RoundEnd& end, int threads) const {
+  over_spans(threads, [&](int64_t, const Columns& span, const Columns* next) {
+    method_ops_.end_round(flats_[0], span, next, end);
+  });
 }
 
-bool Plan::is_at_phi(int threads) const {
+bool Stepper::is_at_phi(int threads) const {
   const Flat& flat = flats_[0];
   const char *const phi = static_cast<const char*>(flat.phi), *const theta = static_cast<const char*>(
                                                                   flat.master ? flat.master : flat.theta);
   std::atomic<bool> same{true};
-  over_spans(threads, [&](int64_t, const Tile& span, const Tile*) {
+  over_spans(threads, [&](int64_t, const Columns& span, const Columns*) {
     if (!same.load(std::memory_order_relaxed)) return;
     const size_t first = size_t(flat.segments[span.segment].offset + span.begin) * phi_element_,
                  bytes = size_t(span.end - span.begin) * phi_element_, stride = size_t(flat.stride) * phi_element_;
@@ -222,20 +225,20 @@ bool Plan::is_at_phi(int threads) const {
   return same.load();
 }
 
-std::vector<double> Plan::squared_distances(const void* rows, int64_t stride, int threads) const {
+std::vector<double> Stepper::squared_distances(const void* rows, int64_t stride, int threads) const {
   const size_t tasks = size_t(flats_[0].rows);
   std::vector<double> parts(spans_.list.size() * tasks), result(tasks);
-  over_spans(threads, [&](int64_t i, const Tile& span, const Tile*) {
+  over_spans(threads, [&](int64_t i, const Columns& span, const Columns*) {
     method_ops_.squared_distances(flats_[0], span, rows, stride, &parts[size_t(i) * tasks]);
   });
   for (size_t i = 0; i < parts.size(); ++i) result[i % tasks] += parts[i];
   return result;
 }
 
-void Plan::add_signs(uint64_t key, uint64_t first, double scale, int threads) const {
+void Stepper::add_signs(uint64_t key, uint64_t first, double scale, int threads) const {
   std::vector<uint64_t> of_segment;
   for (const Segment& segment : segments_[0]) of_segment.push_back(first), first += uint64_t(segment.numel + 63) / 64;
-  over_spans(threads, [&](int64_t, const Tile& span, const Tile*) {
+  over_spans(threads, [&](int64_t, const Columns& span, const Columns*) {
     method_ops_.add_signs(flats_[0], span, key, of_segment[size_t(span.segment)], scale);
   });
 }
