@@ -100,7 +100,7 @@ def best_shape(repeats: int) -> tuple[tuple[int, int, int], dict[str, float]]:
 def alone_gb_per_s(repeats: int) -> dict[str, float]:
     """What reads alone and writes alone get of a buffer far larger than any cache.
 
-    Less than 3-read-2-write does where reads and writes have lanes of their own.
+    Where reads and writes have lanes of their own, reads alone move less than 3-read-2-write.
     """
     walk = CacheFlush(5 * 4 * LARGE)
     rates = {}

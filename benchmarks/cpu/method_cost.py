@@ -133,7 +133,7 @@ def method_cost(setup: Setup, budget: Budget, flush: CacheFlush | None, shape: t
     and a time is the mean of both: where memory lies makes up to a tenth of a difference. Bytes that a method adds are
     priced at the ceiling, which takes turns with the methods; what it reads beyond three reads for two writes at what
     reads alone get in the same repeats, and what it writes beyond that at what writes alone get: where reads and writes
-    have lanes of their own, 3-read-2-write moves more than either.
+    have lanes of their own, the three differ.
     """
     problem = Problem(setup)
     rows, tasks, columns = {}, setup.tasks, setup.parameters

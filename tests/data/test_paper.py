@@ -221,11 +221,16 @@ class Runs:
         return Path.touch, (self.path,)
 
 
+def copied(root, file, to):
+    """A data root with a copy of the data set that has this file."""
+    shutil.copytree(root / file.partition("/")[0], to / file.partition("/")[0])
+    return to
+
+
 def test_no_code_in_a_data_file_is_run(everything, tmp_path):
     root, _ = everything
     for name, file in (("cifar10", "cifar-10-batches-py/data_batch_2"), ("cifar100", "cifar-100-python/meta")):
-        copy = tmp_path / name
-        shutil.copytree(root / file.partition("/")[0], copy / file.partition("/")[0])
+        copy = copied(root, file, tmp_path / name)
         (copy / file).write_bytes(pickle.dumps({"data": Runs(tmp_path / "ran")}))
         for partial in (False, True):
             with pytest.raises(DamagedFile):
@@ -247,8 +252,7 @@ def test_files_that_cannot_be_parsed_are_named(everything, tmp_path, fixture_md5
         ("flowers", "flowers-102/setid.mat"),
         ("aircraft", "fgvc-aircraft-2013b/data/images_variant_test.txt"),
     ):
-        copy = tmp_path / Path(file).name
-        shutil.copytree(root / file.partition("/")[0], copy / file.partition("/")[0])
+        copy = copied(root, file, tmp_path / Path(file).name)
         whole = (copy / file).read_bytes()
         (copy / file).write_bytes(whole[: len(whole) // 2])
         with pytest.raises(DamagedFile, match=f"{file}.*--download"):
@@ -266,8 +270,7 @@ def test_pixels_are_of_the_version_that_was_read_though_their_files_change_befor
         ("fashion_mnist", "FashionMNIST/raw/train-images-idx3-ubyte"),
         ("quickdraw", "quickdraw/numpy_bitmap/The Eiffel Tower.npy"),
     ):
-        copy = tmp_path / name
-        shutil.copytree(root / file.partition("/")[0], copy / file.partition("/")[0])
+        copy = copied(root, file, tmp_path / name)
         data = small(name, told[name])
         first = data.find(copy, partial=True)
         os.utime(copy / file, (9, 9))

@@ -161,7 +161,7 @@ class _Block:
         flat = self.flat
         d = torch.zeros(flat.rows, self.end - self.begin, dtype=flat.work_dtype, device=flat.device)
         into, of, missing, fresh = [], [], [], []
-        started = flat.started.tolist() if h.momentum and h.dampening and not flat.all_started else None
+        started = flat.started.tolist() if h.dampened and not flat.all_started else None
         for i, n, row, start, stop, offset in self.pieces:
             at = slice(offset, offset + stop - start)
             gradient = gradients[i]
