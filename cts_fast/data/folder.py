@@ -12,7 +12,7 @@ from cts_fast.data.cache import FOLDER, Storage, hold
 from cts_fast.data.decode import EXTENSIONS, FORMATS
 from cts_fast.data.errors import DamagedFile, MissingData
 from cts_fast.data.images import Samples
-from cts_fast.data.suite import ImageSet, Suite, Task, split_by_class
+from cts_fast.data.suite import ImageSet, Suite, Task, check_name, split_by_class
 
 SIZES = (28, 32, 64, 84)  # the paper's; a task gets the one next to its images
 LOOKED_AT = 50  # images that its size is told by
@@ -20,9 +20,16 @@ LAYOUT = "DIR/<task>/{train,test}/<class>/*.jpg, or DIR/<task>/<class>/*.jpg, wh
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted; hidden ones are not counted."""
+    """Names of the folders in a folder, sorted; hidden ones are not counted. Raises DamagedFile if it is locked."""
+    check_readable(folder)
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def check_readable(folder: Path) -> None:
+    """Raises DamagedFile for a folder that is there and locked."""
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise _locked(folder, "Permission denied")
 
 
 def images_below(folder: Path, seen: set[tuple[int, int]] | None = None) -> list[str]:
@@ -46,7 +53,11 @@ def images_below(folder: Path, seen: set[tuple[int, int]] | None = None) -> list
 
 def _unreadable(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):  # a class without a folder has no images
-        raise DamagedFile(f"{error.filename} cannot be read ({error.strerror}): change that, or move it away") from None
+        raise _locked(error.filename, error.strerror) from None
+
+
+def _locked(place: object, reason: object) -> DamagedFile:
+    return DamagedFile(f"{place} cannot be read ({reason}): change that, or move it away")
 
 
 def _usable(path: str) -> str:
@@ -83,6 +94,8 @@ class FolderSuite(Suite):
         tasks = subfolders(root)
         if not tasks:
             raise MissingData(f"the data root {root} holds no folder; it must hold {LAYOUT}")
+        for name in tasks:
+            check_name(name)
         return dict.fromkeys(tasks, "train")
 
     def load(self, root: Path | None, names: Sequence[str], storage: Storage) -> dict[str, Task]:

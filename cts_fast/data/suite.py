@@ -104,8 +104,9 @@ class Task:
             raise
 
     def checked(self) -> Task:
-        """The task itself; raises ValueError for a split without images, a label outside the classes, and what is no
-        `ImageSet`."""
+        """The task itself; raises ValueError for a split without images, a label outside the classes, what is no
+        `ImageSet`, and a name that `check_name` refuses."""
+        check_name(self.name)
         for split, part in (("training", self.train), ("test", self.test)):
             if not len(part):
                 raise ValueError(f"task {self.name!r} has no {split} images")
@@ -129,6 +130,12 @@ class Task:
         """The same task for tuning: a seeded fraction of every class's training images takes the test set's place."""
         train, held = split_by_class(self.train.labels, fraction, f"{seed}/{self.name}")
         return replace(self, train=self.train.select(train), test=self.train.select(held)).checked()
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for a task's name that options, with commas between tasks, and lines of tables cannot hold."""
+    if "," in name or not name.isprintable():
+        raise ValueError(f"a task cannot be called {ascii(name)}: give it a name with no comma and nothing unprintable")
 
 
 def _numbers_of_classes(name: str, train: ImageSet, test: ImageSet) -> list[str]:
@@ -279,9 +286,10 @@ REGISTERED: dict[str, Task | Callable[[], Task]] = {}
 def register(name: str, task: Task | Callable[[], Task]) -> None:
     """Add a task of one's own, or a function that makes it, to be asked for by this name in any suite.
 
-    Raises ValueError for a name that is taken, here or, once that is loaded, in the suite; TypeError for what is
-    neither.
+    Raises ValueError for a name that is taken, here or, once that is loaded, in the suite, or that `check_name`
+    refuses; TypeError for what is neither.
     """
+    check_name(name)
     if name in REGISTERED:
         raise ValueError(f"a task {name!r} is registered already")
     if not isinstance(task, Task) and not callable(task):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +97,36 @@ def test_what_cannot_be_read_in_a_folder_is_named_and_hidden_folders_do_not_coun
     monkeypatch.setattr(os, "scandir", locked)
     with pytest.raises(DamagedFile, match=r"crow/more cannot be read \(Permission denied\)"):
         load_suite("folder", root, ["birds"])
+
+
+@pytest.mark.parametrize("locked", ["", "birds", "birds/train"])
+def test_a_locked_folder_is_named(tmp_path, monkeypatch, locked):
+    for part in ("train", "test"):
+        write(tmp_path / "birds" / part, {"crow": 2, "owl": 2})
+    allowed = os.access  # root may read everything
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / locked and allowed(path, mode))
+    with pytest.raises(DamagedFile, match=rf"{tmp_path / locked} cannot be read \(Permission denied\): change that"):
+        load_suite("folder", tmp_path)
+
+
+@pytest.mark.parametrize("suite", ["paper", "imagenet"])
+def test_a_locked_data_root_is_named(tmp_path, monkeypatch, suite):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(DamagedFile, match=rf"{tmp_path} cannot be read \(Permission denied\): change that"):
+        load_suite(suite, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["birds,fish", "birds\nfish", b"caf\xe9"])
+def test_a_name_that_options_and_tables_cannot_hold_is_refused(tmp_path, name):
+    name = os.fsdecode(name)
+    (tmp_path / name).mkdir()
+    for use in (
+        lambda: task_roles("folder", tmp_path),
+        lambda: cts_fast.data.register(name, make_task),
+        lambda: dataclasses.replace(make_task("birds"), name=name).checked(),
+    ):
+        with pytest.raises(ValueError, match="cannot be called .*: give it a name with no comma"):
+            use()
 
 
 def test_a_split_in_capitals_is_no_class(tmp_path):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cts_fast.data.download import Archive, md5_of, obtain
 from cts_fast.data.errors import DamagedFile, MissingData
-from cts_fast.data.folder import subfolders
+from cts_fast.data.folder import check_readable, subfolders
 from cts_fast.data.images import Samples, fingerprint
 
 PARTIAL = "or add --partial to use what is there"
@@ -101,8 +101,7 @@ class DataSet:
         """
         folders = [root / place for place in self.places]
         for folder in folders:
-            if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
-                raise DamagedFile(f"{folder} cannot be read (permission denied): change that, or move it away")
+            check_readable(folder)
         return next((f for f in folders if any(next(f.glob(need), None) is not None for need in self.needs)), None)
 
     def check(self, splits: Splits, place: Path, partial: bool) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cts_fast.data.cache import FOLDER, Storage, hold
 from cts_fast.data.errors import DamagedFile, MissingData
+from cts_fast.data.folder import check_readable
 from cts_fast.data.paper.base import DataSet
 from cts_fast.data.paper.sets import SETS
 from cts_fast.data.suite import ImageSet, Suite, Task
@@ -52,6 +53,7 @@ def checked_root(root: Path | None, suite: str) -> Path:
         raise ValueError(f"the data root {root} is no folder: give another --data-root")
     if not root.is_dir():
         raise MissingData(f"the data root {root} does not exist: make it, or give another --data-root")
+    check_readable(root)
     return root
 
 
