@@ -64,14 +64,15 @@ template <class C> struct Rule {
   bool has_momentum, has_weight_decay, nesterov, scaled, maximize, meta_update, reset, reset_momentum;
 };
 
-template <class C> CTS_HD Rule<C> make_rule(const SgdGroup& h, const Control& step, bool shared) {
+template <class C> CTS_HD Rule<C> make_rule(const SgdGroup& h, const Control& control, bool shared) {
   Rule<C> r;
   r.descent = C(-h.lr), r.momentum = C(h.momentum), r.gain = C(1 - h.dampening), r.weight_decay = C(h.weight_decay);
-  r.rate = C(h.meta_lr / step.num_tasks), r.shift = C(h.shift), r.scale = C(step.inverse_scale);
+  r.rate = C(h.meta_lr / control.num_tasks), r.shift = C(h.shift), r.scale = C(control.inverse_scale);
   r.has_momentum = h.momentum != 0, r.has_weight_decay = h.weight_decay != 0, r.nesterov = h.nesterov;
-  r.scaled = step.inverse_scale != 1, r.maximize = h.maximize;
-  r.meta_update = shared && step.meta_update && h.meta_lr != 0;  // meta_lr 0 moves nothing: tasks are then wholly apart
-  r.reset = shared && step.reset, r.reset_momentum = r.reset && step.reset_momentum;
+  r.scaled = control.inverse_scale != 1, r.maximize = h.maximize;
+  // meta_lr 0 moves nothing: tasks are then wholly apart
+  r.meta_update = shared && control.meta_update && h.meta_lr != 0;
+  r.reset = shared && control.reset, r.reset_momentum = r.reset && control.reset_momentum;
   return r;
 }
 

@@ -256,7 +256,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         return loss
 
     def failed(self, error: Exception) -> None:
-        """A step, or a hook before it, raised: the other ranks, if any, are sent word."""
+        """A step, or a hook before it, raised: the other ranks, if any, are informed."""
         if self.ranks is not None:
             self.ranks.share(error, self.engine, self.plan)
 

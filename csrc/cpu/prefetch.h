@@ -4,7 +4,7 @@
 // DRAM and the processor's own prefetchers want long runs. A kernel that steps one coordinate of all rows at a time
 // finds its tiles in the second cache, where order costs little: memory is visited here stream by stream over a whole
 // tile, some tiles before the kernel comes. A kernel that steps row after row makes long runs itself: here the next row
-// is visited in its pace, line by line of all streams.
+// is visited as it goes, line by line of all streams.
 #pragma once
 
 #include "cpu/stepper.h"
@@ -29,8 +29,8 @@ template <class S, class C> class Prefetcher {
  public:
   static constexpr bool has_master = sizeof(S) != sizeof(C);
 
-  Prefetcher(const Flat* flats, const Columns* tiles, Queue& queue, const Control& step)
-      : flats_(flats), tiles_(tiles), queue_(queue), step_(step) {
+  Prefetcher(const Flat* flats, const Columns* tiles, Queue& queue, const Control& control)
+      : flats_(flats), tiles_(tiles), queue_(queue), control_(control) {
     allow(kAhead / kLine);
   }
 
@@ -47,7 +47,7 @@ template <class S, class C> class Prefetcher {
   static CTS_HD int64_t lines(const Columns& tile) { return (tile.end - tile.begin + kColumns - 1) / kColumns; }
 
   // Whether phi is among what is visited.
-  static CTS_HD bool visits_phi(const Control& step) { return step.meta_update || step.reset; }
+  static CTS_HD bool visits_phi(const Control& control) { return control.meta_update || control.reset; }
 
   // What a row is made of: gradient, theta, momentum and master.
   static CTS_HD int64_t streams(const S* g, bool has_momentum) {
@@ -110,11 +110,11 @@ template <class S, class C> class Prefetcher {
       const Flat& flat = flats_[tile_->flat];
       const Segment& segment = flat.segments[tile_->segment];
       const int64_t row = (stream_ - 1) / of_row, at = segment.offset + tile_->begin + row * flat.stride;
-      if (stream_ == 0) visit<C>(visits_phi(step_) ? flat.phi : nullptr, segment.offset + tile_->begin);
-      else if ((stream_ - 1) % of_row == 0) visit<S>(step_.gradients[segment.first + row], tile_->begin);
+      if (stream_ == 0) visit<C>(visits_phi(control_) ? flat.phi : nullptr, segment.offset + tile_->begin);
+      else if ((stream_ - 1) % of_row == 0) visit<S>(control_.gradients[segment.first + row], tile_->begin);
       else if ((stream_ - 1) % of_row == 1) visit<S>(flat.theta, at);
       else if ((stream_ - 1) % of_row == 2)
-        visit<S>(step_.groups[segment.group].momentum != 0 ? flat.momentum : nullptr, at);
+        visit<S>(control_.groups[segment.group].momentum != 0 ? flat.momentum : nullptr, at);
       else visit<C>(flat.master, at);
     } while (!count_ || (kInTurn && stream_ > 0 && stream_ % of_row != 0));
     left_ = lines(*tile_);
@@ -130,7 +130,7 @@ template <class S, class C> class Prefetcher {
   const Flat* flats_;
   const Columns* tiles_;
   Queue& queue_;
-  const Control& step_;
+  const Control& control_;
   Range ranges_[kRanges], visited_{0, 0}, followed_{0, 0};
   size_t taken_ = 0, visited_ranges_ = 0, followed_ranges_ = 0;
   bool own_is_empty_ = false;

@@ -49,11 +49,11 @@ template <class S, class C> CTS_HD Row<S, C> row_at(const Flat& flat, int64_t co
 // meta-update and a reset. The compiler then drops the other cases, and the kernel keeps up with memory.
 enum class Kind { any, inner, meta, reset };
 
-template <class C> Kind kind_of(const Rule<C>& rule, const Control& step, const Segment& segment, int32_t rows) {
+template <class C> Kind kind_of(const Rule<C>& rule, const Control& control, const Segment& segment, int32_t rows) {
   if (!rule.has_momentum || rule.nesterov || rule.scaled || rule.maximize) return Kind::any;
   if (rule.reset && !rule.meta_update) return Kind::any;
   for (int32_t i = segment.first; i < segment.first + rows; ++i)
-    if (!step.gradients[i] || (step.started && !step.started[i] && rule.gain != C(1))) return Kind::any;
+    if (!control.gradients[i] || (control.started && !control.started[i] && rule.gain != C(1))) return Kind::any;
   return rule.reset ? Kind::reset : rule.meta_update ? Kind::meta : Kind::inner;
 }
 
@@ -128,7 +128,7 @@ CTS_HD Vec<C> step_vector(const Rows<G, S, C>& rows, C* phi, C* sums, int64_t co
 // here, behind the call that is not inlined, so that the compiler sees the kind's constants.
 template <int G, bool all, Kind kind, class S, class C>
 __attribute__((noinline)) double step_rows(const Flat& flat, const Columns& tile, int32_t first_row,
-                                           const Control& step, const Rule<C>& general, C* phi, C* sums,
+                                           const Control& control, const Rule<C>& general, C* phi, C* sums,
                                            Prefetcher<S, C>& prefetcher) {
   constexpr int64_t N = Vec<C>::size, line = kLine / int64_t(sizeof(S));
   const Rule<Vec<C>> rule = broadcast<kind>(general);
@@ -136,10 +136,10 @@ __attribute__((noinline)) double step_rows(const Flat& flat, const Columns& tile
   Rows<G, S, C> rows;
   for (int i = 0; i < G; ++i) {
     const int32_t entry = segment.first + first_row + i;
-    const S* g = static_cast<const S*>(step.gradients[entry]);
+    const S* g = static_cast<const S*>(control.gradients[entry]);
     rows.row[i] = row_at<S, C>(flat, segment.offset + tile.begin, first_row + i);
     rows.g[i] = g ? g + tile.begin : nullptr;
-    rows.started[i] = !step.started || step.started[entry];
+    rows.started[i] = !control.started || control.started[entry];
   }
   int64_t streams = 0;
   for (int i = 0; i < G; ++i) streams += prefetcher.streams(rows.g[i], rule.has_momentum);
@@ -160,11 +160,11 @@ __attribute__((noinline)) double step_rows(const Flat& flat, const Columns& tile
 
 // A tile whose rows fit into registers.
 template <Kind kind, int G = 1, class S, class C>
-double step_together(const Flat& flat, const Columns& tile, const Control& step, const Rule<C>& rule, C* phi,
+double step_together(const Flat& flat, const Columns& tile, const Control& control, const Rule<C>& rule, C* phi,
                      Prefetcher<S, C>& prefetcher) {
   if constexpr (G < kTogether)
-    if (flat.rows > G) return step_together < kind, G<8 ? G + 1 : 2 * G>(flat, tile, step, rule, phi, prefetcher);
-  return step_rows<G, true, kind>(flat, tile, 0, step, rule, phi, static_cast<C*>(nullptr), prefetcher);
+    if (flat.rows > G) return step_together < kind, G<8 ? G + 1 : 2 * G>(flat, tile, control, rule, phi, prefetcher);
+  return step_rows<G, true, kind>(flat, tile, 0, control, rule, phi, static_cast<C*>(nullptr), prefetcher);
 }
 
 template <class S, class C> bool fits_registers(int32_t rows) {
@@ -216,7 +216,7 @@ CTS_HD void move_rows(const Flat& flat, const Columns& tile, const C* moves, con
 // A tile of any number of rows: some or one at a time, with the sum over them in the first cache; then the meta-update,
 // the shift and the reset, with theta' in the second cache still, unless rows are very many.
 template <Kind kind, class S, class C>
-double step_in_turn(const Flat& flat, const Columns& tile, const Control& step, const Rule<C>& general, C* phi,
+double step_in_turn(const Flat& flat, const Columns& tile, const Control& control, const Rule<C>& general, C* phi,
                     Prefetcher<S, C>& prefetcher) {
   using V = Vec<C>;
   const Rule<V> rule = broadcast<kind>(general);
@@ -228,8 +228,8 @@ double step_in_turn(const Flat& flat, const Columns& tile, const Control& step, 
   constexpr int side = kInTurn ? 2 : 8;  // rows that share their visits to sums and phi
   if constexpr (kind != Kind::any && !Prefetcher<S, C>::has_master && !(kInTurn && kind == Kind::inner))
     for (; t + side <= flat.rows; t += side)
-      step_rows<side, false, kind>(flat, tile, t, step, general, phi, sums, prefetcher);
-  for (; t < flat.rows; ++t) step_rows<1, false, kind>(flat, tile, t, step, general, phi, sums, prefetcher);
+      step_rows<side, false, kind>(flat, tile, t, control, general, phi, sums, prefetcher);
+  for (; t < flat.rows; ++t) step_rows<1, false, kind>(flat, tile, t, control, general, phi, sums, prefetcher);
   if (!rule.meta_update && !rule.reset) return 0;
 
   const V squares = move_phi(phi, sums, sums, n, rule);
@@ -240,7 +240,7 @@ double step_in_turn(const Flat& flat, const Columns& tile, const Control& step, 
 // The first half of a step in two: the inner step of a tile, and sums <- the sum over the rows of theta - phi. The rule
 // has no reset.
 template <Kind kind, class S, class C>
-void first_half(const Flat& flat, const Columns& tile, const Control& step, const Rule<C>& rule, C* phi, C* sums,
+void first_half(const Flat& flat, const Columns& tile, const Control& control, const Rule<C>& rule, C* phi, C* sums,
                 Prefetcher<S, C>& prefetcher) {
   constexpr bool has_master = Prefetcher<S, C>::has_master;
   constexpr int64_t N = Vec<C>::size;
@@ -250,7 +250,7 @@ void first_half(const Flat& flat, const Columns& tile, const Control& step, cons
   int32_t t = 0;
   const auto take = [&](auto count) {
     for (; t + count <= flat.rows; t += count)
-      step_rows<count, false, kind>(flat, tile, t, step, rule, phi, sums, prefetcher);
+      step_rows<count, false, kind>(flat, tile, t, control, rule, phi, sums, prefetcher);
   };
   if constexpr (kind != Kind::any && !has_master) {
     if constexpr (!kInTurn) take(std::integral_constant<int, 8>()), take(std::integral_constant<int, 4>());
@@ -264,13 +264,13 @@ void first_half(const Flat& flat, const Columns& tile, const Control& step, cons
 }
 
 template <Kind kind, class S, class C>
-double step_tile(const Flat& flat, const Columns& tile, const Control& step, const Rule<C>& rule,
+double step_tile(const Flat& flat, const Columns& tile, const Control& control, const Rule<C>& rule,
                  Prefetcher<S, C>& prefetcher) {
   C* const phi = flat.phi ? static_cast<C*>(flat.phi) + flat.segments[tile.segment].offset + tile.begin : nullptr;
-  if (phi && Prefetcher<S, C>::visits_phi(step)) prefetcher.allow(prefetcher.lines(tile));
+  if (phi && Prefetcher<S, C>::visits_phi(control)) prefetcher.allow(prefetcher.lines(tile));
   if constexpr (kind != Kind::any && !Prefetcher<S, C>::has_master)
-    if (fits_registers<S, C>(flat.rows)) return step_together<kind>(flat, tile, step, rule, phi, prefetcher);
-  return step_in_turn<kind>(flat, tile, step, rule, phi, prefetcher);
+    if (fits_registers<S, C>(flat.rows)) return step_together<kind>(flat, tile, control, rule, phi, prefetcher);
+  return step_in_turn<kind>(flat, tile, control, rule, phi, prefetcher);
 }
 
 // Whether G gradients hold a NaN or an infinity within n columns, the i-th in found[i].
@@ -299,90 +299,91 @@ bool look_at(const S* const* g, int64_t n, C inverse_scale, bool* found) {
   return any;
 }
 
-// Whether a gradient holds a NaN or an infinity in a tile; step.nonfinite, if there is one, is set for it.
-template <class S, class C> bool nonfinite(const Flat& flat, const Columns& tile, const Control& step) {
+// Whether a gradient holds a NaN or an infinity in a tile; control.nonfinite, if there is one, is set for it.
+template <class S, class C> bool nonfinite(const Flat& flat, const Columns& tile, const Control& control) {
   constexpr int abreast = 8;  // so many streams read at once use the memory's bandwidth
   const int32_t first = flat.segments[tile.segment].first;
   const int64_t n = tile.end - tile.begin;
-  const C scale = C(step.inverse_scale);
+  const C scale = C(control.inverse_scale);
   const auto look = scale == C(1) ? look_at<abreast, false, S, C> : look_at<abreast, true, S, C>;
   const auto look_at_one = scale == C(1) ? look_at<1, false, S, C> : look_at<1, true, S, C>;
   const S* g[abreast];
   int32_t entries[abreast];
   bool found[abreast], any = false;
   for (int32_t t = 0, count = 0; t < flat.rows; ++t) {
-    const S* const row = static_cast<const S*>(step.gradients[first + t]);
+    const S* const row = static_cast<const S*>(control.gradients[first + t]);
     if (row) g[count] = row + tile.begin, entries[count++] = first + t;
     if (count < abreast && t + 1 < flat.rows) continue;
     if (count == abreast) any |= look(g, n, scale, found);
     else
       for (int32_t i = 0; i < count; ++i) any |= look_at_one(g + i, n, scale, found + i);
-    for (int32_t i = 0; i < count && step.nonfinite; ++i)
-      if (found[i]) __atomic_store_n(step.nonfinite + entries[i], 1, __ATOMIC_RELAXED);
+    for (int32_t i = 0; i < count && control.nonfinite; ++i)
+      if (found[i]) __atomic_store_n(control.nonfinite + entries[i], 1, __ATOMIC_RELAXED);
     count = 0;
   }
   return any;
 }
 
 template <class S, class C>
-void step_tiles(const Flat* flats, const Columns* tiles, Queue& queue, const Control& step, const MethodOps& method_ops,
-                const PathSum* path, double* moved) {
-  Prefetcher<S, C> prefetcher(flats, tiles, queue, step);
+void step_tiles(const Flat* flats, const Columns* tiles, Queue& queue, const Control& control,
+                const MethodOps& method_ops, const PathSum* path, double* moved) {
+  Prefetcher<S, C> prefetcher(flats, tiles, queue, control);
   while (const Columns* tile = prefetcher.follow()) {
     const Flat& flat = flats[tile->flat];
     const Segment& segment = flat.segments[tile->segment];
-    const Rule<C> rule = make_rule<C>(step.groups[segment.group], step, flat.phi != nullptr);
-    if (path && flat.phi) method_ops.extend_path(flat, *tile, step.gradients, *path);
-    const Kind kind = kind_of(rule, step, segment, flat.rows);
+    const Rule<C> rule = make_rule<C>(control.groups[segment.group], control, flat.phi != nullptr);
+    if (path && flat.phi) method_ops.extend_path(flat, *tile, control.gradients, *path);
+    const Kind kind = kind_of(rule, control, segment, flat.rows);
     double squares = 0;
     switch (kind) {
       case Kind::inner:
-        squares = step_tile<Kind::inner>(flat, *tile, step, rule, prefetcher);
+        squares = step_tile<Kind::inner>(flat, *tile, control, rule, prefetcher);
         break;
       case Kind::meta:
-        squares = step_tile<Kind::meta>(flat, *tile, step, rule, prefetcher);
+        squares = step_tile<Kind::meta>(flat, *tile, control, rule, prefetcher);
         break;
       case Kind::reset:
-        squares = step_tile<Kind::reset>(flat, *tile, step, rule, prefetcher);
+        squares = step_tile<Kind::reset>(flat, *tile, control, rule, prefetcher);
         break;
       case Kind::any:
-        squares = step_tile<Kind::any>(flat, *tile, step, rule, prefetcher);
+        squares = step_tile<Kind::any>(flat, *tile, control, rule, prefetcher);
         break;
     }
     // in these kinds a gradient that is not finite reaches phi, and a tile has squares already
     const bool reaches_phi = kind == Kind::meta || kind == Kind::reset;
-    if (step.nonfinite && !(reaches_phi && std::isfinite(squares))) nonfinite<S, C>(flat, *tile, step);
+    if (control.nonfinite && !(reaches_phi && std::isfinite(squares))) nonfinite<S, C>(flat, *tile, control);
     if (moved) moved[tile - tiles] = squares;
   }
 }
 
 template <class S, class C>
-void partial_tiles(const Flat* flats, const Columns* tiles, Queue& queue, const Control& step, void* total) {
-  Prefetcher<S, C> prefetcher(flats, tiles, queue, step);
+void partial_tiles(const Flat* flats, const Columns* tiles, Queue& queue, const Control& control, void* total) {
+  Prefetcher<S, C> prefetcher(flats, tiles, queue, control);
   while (const Columns* tile = prefetcher.follow()) {
     const Flat& flat = flats[tile->flat];
     const Segment& segment = flat.segments[tile->segment];
-    Rule<C> rule = make_rule<C>(step.groups[segment.group], step, flat.phi != nullptr);
+    Rule<C> rule = make_rule<C>(control.groups[segment.group], control, flat.phi != nullptr);
     if (!flat.phi) {
-      if (kind_of(rule, step, segment, flat.rows) == Kind::inner)
-        step_tile<Kind::inner>(flat, *tile, step, rule, prefetcher);
-      else step_tile<Kind::any>(flat, *tile, step, rule, prefetcher);
-      if (step.nonfinite) nonfinite<S, C>(flat, *tile, step);
+      if (kind_of(rule, control, segment, flat.rows) == Kind::inner)
+        step_tile<Kind::inner>(flat, *tile, control, rule, prefetcher);
+      else step_tile<Kind::any>(flat, *tile, control, rule, prefetcher);
+      if (control.nonfinite) nonfinite<S, C>(flat, *tile, control);
       continue;
     }
     C *const phi = static_cast<C*>(flat.phi) + segment.offset + tile->begin, *const sums = static_cast<C*>(total) +
                                                                                            segment.offset + tile->begin;
     rule.meta_update = true, rule.reset = false;  // the sum is asked for whatever it is multiplied with
-    if (!rule.reset_momentum && kind_of(rule, step, segment, flat.rows) == Kind::meta)
-      first_half<Kind::meta>(flat, *tile, step, rule, phi, sums, prefetcher);
-    else first_half<Kind::any>(flat, *tile, step, rule, phi, sums, prefetcher);
-    if (step.nonfinite) nonfinite<S, C>(flat, *tile, step);
+    if (!rule.reset_momentum && kind_of(rule, control, segment, flat.rows) == Kind::meta)
+      first_half<Kind::meta>(flat, *tile, control, rule, phi, sums, prefetcher);
+    else first_half<Kind::any>(flat, *tile, control, rule, phi, sums, prefetcher);
+    if (control.nonfinite) nonfinite<S, C>(flat, *tile, control);
   }
 }
 
-template <class S, class C> void finish(const Flat& flat, const Columns& span, const Control& step, const void* total) {
+template <class S, class C>
+void finish(const Flat& flat, const Columns& span, const Control& control, const void* total) {
   const Segment& segment = flat.segments[span.segment];
-  const Rule<Vec<C>> rule = broadcast<Kind::any>(make_rule<C>(step.groups[segment.group], step, true));
+  const Rule<Vec<C>> rule = broadcast<Kind::any>(make_rule<C>(control.groups[segment.group], control, true));
   if (!rule.meta_update && !rule.reset) return;
   alignas(64) C moves[kSpanElements + Vec<C>::size];
   const int64_t first = segment.offset + span.begin;

@@ -151,34 +151,34 @@ int Stepper::team_for(int threads, size_t pieces) const {
       {size_t(std::max(threads, 1)), std::max<size_t>(1, bytes_ / kThreadBytes), std::max<size_t>(1, pieces)}));
 }
 
-double Stepper::step(const Control& step, const PathSum* path, bool measure_phi, int threads) const {
+double Stepper::step(const Control& control, const PathSum* path, bool measure_phi, int threads) const {
   threads = team_for(threads, tiles_.list.size());
   Queue queue(tiles_, threads);
   std::vector<double> moved(measure_phi ? tiles_.list.size() : 0);
   run_on_all(threads, [&] {
-    kernel_.step(flats_.data(), tiles_.list.data(), queue, step, method_ops_, path,
+    kernel_.step(flats_.data(), tiles_.list.data(), queue, control, method_ops_, path,
                  measure_phi ? moved.data() : nullptr);
   });
   return std::accumulate(moved.begin(), moved.end(), 0.0);  // in one order, whoever computed them
 }
 
-bool Stepper::any_nonfinite(const Control& step, int threads) const {
+bool Stepper::any_nonfinite(const Control& control, int threads) const {
   threads = team_for(threads, tiles_.list.size());
   Queue queue(tiles_, threads);  // each thread looks at what it steps afterwards
   std::atomic<bool> found{false};
   run_on_all(threads, [&] {
     for (Range range; !found.load(std::memory_order_relaxed) && queue.take(range);)
       for (int64_t i = range.first; i < range.last; ++i)
-        if (const Columns& tile = tiles_.list[size_t(i)]; kernel_.nonfinite(flats_[size_t(tile.flat)], tile, step))
+        if (const Columns& tile = tiles_.list[size_t(i)]; kernel_.nonfinite(flats_[size_t(tile.flat)], tile, control))
           found.store(true, std::memory_order_relaxed);
   });
   return found.load();
 }
 
-void Stepper::partial(const Control& step, void* total, int threads) const {
+void Stepper::partial(const Control& control, void* total, int threads) const {
   threads = team_for(threads, tiles_.list.size());
   Queue queue(tiles_, threads);
-  run_on_all(threads, [&] { kernel_.partial(flats_.data(), tiles_.list.data(), queue, step, total); });
+  run_on_all(threads, [&] { kernel_.partial(flats_.data(), tiles_.list.data(), queue, control, total); });
 }
 
 template <class Body> void Stepper::over_spans(int threads, Body body) const {
@@ -193,9 +193,9 @@ template <class Body> void Stepper::over_spans(int threads, Body body) const {
   });
 }
 
-void Stepper::finish(const Control& step, const void* total, int threads) const {
+void Stepper::finish(const Control& control, const void* total, int threads) const {
   over_spans(threads,
-             [&](int64_t, const Columns& span, const Columns*) { kernel_.finish(flats_[0], span, step, total); });
+             [&](int64_t, const Columns& span, const Columns*) { kernel_.finish(flats_[0], span, control, total); });
 }
 
 void Stepper::add_gradients(const void* const* gradients, void* target, double weight, int threads) const {

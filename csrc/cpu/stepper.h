@@ -92,16 +92,16 @@ struct MethodOps {
 // thread of a team runs it. moved: where each tile leaves the sum of the squares of what phi moves by there; null: not
 // asked for.
 struct Kernel {
-  void (*step)(const Flat* flats, const Columns* tiles, Queue& queue, const Control& step, const MethodOps& method_ops,
-               const PathSum* path, double* moved);
+  void (*step)(const Flat* flats, const Columns* tiles, Queue& queue, const Control& control,
+               const MethodOps& method_ops, const PathSum* path, double* moved);
   // The halves of a step whose sum over the tasks is completed elsewhere. total: [S] of phi's type; the first half
   // leaves there what the rows of a flat that has a phi come to; the second one reads it.
-  void (*partial)(const Flat* flats, const Columns* tiles, Queue& queue, const Control& step, void* total);
-  void (*finish)(const Flat& flat, const Columns& span, const Control& step, const void* total);
+  void (*partial)(const Flat* flats, const Columns* tiles, Queue& queue, const Control& control, void* total);
+  void (*finish)(const Flat& flat, const Columns& span, const Control& control, const void* total);
   // Whether so many rows are stepped together in the usual kinds of step, in registers; else in turn.
   bool (*fits_registers)(int32_t rows);
-  // Whether a gradient holds a NaN or an infinity in a tile; sets its entry of step.nonfinite if there is one.
-  bool (*nonfinite)(const Flat& flat, const Columns& tile, const Control& step);
+  // Whether a gradient holds a NaN or an infinity in a tile; sets its entry of control.nonfinite if there is one.
+  bool (*nonfinite)(const Flat& flat, const Columns& tile, const Control& control);
 };
 
 // Instruction sets that this module holds and this machine has, the widest first: of "avx512", "avx2", "plain".
@@ -115,17 +115,17 @@ class Stepper {
 
   // One step in place, after the path's sum if there is one; returns, if measure_phi, the square of the way that phi
   // moves. At most `threads` threads; the result does not depend on how many.
-  double step(const Control& step, const PathSum* path, bool measure_phi, int threads) const;
+  double step(const Control& control, const PathSum* path, bool measure_phi, int threads) const;
 
   // The inner step, and total <- sum over the rows of theta - phi, [S] as phi; at a reset that clears momentum, it
   // does.
-  void partial(const Control& step, void* total, int threads) const;
+  void partial(const Control& control, void* total, int threads) const;
 
   // What of the step is left, with a total that may come from more tasks than there are rows.
-  void finish(const Control& step, const void* total, int threads) const;
+  void finish(const Control& control, const void* total, int threads) const;
 
   // Whether any gradient holds a NaN or an infinity; reads gradients and inverse_scale of the step alone.
-  bool any_nonfinite(const Control& step, int threads) const;
+  bool any_nonfinite(const Control& control, int threads) const;
 
   // The rest is about the first flat, which has a phi. Buffers of the methods are laid out as phi, [S], or as theta,
   // [rows, S] with rows `stride` apart, and are of phi's type.

@@ -19,25 +19,25 @@ void check_size(const Launch& l) {
 
 }  // namespace
 
-void launch(const Launch& l, const Control& step, const Counting& counting) {
+void launch(const Launch& l, const Control& control, const Counting& counting) {
   check_size(l);
   constexpr decltype(&float32::launch) by_dtype[] = {float32::launch, float64::launch, bfloat16::launch,
                                                      float16::launch};
-  by_dtype[l.dtype](l, step, counting);
+  by_dtype[l.dtype](l, control, counting);
 }
 
-void launch_partial(const Launch& l, const Control& step, void* total) {
+void launch_partial(const Launch& l, const Control& control, void* total) {
   check_size(l);
   constexpr decltype(&float32::launch_partial) by_dtype[] = {float32::launch_partial, float64::launch_partial,
                                                              bfloat16::launch_partial, float16::launch_partial};
-  by_dtype[l.dtype](l, step, total);
+  by_dtype[l.dtype](l, control, total);
 }
 
-void launch_finish(const Launch& l, const Control& step, const void* total) {
+void launch_finish(const Launch& l, const Control& control, const void* total) {
   check_size(l);
   constexpr decltype(&float32::launch_finish) by_dtype[] = {float32::launch_finish, float64::launch_finish,
                                                             bfloat16::launch_finish, float16::launch_finish};
-  by_dtype[l.dtype](l, step, total);
+  by_dtype[l.dtype](l, control, total);
 }
 
 }  // namespace cts

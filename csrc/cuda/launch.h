@@ -94,13 +94,13 @@ struct Launch {
 int driver_version();
 
 // Queues the step on the stream. Throws std::runtime_error with what CUDA said.
-void launch(const Launch& l, const Control& step, const Counting& counting);
+void launch(const Launch& l, const Control& control, const Counting& counting);
 
 // The same in two halves, whose sum over the tasks is completed in between. total: [S] of phi's type on the device; the
 // first half writes the sum over the rows of theta - phi, the second one reads that over all tasks. The rates are
 // numbers.
-void launch_partial(const Launch& l, const Control& step, void* total);
-void launch_finish(const Launch& l, const Control& step, const void* total);
+void launch_partial(const Launch& l, const Control& control, void* total);
+void launch_finish(const Launch& l, const Control& control, const void* total);
 
 // What these call: one for each dtype that csrc/cuda/shifting_step.cu is compiled for.
 #define CTS_LAUNCHES(dtype)                                       \

@@ -245,9 +245,9 @@ void check(cudaError_t error, const char* what) {
 }
 
 // Whether all gradients are aligned to `bytes`; a missing one is.
-bool are_aligned(const Launch& l, const Control& step, size_t bytes) {
+bool are_aligned(const Launch& l, const Control& control, size_t bytes) {
   uintptr_t addresses = 0;
-  for (int i = 0; i < l.count; ++i) addresses |= reinterpret_cast<uintptr_t>(step.gradients[i]);
+  for (int i = 0; i < l.count; ++i) addresses |= reinterpret_cast<uintptr_t>(control.gradients[i]);
   return addresses % bytes == 0;
 }
 
@@ -258,22 +258,22 @@ template <class P> Buffers<P> buffers(const Flat& f) {
 }
 
 template <class P, int POINTERS, int GROUPS>
-void fill(Params<P, POINTERS, GROUPS>& p, const Launch& l, const Control& step, const Counting& counting) {
+void fill(Params<P, POINTERS, GROUPS>& p, const Launch& l, const Control& control, const Counting& counting) {
   using C = typename Work<P>::type;
   const Shape shape = shape_of(l.shared.rows);
   p.shared = buffers<P>(l.shared), p.heads = buffers<P>(l.heads);
   p.tiles = l.tiles, p.table = static_cast<const P* const*>(l.table), p.counting = counting;
-  p.started = l.started, p.nonfinite = step.nonfinite;
-  p.tasks = l.shared.rows, p.num_tasks = step.num_tasks, p.share = shape.share, p.count = l.count,
+  p.started = l.started, p.nonfinite = control.nonfinite;
+  p.tasks = l.shared.rows, p.num_tasks = control.num_tasks, p.share = shape.share, p.count = l.count,
   p.shared_count = l.shared_count;
-  p.reset_momentum = step.reset_momentum, p.wide = are_aligned(l, step, 16 / sizeof(C) * sizeof(P));
-  p.streams = l.streams,
-  p.dampened = std::any_of(step.groups, step.groups + l.num_groups, [](const SgdGroup& g) { return g.dampening != 0; });
+  p.reset_momentum = control.reset_momentum, p.wide = are_aligned(l, control, 16 / sizeof(C) * sizeof(P));
+  p.streams = l.streams, p.dampened = std::any_of(control.groups, control.groups + l.num_groups,
+                                                  [](const SgdGroup& g) { return g.dampening != 0; });
   for (int i = 0; i < l.num_groups; ++i) {
-    p.rules[i] = make_rule<C>(step.groups[i], step, true);
+    p.rules[i] = make_rule<C>(control.groups[i], control, true);
     p.rates[i] = l.rates[i];
   }
-  if (l.table == nullptr) memcpy(p.gradients, step.gradients, l.count * sizeof(void*));
+  if (l.table == nullptr) memcpy(p.gradients, control.gradients, l.count * sizeof(void*));
 }
 
 // One block a tile.
@@ -287,31 +287,32 @@ template <class P> void queue(void (*kernel)(P), P& parameters, const Launch& l)
 }
 
 template <bool LEAN, int N, bool SLICED, class P, int POINTERS, int GROUPS>
-void launch_kernel(const Launch& l, const Control& step, const Counting& counting) {
+void launch_kernel(const Launch& l, const Control& control, const Counting& counting) {
   Params<P, POINTERS, GROUPS> p;
-  fill(p, l, step, counting);
+  fill(p, l, control, counting);
   queue(shifting_step<LEAN, N, SLICED, P, POINTERS, GROUPS>, p, l);
 }
 
 // Whether all groups have the rule that lean kernels are made for, of N tasks or any number.
-template <class P, int N, bool SLICED> bool is_usual(const Launch& l, const Control& step, const Counting& counting) {
-  if (step.nonfinite != nullptr && !LEAN_FLAGS<P, true>) return false;
-  if ((!SLICED && l.shared.rows != N) || step.inverse_scale != 1 || counting.grad_scale != nullptr) return false;
-  if (std::find(step.gradients, step.gradients + l.count, nullptr) != step.gradients + l.count) return false;
-  return std::all_of(step.groups, step.groups + l.num_groups, [&](const SgdGroup& g) {
+template <class P, int N, bool SLICED>
+bool is_usual(const Launch& l, const Control& control, const Counting& counting) {
+  if (control.nonfinite != nullptr && !LEAN_FLAGS<P, true>) return false;
+  if ((!SLICED && l.shared.rows != N) || control.inverse_scale != 1 || counting.grad_scale != nullptr) return false;
+  if (std::find(control.gradients, control.gradients + l.count, nullptr) != control.gradients + l.count) return false;
+  return std::all_of(control.groups, control.groups + l.num_groups, [&](const SgdGroup& g) {
     return g.momentum != 0 && !g.nesterov && !g.maximize && g.dampening == 0;
   });
 }
 
 template <class P, int N, bool SLICED = false>
-void launch_sized(const Launch& l, const Control& step, const Counting& counting) {
-  const bool usual = is_usual<P, N, SLICED>(l, step, counting);
+void launch_sized(const Launch& l, const Control& control, const Counting& counting) {
+  const bool usual = is_usual<P, N, SLICED>(l, control, counting);
   if constexpr (sizeof(P) == 4) {  // small nets count microseconds; the other types do without these kernels
     if (usual && l.num_groups <= SMALL_GROUPS && (l.table != nullptr || l.count <= SMALL_POINTERS))
-      return launch_kernel<true, N, SLICED, P, SMALL_POINTERS, SMALL_GROUPS>(l, step, counting);
+      return launch_kernel<true, N, SLICED, P, SMALL_POINTERS, SMALL_GROUPS>(l, control, counting);
   }
-  if (usual) launch_kernel<true, N, SLICED, P, MAX_POINTERS, MAX_GROUPS>(l, step, counting);
-  else launch_kernel<false, N, SLICED, P, MAX_POINTERS, MAX_GROUPS>(l, step, counting);
+  if (usual) launch_kernel<true, N, SLICED, P, MAX_POINTERS, MAX_GROUPS>(l, control, counting);
+  else launch_kernel<false, N, SLICED, P, MAX_POINTERS, MAX_GROUPS>(l, control, counting);
 }
 
 }  // namespace
@@ -329,34 +330,34 @@ namespace float16 {
 using Parameter = __half;
 }
 
-void CTS_DTYPE::launch(const Launch& l, const Control& step, const Counting& counting) {
+void CTS_DTYPE::launch(const Launch& l, const Control& control, const Counting& counting) {
   using P = Parameter;
   check(cudaSetDevice(l.device), "choice of the device");
   const int tasks = l.shared.rows;
-  if (tasks <= 1) launch_sized<P, 1>(l, step, counting);
-  else if (tasks <= 2) launch_sized<P, 2>(l, step, counting);
-  else if (tasks <= 4) launch_sized<P, 4>(l, step, counting);
-  else if (tasks <= 8) launch_sized<P, 8>(l, step, counting);
-  else launch_sized<P, HELD, true>(l, step, counting);
+  if (tasks <= 1) launch_sized<P, 1>(l, control, counting);
+  else if (tasks <= 2) launch_sized<P, 2>(l, control, counting);
+  else if (tasks <= 4) launch_sized<P, 4>(l, control, counting);
+  else if (tasks <= 8) launch_sized<P, 8>(l, control, counting);
+  else launch_sized<P, HELD, true>(l, control, counting);
 }
 
-void CTS_DTYPE::launch_partial(const Launch& l, const Control& step, void* total) {
+void CTS_DTYPE::launch_partial(const Launch& l, const Control& control, void* total) {
   using P = Parameter;
   check(cudaSetDevice(l.device), "choice of the device");
   Partial<P, MAX_POINTERS, MAX_GROUPS> p;
-  fill(p.step, l, step, Counting{});
+  fill(p.step, l, control, Counting{});
   p.total = static_cast<Work<P>::type*>(total);
   queue(partial_step<P, MAX_POINTERS, MAX_GROUPS>, p, l);
 }
 
-void CTS_DTYPE::launch_finish(const Launch& l, const Control& step, const void* total) {
+void CTS_DTYPE::launch_finish(const Launch& l, const Control& control, const void* total) {
   using P = Parameter;
   using C = Work<P>::type;
   check(cudaSetDevice(l.device), "choice of the device");
   Finish<P, MAX_GROUPS> p;
   p.shared = buffers<P>(l.shared), p.tiles = l.tiles, p.total = static_cast<const C*>(total);
   p.tasks = l.shared.rows, p.share = shape_of(l.shared.rows).share, p.streams = l.streams;
-  for (int i = 0; i < l.num_groups; ++i) p.rules[i] = make_rule<C>(step.groups[i], step, true);
+  for (int i = 0; i < l.num_groups; ++i) p.rules[i] = make_rule<C>(control.groups[i], control, true);
   queue(finish_step<P, MAX_GROUPS>, p, l);
 }
 

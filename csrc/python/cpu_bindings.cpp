@@ -47,10 +47,10 @@ Stepper make_stepper(int dtype, const std::vector<cts::FlatTuple>& flats,
 }
 
 double step(const Stepper& stepper, uintptr_t gradients, uintptr_t started, bool all_started, uintptr_t nonfinite,
-            const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control, const cts::AfterTuple& after,
+            const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& packed, const cts::AfterTuple& after,
             const std::optional<PathTuple>& path, bool measure_phi, int threads) {
   const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
-  const cts::Control step = cts::control_of(gradients, all_started ? 0 : started, nonfinite, groups, control);
+  const cts::Control control = cts::control_of(gradients, all_started ? 0 : started, nonfinite, groups, packed);
   cts::PathSum native{};
   if (path) {
     const auto& [total, theta, gradient, stride, weights, loss_changes, scale, keep_point] = *path;
@@ -60,35 +60,34 @@ double step(const Stepper& stepper, uintptr_t gradients, uintptr_t started, bool
     native.scale = scale, native.keep_point = keep_point;
   }
   py::gil_scoped_release release;
-  const double moved = stepper.step(step, path ? &native : nullptr, measure_phi, threads);
-  stepper.notes.write(step, pointer<uint8_t>(started), all_started, after);
+  const double moved = stepper.step(control, path ? &native : nullptr, measure_phi, threads);
+  stepper.notes.write(control, pointer<uint8_t>(started), all_started, after);
   return moved;
 }
 
 bool any_nonfinite(const Stepper& stepper, uintptr_t gradients, int threads) {
-  cts::Control step{};
-  step.gradients = pointer<const void* const>(gradients), step.inverse_scale = 1;
+  cts::Control control{};
+  control.gradients = pointer<const void* const>(gradients), control.inverse_scale = 1;
   py::gil_scoped_release release;
-  return stepper.any_nonfinite(step, threads);
+  return stepper.any_nonfinite(control, threads);
 }
 
 void partial(const Stepper& stepper, uintptr_t gradients, uintptr_t started, bool all_started, uintptr_t nonfinite,
-             const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control, uintptr_t total,
-             int threads) {
+             const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& packed, uintptr_t total, int threads) {
   const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
-  const cts::Control step = cts::control_of(gradients, all_started ? 0 : started, nonfinite, groups, control);
+  const cts::Control control = cts::control_of(gradients, all_started ? 0 : started, nonfinite, groups, packed);
   py::gil_scoped_release release;
-  stepper.partial(step, pointer<void>(total), threads);
-  stepper.notes.write(step, pointer<uint8_t>(started), all_started, std::nullopt);
+  stepper.partial(control, pointer<void>(total), threads);
+  stepper.notes.write(control, pointer<uint8_t>(started), all_started, std::nullopt);
 }
 
-void finish(const Stepper& stepper, const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control,
+void finish(const Stepper& stepper, const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& packed,
             const cts::AfterTuple& after, uintptr_t total, int threads) {
   const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
-  const cts::Control step = cts::control_of(0, 0, 0, groups, control);
+  const cts::Control control = cts::control_of(0, 0, 0, groups, packed);
   py::gil_scoped_release release;
-  stepper.finish(step, pointer<const void>(total), threads);
-  stepper.notes.write(step, nullptr, true, after);
+  stepper.finish(control, pointer<const void>(total), threads);
+  stepper.notes.write(control, nullptr, true, after);
 }
 
 void add_gradients(const Stepper& stepper, uintptr_t gradients, uintptr_t target, double weight, int threads) {

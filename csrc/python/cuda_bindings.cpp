@@ -33,10 +33,10 @@ struct Stepper {
 
   void step(uintptr_t gradients, uintptr_t table, uintptr_t started, uintptr_t host_started, uintptr_t nonfinite,
             const std::vector<cts::GroupTuple>& hyper, const std::vector<std::pair<RateTuple, RateTuple>>& rates,
-            const cts::ControlTuple& control, const cts::AfterTuple& after, const CountingTuple& counting,
+            const cts::ControlTuple& packed, const cts::AfterTuple& after, const CountingTuple& counting,
             uintptr_t stream) const {
     const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
-    const cts::Control step = cts::control_of(gradients, started, nonfinite, groups, control);
+    const cts::Control control = cts::control_of(gradients, started, nonfinite, groups, packed);
     if (rates.size() != groups.size()) throw std::invalid_argument("one pair of rates for each group");
     std::vector<cts::DeviceRates> on_device;
     for (auto [lr, meta_lr] : rates) on_device.push_back({unpacked(lr), unpacked(meta_lr)});
@@ -49,26 +49,26 @@ struct Stepper {
                                horizon,
                                meta_interval,
                                advances};
-    cts::launch(completed(groups.size(), on_device.data(), table, started, stream), step, counts);
-    notes.write(step, pointer<uint8_t>(host_started), false, after);
+    cts::launch(completed(groups.size(), on_device.data(), table, started, stream), control, counts);
+    notes.write(control, pointer<uint8_t>(host_started), false, after);
   }
 
   void partial(uintptr_t gradients, uintptr_t table, uintptr_t started, uintptr_t host_started, uintptr_t nonfinite,
-               const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control, uintptr_t total,
+               const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& packed, uintptr_t total,
                uintptr_t stream) const {
     const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
-    const cts::Control step = cts::control_of(gradients, started, nonfinite, groups, control);
+    const cts::Control control = cts::control_of(gradients, started, nonfinite, groups, packed);
     const std::vector<cts::DeviceRates> none(groups.size());
-    cts::launch_partial(completed(groups.size(), none.data(), table, started, stream), step, pointer<void>(total));
-    notes.write(step, pointer<uint8_t>(host_started), false, std::nullopt);
+    cts::launch_partial(completed(groups.size(), none.data(), table, started, stream), control, pointer<void>(total));
+    notes.write(control, pointer<uint8_t>(host_started), false, std::nullopt);
   }
 
-  void finish(const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& control, const cts::AfterTuple& after,
+  void finish(const std::vector<cts::GroupTuple>& hyper, const cts::ControlTuple& packed, const cts::AfterTuple& after,
               uintptr_t total, uintptr_t stream) const {
     const std::vector<cts::SgdGroup> groups = cts::unpacked(hyper);
-    const cts::Control step = cts::control_of(0, 0, 0, groups, control);
-    cts::launch_finish(completed(groups.size(), nullptr, 1, 0, stream), step, pointer<const void>(total));
-    notes.write(step, nullptr, true, after);
+    const cts::Control control = cts::control_of(0, 0, 0, groups, packed);
+    cts::launch_finish(completed(groups.size(), nullptr, 1, 0, stream), control, pointer<const void>(total));
+    notes.write(control, nullptr, true, after);
   }
 
  private:

@@ -21,10 +21,10 @@ class Notes {
   Notes(std::vector<int32_t> groups, size_t shared_count) : groups_(std::move(groups)), shared_count_(shared_count) {}
 
   // started: one flag a gradient, or null. all_started: they are all 1.
-  void write(const Control& step, uint8_t* started, bool all_started, const AfterTuple& after) const {
+  void write(const Control& control, uint8_t* started, bool all_started, const AfterTuple& after) const {
     for (size_t i = 0; started && !all_started && i < groups_.size(); ++i)
-      if (step.gradients[i] && step.groups[groups_[i]].momentum != 0) started[i] = 1;
-    for (size_t i = 0; started && step.reset && step.reset_momentum && i < shared_count_; ++i) started[i] = 0;
+      if (control.gradients[i] && control.groups[groups_[i]].momentum != 0) started[i] = 1;
+    for (size_t i = 0; started && control.reset && control.reset_momentum && i < shared_count_; ++i) started[i] = 0;
     if (!after) return;
     const auto& [address, counters] = *after;
     for (size_t i = 0; i < counters.size(); ++i) reinterpret_cast<int64_t*>(address)[i] = counters[i];

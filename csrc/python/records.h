@@ -1,4 +1,4 @@
-// What Python hands to both native modules, packed as tuples, and what both tell of themselves.
+// What Python hands to both native modules, packed as tuples, and what both say about themselves.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -53,12 +53,13 @@ using ControlTuple = std::tuple<bool, bool, bool, int32_t, double>;
 
 // gradients, started, nonfinite: addresses; the last two may be 0. groups must outlive it.
 inline Control control_of(uintptr_t gradients, uintptr_t started, uintptr_t nonfinite,
-                          const std::vector<SgdGroup>& groups, const ControlTuple& control) {
-  Control step{};
-  step.gradients = pointer<const void* const>(gradients), step.started = pointer<const uint8_t>(started);
-  step.nonfinite = pointer<uint8_t>(nonfinite), step.groups = groups.data();
-  std::tie(step.meta_update, step.reset, step.reset_momentum, step.num_tasks, step.inverse_scale) = control;
-  return step;
+                          const std::vector<SgdGroup>& groups, const ControlTuple& packed) {
+  Control control{};
+  control.gradients = pointer<const void* const>(gradients), control.started = pointer<const uint8_t>(started);
+  control.nonfinite = pointer<uint8_t>(nonfinite), control.groups = groups.data();
+  std::tie(control.meta_update, control.reset, control.reset_momentum, control.num_tasks, control.inverse_scale) =
+      packed;
+  return control;
 }
 
 // What both modules show beside their functions.

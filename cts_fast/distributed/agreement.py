@@ -18,13 +18,13 @@ from cts_fast.engine.state import COUNTERS
 if TYPE_CHECKING:
     from cts_fast.engine.engine import Engine
 
-LAYOUT, PHI = "the shared parameters", "a digest of the initialization"  # facts
+LAYOUT, PHI_DIGEST = "the shared parameters", "a digest of the initialization"  # facts
 BLOCK = 1 << 18  # numbers that a digest takes at a time
 ODD = 0x1E35A7BD  # any odd number that is not small
 
 
 class RankError(RuntimeError):
-    """What every rank raises, because of one of them or because one cannot be reached; nobody is left to send it to."""
+    """What every rank raises, because of one of them or because one cannot be reached; it is not sent to the others."""
 
 
 class RanksDiffer(ValueError, RankError):
@@ -90,8 +90,11 @@ def facts_of_saved(
     counters = [entry["counters"].tolist() for _, entry in entries if "counters" in entry]
     phis = [entry["initialization"] for _, entry in entries if "initialization" in entry]
     found = {"the counters": counters, **_options(merged), **{name: merged[0][name] for name in further}}
-    found[PHI] = int(digest(phis, torch.device("cpu")))
-    return {f"in the loaded state dict, {name}" if name != PHI else PHI: value for name, value in found.items()}
+    found[PHI_DIGEST] = int(digest(phis, torch.device("cpu")))
+    return {
+        f"in the loaded state dict, {name}" if name != PHI_DIGEST else PHI_DIGEST: value
+        for name, value in found.items()
+    }
 
 
 def _options(groups: Sequence[Mapping]) -> dict[str, Any]:
@@ -128,7 +131,7 @@ def disagreement(reports: Sequence[Report]) -> RankError | None:
             here, there = report.facts.get(name), first.get(name)
             if here == there:
                 continue
-            if name == PHI:
+            if name == PHI_DIGEST:
                 return RankError(f"the initialization of rank {r} is not rank 0's; load the same weights on every rank")
             return RanksDiffer(f"process_group: {name} is {here!r} on rank {r}, but {there!r} on rank 0")
     return None

@@ -37,7 +37,7 @@ from torch import Tensor
 from cts_fast.distributed import flags as flagged
 from cts_fast.distributed.agreement import (
     LAYOUT,
-    PHI,
+    PHI_DIGEST,
     NonFiniteOnRank,
     RankError,
     Report,
@@ -412,7 +412,7 @@ class Ranks:
     def _report(self) -> Report:
         """What this rank is doing, in a step."""
         phi = int(digest([flat.phi for flat in self._flats], self.buffers[0].device))
-        return Report(STEP, facts={**self._facts(), PHI: phi})
+        return Report(STEP, facts={**self._facts(), PHI_DIGEST: phi})
 
     def _send(self, flags: Tensor, report: Callable[[], Report]) -> None:
         """Flags of a GPU are on their way, and nobody waits for them."""

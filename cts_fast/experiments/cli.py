@@ -418,8 +418,8 @@ def run_program(
     """All of a program but its arguments; returns the exit status.
 
     0: done; 1: a fault of the run (gradients that are not finite, no memory, a rank that is gone); 2: of what it was
-    given (arguments, files, a folder, a disk); 128 + n: stopped by signal n. A fault is told in one line. Ranks end
-    together: the first one that cannot go on tells why, and the others end with its status.
+    given (arguments, files, a folder, a disk); 128 + n: stopped by signal n. A fault is one line. Ranks end together:
+    the first one that cannot go on says why, and the others end with its status.
 
     prepare: from arguments, and the ranks that torchrun started, to what `run` works on, whose folder is closed at the
     end; `args.device` is this rank's by then. at_once: `run` never asks whether to stop, and knows no ranks.
