@@ -127,12 +127,9 @@ class Training:
         try:
             return self.trainer.train_step()
         except NonFiniteGradient as error:
-            step = self.trainer.step + 1
             interval = 1 if self.team.size == 1 else self.trainer.optimizer.param_groups[0]["meta_interval"]
             exact = self.trainer.device.type == "cpu" and interval == 1  # ranks tell it in a meta-update
-            task = self.spread[getattr(error, "rank", 0)][error.task]
-            what = f"the gradient of task {task!r}, parameter {error.parameter!r}"
-            raise self._diverged(f"step {step}" if exact else f"at or before step {step}", what) from error
+            raise self._of_gradient(error, self.trainer.step + 1, exact) from error
 
     def _take(self, closed: Iterable[Sequence], writer: Any) -> None:
         count = len(self.curve.steps)
@@ -142,6 +139,11 @@ class Training:
                 writer.add_scalar("meta-train/loss", sum(losses) / len(losses), step)
 
     # Gradients that are not finite ------------------------------------------------------------------------------------
+
+    def _of_gradient(self, error: NonFiniteGradient, step: int, exact: bool = False) -> Diverged:
+        task = self.spread[getattr(error, "rank", 0)][error.task]
+        what = f"the gradient of task {task!r}, parameter {error.parameter!r}"
+        return self._diverged(f"step {step}" if exact else f"at or before step {step}", what)
 
     def _diverged(self, at: str, what: str) -> Diverged:
         good = f"the last good checkpoint is {self.kept.newest}" if self.kept.newest else "nothing was saved yet"
@@ -168,7 +170,10 @@ class Training:
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        state, curve = self.trainer.state_dict(), self.curve
+        try:
+            state, curve = self.trainer.state_dict(), self.curve
+        except NonFiniteGradient as error:  # of a GPU's last step, which nobody has waited for, or of a replay
+            raise self._of_gradient(error, self.trainer.step) from error
         self._check_finite()  # after the optimizer has named a gradient, which says more
         pending = torch.stack(curve.pending).cpu() if curve.pending else torch.empty(0, len(curve.own))
         for of_task, losses in zip(state["own"]["tasks"].values(), pending.unbind(1), strict=True):

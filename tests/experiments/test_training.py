@@ -8,13 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from support.image_tasks import make_task
+from support.nets import SmallNet
 
 from cts_fast.baselines import METHODS
+from cts_fast.distributed.launch import ALONE
 from cts_fast.experiments.batches import TaskBatches, draw_together, normalize, resize, task_seed
+from cts_fast.experiments.checkpoint import Checkpoints
 from cts_fast.experiments.meta_test import MetaTester, MetaTestSettings, balanced_subset
 from cts_fast.experiments.meta_train import MetaTrainer, MetaTrainSettings, logits, loss, new_net, seed_draws
 from cts_fast.experiments.parallel import task_map
+from cts_fast.experiments.signals import Stop
 from cts_fast.experiments.statistics import mean_and_interval
+from cts_fast.experiments.training import Diverged, Training
 from cts_fast.models.batch_counts import BatchCounts
 from cts_fast.models.resnet20 import ResNet20
 from cts_fast.models.task_net import TaskNet
@@ -305,6 +310,19 @@ def test_nets_made_in_many_threads_depend_on_their_seeds_alone():
         together = list(pool.map(lambda head: new_net(ResNet20, 3, seed=0, head=head), heads))
     for a, b in zip(alone, together, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_gradient_that_a_device_tells_of_only_when_it_is_asked_ends_the_run_in_its_own_words(tmp_path):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trainer = make_trainer(make_net=SmallNet, device=device, capturable=True, backend="triton", nonfinite="raise")
+    trainer.loss = lambda net, x, y: loss(net, x, y) * (float("nan") if net is trainer.nets[1] else 1.0)
+    names = list(trainer.tasks)
+    whole = dict(steps=1, snapshot_steps=(), rates="its lr is too large", shown=False)
+    training = Training("cts", trainer, Checkpoints(tmp_path, {}), ALONE, tasks=names, spread=[names], **whole)
+    with pytest.raises(Diverged, match="cts, at or before step 1: the gradient of task 'b', parameter '0.weight'"):
+        training.run(Stop())
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_tasks_are_refused():
