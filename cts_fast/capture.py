@@ -56,6 +56,7 @@ class CapturedStep:
         if streams < 1:
             raise ValueError(f"Invalid streams value: {streams}; at least one is needed")
         self.prepare = prepare or [lambda *batch: batch] * len(self.nets)
+        self.main = torch.cuda.Stream(self.device)  # torch's own for captures is of the device that first had one
         self.streams = [torch.cuda.Stream(self.device) for _ in range(min(streams, len(self.nets)))]
         self.counts = BatchCounts(self.nets)
         self.inputs: Batches | None = None  # where the graph reads
@@ -145,6 +146,6 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         # other threads of the program may go on meanwhile: one that pins a data loader's batches would end a capture
         # that minds all threads
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self.main, capture_error_mode="thread_local"):
             losses = self._step(inputs)
         return graph, losses

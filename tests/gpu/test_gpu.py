@@ -84,6 +84,24 @@ def test_replays_of_the_whole_training_step_equal_eager_steps(backend, monkeypat
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_graphs_of_several_devices_lie_each_on_its_own():
+    from cts_fast.capture import CapturedStep
+
+    losses = []
+    for device in ("cuda:0", "cuda:1"):
+        nets = [nn.Linear(3, 2).to(device) for _ in range(2)]
+        for net in nets:
+            nn.init.constant_(net.weight, 0.5)
+            nn.init.zeros_(net.bias)
+        opt = ShiftingMetaOptimizer([net.named_parameters() for net in nets], **OPTIONS, capturable=True)
+        step = CapturedStep(nets, opt, loss)
+        x, y = torch.eye(3, device=device), torch.arange(3, device=device) % 2
+        losses.append(torch.stack([step([(x, y)] * 2) for _ in range(7)]).cpu())
+        assert opt.round == 1 and opt.inner_step == 2
+    torch.testing.assert_close(*losses)
+
+
 @each
 def test_a_captured_step_equals_eager_ones_while_lr_changes(backend):
     nets, eager = make(backend, horizon=4)
