@@ -63,8 +63,9 @@ def normalize(images: Tensor, scale: Scale = None) -> Tensor:
 
     (x - mean) / deviation, by `scale`; without one (x / 255 - 0.5) / 0.5.
     """
-    if scale is None:
-        x = images.float().div_(127.5).sub_(1.0)
+    if scale is None:  # a tensor: by a number, a GPU multiplies with its reciprocal, which rounds otherwise
+        half = torch.full((), 127.5, device=images.device)
+        x = images.float().div_(half).sub_(1.0)
     else:
         mean, deviation = scale.to(images.device)
         x = (images.float() - mean).div_(deviation)
