@@ -416,7 +416,7 @@ class Ranks:
 
     def _send(self, flags: Tensor, report: Callable[[], Report]) -> None:
         """Flags of a GPU are on their way, and nobody waits for them."""
-        host = torch.empty(FLAGS, dtype=flags.dtype, pin_memory=True).copy_(flags, non_blocking=True)
+        host = torch.empty(FLAGS, dtype=flags.dtype, device="cpu", pin_memory=True).copy_(flags, non_blocking=True)
         self._late = (host, torch.cuda.Event(), report)
         self._late[1].record(torch.cuda.current_stream(flags.device))
 
