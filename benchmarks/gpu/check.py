@@ -156,7 +156,8 @@ class PytestRun(NamedTuple):
 def pytest_runs(device: str) -> dict[str, PytestRun]:
     """The step's tests on every backend, in a few processes."""
     step, counted = ("engine/test_shifting_step.py",), ("engine/test_counted_steps.py",)
-    gpu = PytestRun(("gpu/test_gpu.py",), "not triton", 1)
+    halves, ranks = ("engine/test_step_in_halves.py",), "gpu/test_gpu_ranks.py"
+    gpu = PytestRun(("gpu/test_gpu.py", "gpu/test_gpu_data.py", ranks), "not triton", 1)
     if device == "cpu":
         return {"torch": PytestRun(step, "torch-cpu and by_hand", 2), "gpu": gpu}
     dtypes = {name: name for name in ("float32", "float64", "bfloat16")} | {"float16": "float16 and not bfloat16"}
@@ -170,10 +171,12 @@ def pytest_runs(device: str) -> dict[str, PytestRun]:
         **any_number,
         "triton, the rest": PytestRun(step, "triton-cuda and not any_number", 3),
         "triton, counted": PytestRun(counted, "triton-cuda", 3),
+        "halves": PytestRun(halves, "cuda-cuda", 1),
+        "halves, triton": PytestRun(halves, "triton-cuda and (float32 or bit_equal)", 1),
         "triton, table": PytestRun(("engine/test_triton_backend.py",), "table or alignment", 1),
         "torch": PytestRun(step, "torch-cuda", 8),
         "gpu": gpu,
-        "gpu, triton": PytestRun(("gpu/test_gpu.py",), "triton", 1),
+        "gpu, triton": PytestRun(("gpu/test_gpu.py", ranks), "triton", 1),
         "source": PytestRun(("engine/test_cuda_source.py",), "not sanitizers", 1),
     }
 

@@ -41,7 +41,8 @@ def test_batches_are_those_of_the_cpu(mapped, resident, monkeypatch):
             assert a.is_cuda and torch.equal(a.cpu(), b)
 
 
-def test_a_captured_step_takes_mapped_images_that_fit(mapped):
+def test_a_captured_step_takes_mapped_images_that_fit(mapped, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # else two equal runs differ too
     images, in_memory, labels = mapped
     losses = []
     for kept in (images, in_memory):

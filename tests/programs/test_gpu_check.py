@@ -16,6 +16,14 @@ def test_of_a_section_that_was_stopped_the_last_whole_result_is_kept():
     assert gpu_check.last_result("noise") is None
 
 
+def test_every_kernel_and_every_test_of_a_gpu_is_run():
+    tests = gpu_check.ROOT / "tests"
+    files = {file for run in gpu_check.pytest_runs("cuda").values() for file in run.files}
+    assert all((tests / file).is_file() for file in files)
+    assert {f"gpu/{path.name}" for path in (tests / "gpu").glob("test_*.py")} <= files
+    assert "engine/test_step_in_halves.py" in files  # the kernels of ranks
+
+
 def run(out: Path, *arguments: str) -> subprocess.CompletedProcess:
     """The program's dry run."""
     command = [sys.executable, str(PROGRAM), "--device", "cpu", "--out", str(out), *arguments]
