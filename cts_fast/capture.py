@@ -19,8 +19,9 @@ class CapturedStep:
     """``losses = step(batches)``: one training step of every task; after a few eager ones, the replay of a CUDA graph.
 
     Tasks run on a few streams side by side, so small networks fill the GPU together. Every call is a real training
-    step. Numbers that are not tensors (a float lr) are what they were at the capture; give `lr` as a tensor to change
-    it.
+    step. Numbers that are not tensors (a float lr) are what they were at the capture; give `lr` as a tensor on the
+    device to change it. The parameters and their groups stay those of the capture. Batches in pinned memory are copied
+    while the host goes on: do not refill them before the device has them.
 
     Args:
         nets: T networks on one CUDA device; optimizer: over their parameters, made with ``capturable=True``.
@@ -32,8 +33,8 @@ class CapturedStep:
             run by rounding.
 
     Raises:
-        ValueError: an optimizer that cannot be captured, a network that is not on a CUDA device, or batches of another
-            shape than the first.
+        ValueError: an optimizer that cannot be captured, a network that is not on a CUDA device, a learning rate in a
+            tensor elsewhere, or batches of another shape than the first.
     """
 
     def __init__(
@@ -51,6 +52,13 @@ class CapturedStep:
             raise ValueError(f"a CUDA graph needs networks on a CUDA device, but these are on {self.device}")
         if not all(group.get("capturable") for group in optimizer.param_groups):
             raise ValueError("a CUDA graph needs an optimizer made with capturable=True")
+        for name in ("lr", "meta_lr"):
+            for rate in (group.get(name) for group in optimizer.param_groups):
+                if isinstance(rate, Tensor) and rate.device != self.device:
+                    raise ValueError(
+                        f"{name} is a tensor on {rate.device}, of which a CUDA graph keeps the number: "
+                        f"put it on {self.device}, or give a float that stays as it is"
+                    )
         if prepare is not None and len(prepare) != len(self.nets):
             raise ValueError(f"prepare: {len(prepare)} functions for {len(self.nets)} networks")
         if streams < 1:

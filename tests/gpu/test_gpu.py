@@ -102,6 +102,16 @@ def test_graphs_of_several_devices_lie_each_on_its_own():
     torch.testing.assert_close(*losses)
 
 
+def test_a_graph_takes_no_rate_from_the_host():
+    from cts_fast.capture import CapturedStep
+
+    nets = [nn.Linear(3, 2).cuda() for _ in range(2)]
+    opt = ShiftingMetaOptimizer([net.named_parameters() for net in nets], **OPTIONS, capturable=True)
+    opt.param_groups[0]["lr"] = torch.tensor(0.1)
+    with pytest.raises(ValueError, match="lr is a tensor on cpu, of which a CUDA graph keeps the number: put it on"):
+        CapturedStep(nets, opt, loss)
+
+
 @each
 def test_a_captured_step_equals_eager_ones_while_lr_changes(backend):
     nets, eager = make(backend, horizon=4)
