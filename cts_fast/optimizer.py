@@ -64,9 +64,9 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
     Between two steps a parameter's ``.data``, the parameters and options in `param_groups`, and `state` may be set from
     outside, as with any torch optimizer: the next step takes it over, or raises ValueError before anything moved.
-    Weights that are loaded into all tasks before a round's first step are the new φ. Batch-norm statistics are buffers,
-    which neither φ nor a reset touches. Clipping the gradients of a whole group couples the tasks; clip each task's own
-    parameters to keep them apart.
+    Weights loaded into all tasks before a round's first step are the new φ, unless φ was written itself. Batch-norm
+    statistics are buffers, which neither φ nor a reset touches. Clipping the gradients of a whole group couples the
+    tasks; clip each task's own parameters to keep them apart.
 
     Raises:
         ValueError, TypeError: bad input, naming task, parameter and reason. RuntimeError: why a backend cannot run.
@@ -289,7 +289,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         values = (*after, skipped)
         control = completed(control, values, engine.counters, getattr(self, "grad_scale", None))
         self.apply_(Step(gradients, hyper, control, losses, heldout))
-        engine.counters.write(values)
+        engine.book_(values)
         if engine.flags_on_host:
             engine.report_nonfinite()
         else:
@@ -321,7 +321,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         ranks.moves()
         control = completed(control, values, engine.counters, getattr(self, "grad_scale", None))
         self.apply_(Step(gradients, hyper, control, losses, heldout))
-        engine.counters.write(values)
+        engine.book_(values)
         ranks.end(engine)
 
     @torch.no_grad()

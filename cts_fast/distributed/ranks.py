@@ -164,6 +164,7 @@ class Ranks:
                     f"{segment.where(0)}: differs from rank 0; every task starts at rank 0's first task's parameters"
                 )
             flat.note_write()
+        engine.note_phi()
 
     def _of_rank_0(self, tensor: Tensor) -> Tensor:
         values = tensor.clone()

@@ -18,9 +18,9 @@ from torch import Tensor
 from cts_fast.engine.arguments import Regrouped, check_memory, regroup
 from cts_fast.engine.backends.base import Backend
 from cts_fast.engine.gradients import Collector, Gradients, NonFiniteGradient, same_objects
-from cts_fast.engine.layout import MOMENTUM, Flat, Segment, make_flats, make_segments, refuse_shared
+from cts_fast.engine.layout import MOMENTUM, Flat, Segment, by_kind, make_flats, make_segments, refuse_shared
 from cts_fast.engine.rules.sgd import Hyper
-from cts_fast.engine.state import COUNTERS, UNSEEN, Scalars, State, check_value, references
+from cts_fast.engine.state import COUNTERS, UNSEEN, Scalars, State, check_value, kept_objects, references, versions
 from cts_fast.engine.step import counts_on_device, make_backend, resolve
 
 HERE = "in opt.state"
@@ -44,6 +44,7 @@ class Engine:
         self.places: dict[Tensor, tuple[Flat, int, int]] = {}  # where a parameter lies: flat, segment, row
         self.views: dict[Tensor, dict[str, Tensor]] = {}  # what an entry of `state` holds while nobody exchanged it
         self.initialization: dict[str, Tensor] = {}  # φ by name
+        self.phi_versions: dict[Tensor, int] = {}  # of its views, when this engine was the last to write to them
         with torch.inference_mode(False):
             self.counters = Scalars(torch.zeros(len(COUNTERS), dtype=torch.int64, device="cpu"))
         self.numbers: dict[str, Scalars] = {}
@@ -82,7 +83,7 @@ class Engine:
             segments = make_segments(groups)
             shared = [segment for segment in segments if segment.task is None]
             check_memory(segments)
-            capturable, kinds = groups[0]["capturable"], _by_kind(segments)
+            capturable, kinds = groups[0]["capturable"], by_kind(segments)
             names = [resolve(self.backend, device, dtype, capturable, len(groups)) for device, dtype in kinds]
             counting = capturable and counts_on_device(names)
             if counting and len({device for device, _ in kinds}) > 1:
@@ -118,11 +119,13 @@ class Engine:
     def _show_(self, state: State) -> None:
         """Let `state`, `initialization` and autograd know the buffers as they are laid out now; the end of `build`."""
         self.unchecked = self.unfinished = True
-        views = {param: _same_objects(self.fresh_views(param), self.views.get(param, {})) for param in self.places}
+        views = {param: kept_objects(self.fresh_views(param), self.views.get(param, {})) for param in self.places}
         for param, own in views.items():
             state.show(param, own, ours=("initialization", "counters"))
         self.views = views
         self.initialization = {s.name: views[s.params[0]]["initialization"] for s in self.segments if s.task is None}
+        now = versions(self.initialization.values())
+        self.phi_versions = {phi: self.phi_versions.get(phi, version) for phi, version in now.items()}
         for flat in chain.from_iterable(self.flats):
             if flat.shared:
                 flat.initialization = [views[segment.params[0]]["initialization"] for segment in flat.segments]
@@ -289,8 +292,11 @@ class Engine:
                 self.views[param][name].data = self.fresh_views(param)[name]
             for view, value in changes:
                 view.copy_(value)
+            for views in () if self.counting else map(self.views.__getitem__, watched):
+                if not views["momentum_started"] and views[MOMENTUM].any():  # given before a first gradient: it counts
+                    views["momentum_started"].fill_(1)
         for flat in chain.from_iterable(self.flats):
-            flat.all_started = flat.all_started and not changes
+            flat.all_started = False  # flags may have been written in place
         for param in watched:
             state.show(param, self.views[param])
         self._watch(state, watched)
@@ -363,11 +369,14 @@ class Engine:
                 self.begin_round_()
 
     def begin_round_(self, before: Callable[[], None] | None = None) -> None:
-        """At the first step of a round θ is φ by definition: equal new values in all replicas are the new φ.
+        """At the first step of a round θ is φ by definition: equal new values in all replicas are the new φ, except
+        where somebody wrote to φ itself: then both are what they hold.
 
         Warns, naming task and parameter, of replicas that differ; they train from where they are, and φ stays.
         before: is called before φ moves.
         """
+        now = versions(self.phi_versions)
+        written = {phi for phi, version in self.phi_versions.items() if version != now[phi]}
         with torch.no_grad():
             for backend, flat in self.shared:
                 flat.follow_parameters_()
@@ -375,7 +384,7 @@ class Engine:
                     continue
                 if before is not None:
                     before()
-                where = flat.follow_replicas_()
+                where = flat.follow_replicas_(written)
                 if where is not None:
                     self.differing = (
                         f"{where}: differs from the initialization at the start of a round and from the "
@@ -393,6 +402,17 @@ class Engine:
         for backend, flat in self.shared:
             backend.reset_(clear_momentum)
             flat.note_write()
+        self.note_phi()
+
+    def book_(self, counters: Sequence[int]) -> None:
+        """After a step: the counters, and in a new round which φ it begins with."""
+        self.counters.write(counters)
+        if counters[0] == 0:
+            self.note_phi()
+
+    def note_phi(self) -> None:
+        """From here on a write to a view of φ is somebody else's."""
+        self.phi_versions = versions(self.initialization.values())
 
     @property
     def shared(self) -> list[tuple[Backend, Flat]]:
@@ -472,25 +492,6 @@ class Engine:
             state.show(param, self.views[param])
         self._watch(state, self.places)
         return self.sync_(groups, state)
-
-
-def _by_kind(segments: Sequence[Segment]) -> dict[tuple[torch.device, torch.dtype], dict[bool, list[Segment]]]:
-    """Device and dtype → "shared" → their segments."""
-    kinds: dict[tuple[torch.device, torch.dtype], dict[bool, list[Segment]]] = {}
-    for segment in sorted(segments, key=lambda one: one.task is not None):  # heads have no say in the order of kinds
-        first = segment.params[0]
-        kinds.setdefault((first.device, first.dtype), {}).setdefault(segment.task is None, []).append(segment)
-    return kinds
-
-
-def _same_objects(views: dict[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The views, as the objects that showed the same before, so that who holds one goes on to see what steps."""
-    for name, view in views.items():
-        before = old.get(name)
-        if before is not None and before.shape == view.shape and before.dtype == view.dtype:
-            before.data = view
-            views[name] = before
-    return views
 
 
 def _names(group: Mapping) -> list[str] | None:

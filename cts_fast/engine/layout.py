@@ -7,7 +7,7 @@ walks columns and sees T rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -94,6 +94,15 @@ def make_segments(groups: Sequence[dict]) -> list[Segment]:
                 )
             seen.add(segment.name)
     return segments
+
+
+def by_kind(segments: Sequence[Segment]) -> dict[tuple[torch.device, torch.dtype], dict[bool, list[Segment]]]:
+    """Device and dtype → "shared" → their segments."""
+    kinds: dict[tuple[torch.device, torch.dtype], dict[bool, list[Segment]]] = {}
+    for segment in sorted(segments, key=lambda one: one.task is not None):  # heads have no say in the order of kinds
+        first = segment.params[0]
+        kinds.setdefault((first.device, first.dtype), {}).setdefault(segment.task is None, []).append(segment)
+    return kinds
 
 
 def plain_name(name: str) -> str:
@@ -226,14 +235,18 @@ class Flat:
             return all(torch.equal(row.view(bits), phi) for row in self.work_theta)
         return bool(torch.stack([row.view(bits).eq(phi).all() for row in self.work_theta]).all())
 
-    def follow_replicas_(self) -> str | None:
+    def follow_replicas_(self, kept: Container[Tensor]) -> str | None:
         """φ ← θ for each tensor that is the same in every row; the first place where rows differ from φ and each other,
         in words.
+
+        kept: views of φ that stay as they are, whatever their rows hold.
         """
         differs = None
         parts = iter(self.parts(self.work_theta))
         for phi, segment in zip(self.initialization, self.segments, strict=True):
             rows = [next(parts) for _ in range(self.rows)]
+            if phi in kept:
+                continue
             differing = [row for row, theta in enumerate(rows) if not theta.equal(rows[0])]
             if not differing:
                 phi.copy_(rows[0])

@@ -86,6 +86,7 @@ def load_(
         if flat.master is not None:
             flat.theta.copy_(flat.master)
         flat.note_write()
+    engine.note_phi()
     for group, saved_group in zip(groups, saved_groups, strict=True):
         kept = ("params", "param_names", "capturable", "shared", "sizes")
         group.update({name: plain_number(value) for name, value in saved_group.items() if name not in kept})

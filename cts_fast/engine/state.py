@@ -138,6 +138,21 @@ for _name in ("clear", "items", "pop", "popitem", "setdefault", "update", "value
     setattr(State, _name, _noting(_name))
 
 
+def kept_objects(views: dict[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The views, as the objects that showed the same before, so that who holds one goes on to see what steps."""
+    for name, view in views.items():
+        before = old.get(name)
+        if before is not None and before.shape == view.shape and before.dtype == view.dtype:
+            before.data = view
+            views[name] = before
+    return views
+
+
+def versions(tensors: Iterable[Tensor]) -> dict[Tensor, int]:
+    """Of each tensor, how many writes to it autograd knows of."""
+    return {tensor: tensor._version for tensor in tensors}
+
+
 def references(entry: dict, views: Mapping[str, Tensor]) -> int:
     """References to an entry and to the most held of its tensors; φ and the counters are looked at before every step
     anyway.

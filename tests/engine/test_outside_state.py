@@ -112,6 +112,66 @@ def test_an_exchanged_initialization_is_taken_over(backend):
 
 
 @everywhere
+@in_both
+@pytest.mark.parametrize("ended", [False, True], ids=["constructed", "after a reset"])
+@pytest.mark.parametrize("how", ["in place", "entry", "data"])
+def test_an_initialization_written_before_a_round_is_not_undone_by_its_first_step(backend, dtype, ended, how):
+    problem = Problem(backend, dtype, lr=0.0, meta_lr=0.5, horizon=2)
+    problem.step(2 * ended)
+    weight, (phi, *others) = problem.nets[0]["body"].weight, problem.opt.initialization
+    theta, rest = weight.detach().float().clone(), [p.clone() for p in others]
+    if how == "in place":
+        phi.fill_(3.0)
+    elif how == "entry":
+        problem.opt.state[weight]["initialization"] = torch.full_like(phi, 3.0)
+    else:
+        problem.opt.initialization[0].data = torch.full_like(phi, 3.0)
+    problem.step()
+    torch.testing.assert_close(phi, 3.0 + 0.5 * (theta - 3.0))
+    assert_same(rest, others)
+
+
+@everywhere
+def test_a_write_to_the_initialization_is_forgotten_with_its_round(backend):
+    problem = Problem(backend, lr=0.0, horizon=2)
+    for write in (lambda opt: opt.initialization[0].mul_(2.0), lambda opt: opt.load_state_dict(opt.state_dict())):
+        problem.step()
+        write(problem.opt)
+        problem.step()
+        for net in problem.nets:
+            net["body"].weight.data.fill_(5.0)
+        problem.step()
+        assert problem.opt.initialization[0].eq(5).all(), "weights that all tasks were given are the new one"
+        problem.opt.reset_tasks()
+
+
+@everywhere
+def test_momentum_given_before_the_first_gradient_counts_as_in_sgd(backend):
+    problem = Problem(backend, dampening=0.5)
+    shown, given = problem.param("shared"), problem.param("shared", 2)
+    problem.opt.state[shown]["momentum_buffer"].fill_(2.0)
+    problem.opt.state[given]["momentum_buffer"] = torch.full_like(given, 2.0)
+    for param in (shown, given):
+        before, param.grad = param.detach().clone(), torch.ones_like(param)
+        problem.opt.step()
+        param.grad = None
+        assert torch.equal(param, before - 0.125 * (0.5 * 2 + 0.5))
+
+
+@everywhere
+def test_a_flag_of_first_gradients_counts_when_it_is_written_in_place(backend):
+    problem = Problem(backend, dampening=0.5)
+    problem.step(2)
+    for param in problem.params():
+        problem.opt.state[param]["momentum_buffer"].zero_()
+        problem.opt.state[param]["momentum_started"].zero_()
+    before = [p.detach().clone() for p in problem.params()]
+    problem.step()
+    for p, q in zip(problem.params(), before, strict=True):
+        assert torch.equal(p, q - 0.125 * p.grad), "a first gradient enters undamped"
+
+
+@everywhere
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
