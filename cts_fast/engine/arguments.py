@@ -32,7 +32,7 @@ def check_needs(needs: frozenset[str], num_tasks: int, losses, heldout) -> None:
             raise ValueError(
                 f"{name} of {len(given)} tasks given, but there are {num_tasks} tasks; give one for each task"
             )
-    for t, loss in enumerate(losses or ()):
+    for t, loss in enumerate(() if losses is None else losses):
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"task {t}: its loss has the shape {tuple(loss.shape)}; give one number for each task")
         if not hasattr(loss, "__float__"):
@@ -80,8 +80,8 @@ def plain_number(value: Any) -> Any:
 
 
 def _refuse_containers(item: Any, where: str) -> None:
-    """Raise TypeError for a module or a state dict where parameters belong."""
-    if isinstance(item, nn.Module):
+    """Raise TypeError for a module or a state dict where parameters belong; a ParameterList is a list of them."""
+    if isinstance(item, nn.Module) and not isinstance(item, nn.ParameterList):
         raise TypeError(f"{where}: is a module ({type(item).__name__}); give its parameters(), or named_parameters()")
     if isinstance(item, Mapping):
         raise TypeError(
@@ -111,12 +111,31 @@ def new_group(param_group: Any, defaults: Mapping, num_tasks: int | None) -> dic
     shared = param_group.get("shared", True)
     tasks = drop_duplicates(split_tasks(param_group["params"], num_tasks))
     check_parameters(tasks, shared)
+    if "param_names" in param_group and not any(isinstance(item, tuple) for task in tasks for item in task):
+        tasks = _named(tasks, param_group["param_names"], shared)
     return {
         **{name: plain_number(value) for name, value in param_group.items()},
         "params": [item for task in tasks for item in task],
         "shared": shared,
         "sizes": [len(task) for task in tasks],
     }
+
+
+def _named(tasks: list[list], names: Any, shared: bool) -> list[list]:
+    """Tasks of (name, tensor) from a group's "param_names", as torch's param groups have them: a name for every tensor,
+    or where tasks are alike for those of one task.
+
+    Raises ValueError for what is no such list.
+    """
+    count = sum(map(len, tasks))
+    if not isinstance(names, Sequence) or isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"param_names are {names!r}; give a list with a name for each parameter, or named parameters")
+    if shared and tasks and len(names) == len(tasks[0]):
+        names = [*names] * len(tasks)
+    if len(names) != count:
+        raise ValueError(f"{len(names)} param_names given for {count} parameters; give one for each")
+    of = iter(names)
+    return [[(next(of), item) for item in task] for task in tasks]
 
 
 def split_tasks(params, num_tasks: int | None) -> list[list]:
@@ -242,15 +261,20 @@ def _check_alike(tasks: list[list]) -> None:
 
 
 def check_memory(segments: Iterable[Segment]) -> None:
-    """Raise ValueError, naming both, where two parameters, or numbers of one, lie in the same memory; warn of views of
-    something larger.
+    """Raise ValueError, naming both, where two parameters, or numbers of one, lie in one place, or one in none; warn of
+    views of something larger.
 
     The step gives every parameter memory of its own, so ties by storage alone would be cut.
     """
     spans: dict[int, list[tuple[int, int, Tensor, str]]] = {}
     for segment in segments:
         for row, param in enumerate(segment.params):
-            if param.numel() == 0 or param.device.type == "meta":
+            if param.is_meta:
+                raise ValueError(
+                    f"{segment.where(row)}: is on the meta device, so it holds no numbers; to_empty() it on a device "
+                    "and set its values before making the optimizer"
+                )
+            if param.numel() == 0:
                 continue
             if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
                 raise ValueError(f"{segment.where(row)}: several of its numbers lie in one place (an expanded tensor)")

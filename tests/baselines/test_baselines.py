@@ -229,6 +229,21 @@ def test_missing_or_wrong_needs_raise_before_anything_moves(name):
     assert torch.equal(before[0], phi_of(opt)) and torch.equal(before[1], tasks.theta(0)) and opt.inner_step == 0
 
 
+@pytest.mark.parametrize("stack", [torch.stack, lambda losses: torch.stack(losses).numpy()], ids=["tensor", "numpy"])
+def test_losses_in_one_tensor_are_those_in_a_list(stack):
+    results = []
+    for form in (list, stack):
+        tasks = Quadratics()
+        opt = make("leap", tasks)
+        for _ in range(4):
+            opt.zero_grad()
+            losses = [tasks.loss(t) for t in range(3)]
+            sum(losses).backward()
+            opt.step(losses=form([loss.detach() for loss in losses]))
+        results.append(phi_of(opt))
+    assert torch.equal(*results)
+
+
 @every_method
 @pytest.mark.parametrize("bad", BAD_OPTIONS)
 def test_bad_options_raise(name, bad):

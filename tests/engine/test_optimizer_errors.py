@@ -45,6 +45,7 @@ BAD_VALUES = {
     "other shapes": (two_tasks((3,)), r"task 1, parameter '0': shape is \(3,\), but \(2,\) in task 0"),
     "other dtypes": (two_tasks(dtype=torch.float64), "task 1, parameter '0': dtype is torch.float64"),
     "other devices": (two_tasks(device="meta"), "task 1, parameter '0': device is meta"),
+    "no device": ([parameters((2,), device="meta")], "task 0, parameter '0': is on the meta device"),
     "other names": ([named("a"), named("b")], "task 1, parameter 'b': name is b, but a in task 0"),
     "integers": ([parameters((2,), dtype=torch.int64)], "task 0, parameter '0': dtype is torch.int64"),
     "complex": ([parameters((2,), dtype=torch.complex64)], "task 0, parameter '0': dtype is torch.complex64"),
@@ -110,6 +111,12 @@ OF_THE_OPTIMIZER = "horizon meta_interval reset_momentum capturable nonfinite ba
 def test_a_group_may_not_set_an_option_of_the_whole_optimizer(option):
     with pytest.raises(ValueError, match=f"{option} belongs to the whole optimizer"):
         ShiftingMetaOptimizer([{"params": [parameters((2,))], option: 1}])
+
+
+@pytest.mark.parametrize("names", [None, 3, "ab", ["a"], ["a", 1], ["a", "b", "c"]], ids=str)
+def test_names_of_a_group_that_name_not_every_parameter_raise(names):
+    with pytest.raises(ValueError, match="param_names"):
+        ShiftingMetaOptimizer([{"params": parameters((2,), (3,)), "param_names": names}])
 
 
 def test_heads_for_another_number_of_tasks_raise():

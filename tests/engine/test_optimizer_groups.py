@@ -43,6 +43,22 @@ def test_every_form_of_tasks_gives_the_same_run(named):
         assert_same(results[0], result)
 
 
+def test_a_parameter_list_is_a_list_of_parameters():
+    lists = [nn.ParameterList([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]) for _ in range(2)]
+    assert ShiftingMetaOptimizer(lists).num_tasks == 2
+    assert ShiftingMetaOptimizer(lists[0]).num_tasks == 1
+
+
+@pytest.mark.parametrize("names", [["w"], ["w", "w"]], ids=["of one task", "of all"])
+def test_names_may_stand_in_a_group(names):
+    tasks = [[nn.Parameter(torch.ones(2))] for _ in range(2)]
+    opt = ShiftingMetaOptimizer([{"params": tasks, "param_names": names, "lr_scale": 0.5}])
+    opt.param_groups.append(opt.param_groups.pop())
+    assert list(opt.initialization_state_dict()) == ["w"]
+    assert opt.param_groups[0]["param_names"] == ["w", "w"]
+    ShiftingMetaOptimizer([[("w", param) for param in task] for task in tasks]).load_state_dict(opt.state_dict())
+
+
 def test_groups_carry_hyper_parameters_of_their_own():
     nets = make_nets(2)
     still = {"params": [net[0].parameters() for net in nets], "lr": 0.0, "meta_lr": 0.0}
