@@ -55,7 +55,7 @@ def as_groups(tasks) -> Iterable:
     if isinstance(tasks, (Tensor, set)):
         return tasks
     _refuse_containers(tasks, "tasks")
-    tasks = list(tasks)
+    tasks = _as_list(tasks, "tasks")
     if not tasks or (isinstance(tasks[0], dict) and "params" in tasks[0]):
         return tasks
     return [{"params": tasks}]
@@ -88,6 +88,16 @@ def _refuse_containers(item: Any, where: str) -> None:
             f"{where}: is a dict of {', '.join(map(repr, list(item)[:3]))}; optimizer can only optimize Tensors: "
             "give a module's named_parameters(), not its state_dict(), or a param group with 'params'"
         )
+
+
+def _as_list(items: Any, where: str) -> list:
+    """The items of an iterable; TypeError for what is none."""
+    try:
+        iterator = iter(items)
+    except TypeError:
+        reason = f"{where}: is {torch.typename(items)}; give an iterable of parameters, as net.parameters() is"
+        raise TypeError(reason) from None
+    return list(iterator)
 
 
 def new_group(param_group: Any, defaults: Mapping, num_tasks: int | None) -> dict:
@@ -152,7 +162,7 @@ def split_tasks(params, num_tasks: int | None) -> list[list]:
         raise TypeError(ordered + "Please use a list instead.")
     if not _is_parameter(params):
         _refuse_containers(params, "params")
-    items = [params] if _is_parameter(params) else list(params)
+    items = [params] if _is_parameter(params) else _as_list(params, "params")
     if not items:
         return [[] for _ in range(num_tasks or 0)]
     if _is_parameter(items[0]):
@@ -312,10 +322,10 @@ def named_heads(heads: Iterable, num_tasks: int, named: bool) -> list[list]:
     """The `heads` argument as parameters of a group, with names where the other groups have them: torch wants all or
     none.
     """
-    given = list(heads)
+    given = _as_list(heads, "heads")
     for t, head in enumerate(given):
         _refuse_containers(head, f"heads, task {t}")
-    heads = [list(head) for head in given]
+    heads = [_as_list(head, f"heads, task {t}") for t, head in enumerate(given)]
     if len(heads) != num_tasks:
         raise ValueError(
             f"heads of {len(heads)} tasks given, but there are {num_tasks} tasks; give one iterable a task"
@@ -377,6 +387,10 @@ def check_initialization(values: Any, initialization: Mapping[str, Tensor]) -> l
             given = f"{value.dtype} {tuple(value.shape)}, {value.layout}"
             raise ValueError(
                 f"parameter {name!r}: {given} given, but a dense real tensor of {tuple(phi.shape)} is needed"
+            )
+        if value.is_meta or only_looks_dense(value) or is_without_memory(value):
+            raise ValueError(
+                f"parameter {name!r}: a {type(value).__name__} on {value.device} that holds no numbers given"
             )
     return values
 

@@ -56,6 +56,9 @@ BAD_TYPES = {
     "a set as a task": ([set(parameters((2,), (3,)))], "task 0.*ordered collections"),
     "no tensors": ([[1.0]], "task 0, parameter '0': optimizer can only optimize Tensors"),
     "a number as a task": ([3], "task 0: optimizer can only optimize Tensors"),
+    "nothing": (None, "tasks: is NoneType; give an iterable of parameters"),
+    "a method": (nn.Linear(2, 2).parameters, "tasks: is torch.nn.modules.module.Module.parameters; give an iterable"),
+    "a group of nothing": ([{"params": None}], "params: is NoneType; give an iterable"),
 }
 BAD_TASKS = {kind: (*case, ValueError) for kind, case in BAD_VALUES.items()}
 BAD_TASKS |= {kind: (*case, TypeError) for kind, case in BAD_TYPES.items()}
@@ -122,6 +125,12 @@ def test_names_of_a_group_that_name_not_every_parameter_raise(names):
 def test_heads_for_another_number_of_tasks_raise():
     with pytest.raises(ValueError, match="heads of 1 tasks given, but there are 2 tasks"):
         ShiftingMetaOptimizer([parameters((2,)), parameters((2,))], heads=[parameters((3,))])
+
+
+@pytest.mark.parametrize(("heads", "where"), [(3, "heads"), ([parameters((3,)), None], "heads, task 1")])
+def test_heads_that_are_no_iterables_are_named(heads, where):
+    with pytest.raises(TypeError, match=f"{where}: is .*; give an iterable"):
+        ShiftingMetaOptimizer([parameters((2,)), parameters((2,))], heads=heads)
 
 
 def test_heads_alone_are_no_initialization():
@@ -219,6 +228,7 @@ def test_sparse_gradients_raise_before_anything_moved(backend):
         ([torch.zeros(2)], "1 tensors given"),
         ([torch.zeros(3), torch.zeros(3)], "parameter '0'"),
         ({"0": torch.zeros(2)}, "parameter '1': not in"),
+        ([torch.ones(2), torch.ones(3, device="meta")], "parameter '1': a Tensor on meta that holds no numbers"),
     ],
 )
 def test_a_wrong_initialization_raises_and_changes_nothing(given, message):
