@@ -44,7 +44,7 @@ class Engine:
         self.places: dict[Tensor, tuple[Flat, int, int]] = {}  # where a parameter lies: flat, segment, row
         self.views: dict[Tensor, dict[str, Tensor]] = {}  # what an entry of `state` holds while nobody exchanged it
         self.initialization: dict[str, Tensor] = {}  # φ by name
-        self.phi_versions: dict[Tensor, int] = {}  # of its views, when this engine was the last to write to them
+        self.phi_versions: list[int] = []  # of its views, when this engine was the last to write to them
         with torch.inference_mode(False):
             self.counters = Scalars(torch.zeros(len(COUNTERS), dtype=torch.int64, device="cpu"))
         self.numbers: dict[str, Scalars] = {}
@@ -123,9 +123,9 @@ class Engine:
         for param, own in views.items():
             state.show(param, own, ours=("initialization", "counters"))
         self.views = views
+        known = dict(zip(self.initialization.values(), self.phi_versions, strict=True))
         self.initialization = {s.name: views[s.params[0]]["initialization"] for s in self.segments if s.task is None}
-        now = versions(self.initialization.values())
-        self.phi_versions = {phi: self.phi_versions.get(phi, version) for phi, version in now.items()}
+        self.phi_versions = [known.get(phi, phi._version) for phi in self.initialization.values()]
         for flat in chain.from_iterable(self.flats):
             if flat.shared:
                 flat.initialization = [views[segment.params[0]]["initialization"] for segment in flat.segments]
@@ -375,8 +375,6 @@ class Engine:
         Warns, naming task and parameter, of replicas that differ; they train from where they are, and φ stays.
         before: is called before φ moves.
         """
-        now = versions(self.phi_versions)
-        written = {phi for phi, version in self.phi_versions.items() if version != now[phi]}
         with torch.no_grad():
             for backend, flat in self.shared:
                 flat.follow_parameters_()
@@ -384,7 +382,8 @@ class Engine:
                     continue
                 if before is not None:
                     before()
-                where = flat.follow_replicas_(written)
+                found = zip(self.initialization.values(), self.phi_versions, strict=True)
+                where = flat.follow_replicas_({phi for phi, version in found if phi._version != version})
                 if where is not None:
                     self.differing = (
                         f"{where}: differs from the initialization at the start of a round and from the "

@@ -148,9 +148,9 @@ def kept_objects(views: dict[str, Tensor], old: Mapping[str, Tensor]) -> dict[st
     return views
 
 
-def versions(tensors: Iterable[Tensor]) -> dict[Tensor, int]:
+def versions(tensors: Iterable[Tensor]) -> list[int]:
     """Of each tensor, how many writes to it autograd knows of."""
-    return {tensor: tensor._version for tensor in tensors}
+    return [tensor._version for tensor in tensors]
 
 
 def references(entry: dict, views: Mapping[str, Tensor]) -> int:
