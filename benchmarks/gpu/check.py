@@ -177,6 +177,7 @@ def pytest_runs(device: str) -> dict[str, PytestRun]:
         "torch": PytestRun(step, "torch-cuda", 8),
         "gpu": gpu,
         "gpu, triton": PytestRun(("gpu/test_gpu.py", ranks), "triton", 1),
+        "continuation": PytestRun(("experiments/test_continuation.py",), "on_a_gpu", 1),
         "source": PytestRun(("engine/test_cuda_source.py",), "not sanitizers", 1),
     }
 
