@@ -6,8 +6,8 @@
 // other and lets theta wait in global memory. Heads are tiles of one task that take the inner step alone.
 //
 // The usual step (1, 2, 4, 8 or more tasks, momentum, no dampening, no Nesterov, no maximize, no scale, every gradient
-// there) has lean kernels without a choice for each number; others go through the general kernels. In both, a
-// tile whose gradients are not aligned goes column by column.
+// there) has lean kernels without a choice for each number, and for slices of 8 tasks each; others go through the
+// general kernels. In both, a tile whose gradients are not aligned goes column by column.
 //
 // Where other processes hold further tasks, the step comes in two launches, partial_step and finish_step, each with one
 // general kernel for any number of tasks.
@@ -26,17 +26,17 @@ namespace cts {
 namespace {
 
 // All of a tile.
-template <bool LEAN, int N, bool SLICED, class P, class C, class Launch>
+template <bool LEAN, int N, Slices S, class P, class C, class Launch>
 __device__ __forceinline__ void step_tile(const Launch& p, const Tile& tile, const Rule<C>& rule) {
   constexpr int W = 16 / sizeof(C);
   const int packed = packed_columns<P, C>(p, tile);
   if (tile.head) return step_head_tile<LEAN, P>(p, tile, rule, packed);
-  constexpr bool EXACT = !SLICED && (LEAN || N <= 2);  // there are N tasks
+  constexpr bool SLICED = S != Slices::NONE, EXACT = S == Slices::FULL || (!SLICED && (LEAN || N <= 2));
   const int lane = threadIdx.x, lanes = blockDim.x;
   const bool active = lane * W < packed;
-  if (active || (SLICED && packed > 0)) step_shared<LEAN, N, SLICED, EXACT, W, P>(p, tile, rule, lane * W, active);
+  if (active || (SLICED && packed > 0)) step_shared<LEAN, N, S, EXACT, W, P>(p, tile, rule, lane * W, active);
   for (int column = packed + lane; column - (SLICED ? lane : 0) < tile.columns; column += lanes)
-    step_shared<LEAN, N, SLICED, EXACT, 1, P>(p, tile, rule, column, column < tile.columns);
+    step_shared<LEAN, N, S, EXACT, 1, P>(p, tile, rule, column, column < tile.columns);
 }
 
 // What a captured step decides on the device, before anything is counted.
@@ -102,15 +102,15 @@ template <class P> constexpr int MOST_BLOCKS = sizeof(P) >= 4 ? 5 : 4;
 #else
 template <class P> constexpr int MOST_BLOCKS = 4;
 #endif
-template <class P, bool LEAN, int N, bool SLICED>
-constexpr int MIN_BLOCKS = SLICED   ? 1
-                           : N <= 2 ? (LEAN ? 8 : 7)
-                           : N <= 4 ? 5
-                           : LEAN   ? MOST_BLOCKS<P>
-                                    : 4;
+template <class P, bool LEAN, int N, Slices S>
+constexpr int MIN_BLOCKS = S != Slices::NONE ? 1
+                           : N <= 2          ? (LEAN ? 8 : 7)
+                           : N <= 4          ? 5
+                           : LEAN            ? MOST_BLOCKS<P>
+                                             : 4;
 
-template <bool LEAN, int N, bool SLICED, class P, int POINTERS, int GROUPS>
-__global__ void __launch_bounds__(SLICED ? MAX_SLICES * 32 : THREADS, MIN_BLOCKS<P, LEAN, N, SLICED>)
+template <bool LEAN, int N, Slices S, class P, int POINTERS, int GROUPS>
+__global__ void __launch_bounds__(S == Slices::NONE ? THREADS : MAX_SLICES * 32, MIN_BLOCKS<P, LEAN, N, S>)
     shifting_step(const __grid_constant__ Params<P, POINTERS, GROUPS> p) {
   const Counting& c = p.counting;
   const Tile tile = p.tiles[blockIdx.x];
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(SLICED ? MAX_SLICES * 32 : THREADS, MIN_BLOCKS
     for (int t = thread; decision.works && tile.at == 0 && t < (tile.head ? 1 : p.tasks); t += threads)
       advance_flag(p, rule, tile.first + t, rule.reset_momentum);
   }
-  if (decision.works || !counts) step_tile<LEAN, N, SLICED, P>(p, tile, rule);
+  if (decision.works || !counts) step_tile<LEAN, N, S, P>(p, tile, rule);
   if (!counts || !late) return;
   __shared__ int last;
   const bool mine = is_last(c);
@@ -141,15 +141,16 @@ template <int W, class P, class C, class Launch>
 __device__ __forceinline__ void sum_shared(const Launch& p, const Tile& tile, const Rule<C>& rule, C* total,
                                            unsigned column, bool active) {
   const Buffers<P>& b = p.shared;
-  constexpr int BATCH = LOADED<P, true>;
+  constexpr int BATCH = LOADED<P, Slices::ANY>;
   const int from = threadIdx.y * p.share, to = min(from + p.share, p.tasks);
   C sum[W] = {};
   if (active) {
     C theta[BATCH][W], phi[W];
     load(phi, b.phi + tile.column + column);
     for (int begin = from; begin < to; begin += BATCH) {
-      inner_updates<false, BATCH>(theta, p, b, rule, tile.first + begin, to - begin, begin * b.stride + tile.column,
-                                  tile.at, column);
+      const P* gradients[BATCH];
+      inner_updates<false, BATCH, BATCH>(theta, gradients, true, p, b, rule, tile.first + begin, to - begin,
+                                         begin * b.stride + tile.column, tile.at, column);
       CTS_UNROLL
       for (int t = 0; t < BATCH; ++t) {
         if (begin + t >= to) continue;
@@ -286,33 +287,34 @@ template <class P> void queue(void (*kernel)(P), P& parameters, const Launch& l)
         "launch of the step");
 }
 
-template <bool LEAN, int N, bool SLICED, class P, int POINTERS, int GROUPS>
+template <bool LEAN, int N, Slices S, class P, int POINTERS, int GROUPS>
 void launch_kernel(const Launch& l, const Control& control, const Counting& counting) {
   Params<P, POINTERS, GROUPS> p;
   fill(p, l, control, counting);
-  queue(shifting_step<LEAN, N, SLICED, P, POINTERS, GROUPS>, p, l);
+  queue(shifting_step<LEAN, N, S, P, POINTERS, GROUPS>, p, l);
 }
 
-// Whether all groups have the rule that lean kernels are made for, of N tasks or any number.
-template <class P, int N, bool SLICED>
-bool is_usual(const Launch& l, const Control& control, const Counting& counting) {
+// Whether all groups have the rule that lean kernels are made for, of N tasks or slices.
+template <class P, int N, Slices S> bool is_usual(const Launch& l, const Control& control, const Counting& counting) {
   if (control.nonfinite != nullptr && !LEAN_FLAGS<P, true>) return false;
-  if ((!SLICED && l.shared.rows != N) || control.inverse_scale != 1 || counting.grad_scale != nullptr) return false;
+  if (S == Slices::NONE && l.shared.rows != N) return false;
+  if (control.inverse_scale != 1 || counting.grad_scale != nullptr) return false;
   if (std::find(control.gradients, control.gradients + l.count, nullptr) != control.gradients + l.count) return false;
   return std::all_of(control.groups, control.groups + l.num_groups, [&](const SgdGroup& g) {
     return g.momentum != 0 && !g.nesterov && !g.maximize && g.dampening == 0;
   });
 }
 
-template <class P, int N, bool SLICED = false>
+template <class P, int N, Slices S = Slices::NONE>
 void launch_sized(const Launch& l, const Control& control, const Counting& counting) {
-  const bool usual = is_usual<P, N, SLICED>(l, control, counting);
+  constexpr Slices GENERAL = S == Slices::NONE ? S : Slices::ANY;
+  const bool usual = is_usual<P, N, S>(l, control, counting);
   if constexpr (sizeof(P) == 4) {  // small nets count microseconds; the other types do without these kernels
     if (usual && l.num_groups <= SMALL_GROUPS && (l.table != nullptr || l.count <= SMALL_POINTERS))
-      return launch_kernel<true, N, SLICED, P, SMALL_POINTERS, SMALL_GROUPS>(l, control, counting);
+      return launch_kernel<true, N, S, P, SMALL_POINTERS, SMALL_GROUPS>(l, control, counting);
   }
-  if (usual) launch_kernel<true, N, SLICED, P, MAX_POINTERS, MAX_GROUPS>(l, control, counting);
-  else launch_kernel<false, N, SLICED, P, MAX_POINTERS, MAX_GROUPS>(l, control, counting);
+  if (usual) launch_kernel<true, N, S, P, MAX_POINTERS, MAX_GROUPS>(l, control, counting);
+  else launch_kernel<false, N, GENERAL, P, MAX_POINTERS, MAX_GROUPS>(l, control, counting);
 }
 
 }  // namespace
@@ -338,7 +340,8 @@ void CTS_DTYPE::launch(const Launch& l, const Control& control, const Counting& 
   else if (tasks <= 2) launch_sized<P, 2>(l, control, counting);
   else if (tasks <= 4) launch_sized<P, 4>(l, control, counting);
   else if (tasks <= 8) launch_sized<P, 8>(l, control, counting);
-  else launch_sized<P, HELD, true>(l, control, counting);
+  else if (tasks % HELD == 0 && tasks <= HELD * MAX_SLICES) launch_sized<P, HELD, Slices::FULL>(l, control, counting);
+  else launch_sized<P, HELD, Slices::ANY>(l, control, counting);
 }
 
 void CTS_DTYPE::launch_partial(const Launch& l, const Control& control, void* total) {

@@ -9,9 +9,16 @@
 namespace cts {
 namespace {
 
+// How a block takes its tasks: each thread all of them, or in slices, of N tasks each or of any number.
+enum class Slices { NONE, FULL, ANY };
+
 // Tasks of a thread whose numbers are in flight at a time. More of them cost registers, and so blocks on a
-// multiprocessor: on an H100, 1 and 2 with 6 and 5 blocks took equally long, 4 with 4 blocks longer.
-template <class P, bool SLICED> constexpr int LOADED = SLICED && sizeof(P) == 8 ? 1 : 2;
+// multiprocessor: on an H100, 1 and 2 with 6 and 5 blocks took equally long, 4 with 4 blocks longer, though less so
+// than 2 with 4 blocks. Slices have 4 blocks in any case.
+template <class P, Slices S>
+constexpr int LOADED = S == Slices::FULL                    ? (sizeof(P) == 4 ? 4 : 2)
+                       : S == Slices::ANY && sizeof(P) == 8 ? 1
+                                                            : 2;
 
 template <class P> struct Buffers {
   typename Work<P>::type* phi;  // null: heads
@@ -43,14 +50,15 @@ __device__ __forceinline__ double value_of(const DeviceRate& rate) {
 }
 
 // The inner step of the first `tasks` of N tasks at W columns: theta [N][W] holds the result, momentum is stored.
-// first: the first one's gradient in the table; place: of the tile in its row; at: of the tile in its gradient; column:
-// of the thread in the tile, apart from what the whole block shares, so that one register holds it for all addresses.
-// LEAN: the usual rule, no gradient is missing.
-template <bool LEAN, int N, int W, class P, class C, class Launch>
-__device__ __forceinline__ void inner_updates(C (*theta)[W], const Launch& p, const Buffers<P>& b, const Rule<C>& rule,
-                                              int first, int tasks, int64_t place, int64_t at, unsigned column) {
+// gradients: where theirs lie; a call that looks fills in the first AHEAD of them. first: the first one's in the table;
+// place: of the tile in its row; at: of the tile in its gradient; column: of the thread in the tile, apart from what
+// the whole block shares, so that one register holds it for all addresses. LEAN: the usual rule, no gradient is
+// missing.
+template <bool LEAN, int N, int AHEAD, int W, class P, class C, class Launch>
+__device__ __forceinline__ void inner_updates(C (*theta)[W], const P** gradients, bool looks, const Launch& p,
+                                              const Buffers<P>& b, const Rule<C>& rule, int first, int tasks,
+                                              int64_t place, int64_t at, unsigned column) {
   P x[N][W], v[N][W], g[N][W];
-  const P* from[N];
   CTS_UNROLL
   for (int t = 0; t < N; ++t) {
     if (t >= tasks) continue;
@@ -60,17 +68,17 @@ __device__ __forceinline__ void inner_updates(C (*theta)[W], const Launch& p, co
     if (rule.has_momentum) load(v[t], b.momentum + here + column);
   }
   CTS_UNROLL
-  for (int t = 0; t < N; ++t) {
+  for (int t = 0; t < (N > AHEAD ? N : AHEAD); ++t) {
     if (t >= tasks) continue;
-    from[t] = p.gradient(first + t);
-    if (LEAN || from[t] != nullptr) load_once(g[t], from[t] + at + column);
+    if (looks && t < AHEAD) gradients[t] = p.gradient(first + t);
+    if (t < N && (LEAN || gradients[t] != nullptr)) load_once(g[t], gradients[t] + at + column);
   }
   CTS_UNROLL
   for (int t = 0; t < N; ++t) {
     if (t >= tasks) continue;
     C momentum[W];
     bool bad = false;
-    const bool present = LEAN || from[t] != nullptr;
+    const bool present = LEAN || gradients[t] != nullptr;
     const bool started = LEAN || p.started == nullptr || rule.gain == 1 || p.started[first + t] != 0;
     CTS_UNROLL
     for (int i = 0; i < W; ++i) {
@@ -152,23 +160,29 @@ __device__ void flag_nonfinite(const Launch& p, const Tile& tile, int from, int 
 }
 
 // One step of W columns of a shared tensor. A thread takes all tasks, or those of its slice; one that is not active
-// only takes part in the barriers. EXACT: there are N tasks.
-template <bool LEAN, int N, bool SLICED, bool EXACT, int W, class P, class C, class Launch>
+// only takes part in the barriers. EXACT: there are N tasks, or as many in each slice.
+template <bool LEAN, int N, Slices S, bool EXACT, int W, class P, class C, class Launch>
 __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, const Rule<C>& rule, unsigned column,
                                             bool active) {
   const Buffers<P>& b = p.shared;
   bool bad = false;
-  constexpr int BATCH = N < LOADED<P, SLICED> ? N : LOADED<P, SLICED>;
-  const int from = SLICED ? threadIdx.y * p.share : 0, to = EXACT ? N : SLICED ? min(from + p.share, p.tasks) : p.tasks;
+  constexpr bool SLICED = S != Slices::NONE;
+  // of a large table all addresses are asked for at once, so that later gradients need not wait for them
+  constexpr int BATCH = N < LOADED<P, S> ? N : LOADED<P, S>, AHEAD = S == Slices::FULL ? N : BATCH;
+  const int from = SLICED ? threadIdx.y * p.share : 0, to = EXACT    ? from + N
+                                                            : SLICED ? min(from + p.share, p.tasks)
+                                                                     : p.tasks;
   int begin = from;
   C theta[N][W], phi[W], sum[W] = {};
   if (active) {
     load(phi, b.phi + tile.column + column);
     for (;; begin += N) {
+      const P* gradients[AHEAD];
       CTS_UNROLL
       for (int t = 0; t < N; t += BATCH)
-        inner_updates<LEAN, BATCH>(theta + t, p, b, rule, tile.first + begin + t, to - begin - t,
-                                   (begin + t) * b.stride + tile.column, tile.at, column);
+        inner_updates<LEAN, BATCH, AHEAD>(theta + t, gradients + t % AHEAD, t % AHEAD == 0, p, b, rule,
+                                          tile.first + begin + t, to - begin - t, (begin + t) * b.stride + tile.column,
+                                          tile.at, column);
       CTS_UNROLL
       for (int t = 0; t < N; ++t) {
         if (begin + t >= to) continue;
@@ -176,7 +190,7 @@ __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, c
         for (int i = 0; i < W; ++i)
           sum[i] = t == 0 && begin == from ? theta[0][i] - phi[i] : sum[i] + (theta[t][i] - phi[i]);
       }
-      if constexpr (!SLICED) break;
+      if constexpr (S != Slices::ANY) break;
       if (begin + N >= to) break;
       CTS_UNROLL
       for (int t = 0; t < N; ++t) store_theta(b, (begin + t) * b.stride + tile.column, column, theta[t], p.streams);
@@ -202,7 +216,7 @@ __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, c
   CTS_UNROLL
   for (int t = 0; t < N; ++t)
     if (begin + t < to) finish(theta[t], begin + t);
-  if (SLICED) {
+  if (S == Slices::ANY) {
     for (int t = from; t < begin; ++t) {
       C one[W];
       load_theta(one, b, t * b.stride + tile.column, column);
@@ -216,7 +230,8 @@ __device__ __forceinline__ void step_shared(const Launch& p, const Tile& tile, c
 template <bool LEAN, int W, class P, class C, class Launch>
 __device__ __forceinline__ void step_head(const Launch& p, const Tile& tile, const Rule<C>& rule, unsigned column) {
   C theta[1][W];
-  inner_updates<LEAN, 1>(theta, p, p.heads, rule, tile.first, 1, tile.column, tile.at, column);
+  const P* gradient;
+  inner_updates<LEAN, 1, 1>(theta, &gradient, true, p, p.heads, rule, tile.first, 1, tile.column, tile.at, column);
   store_theta(p.heads, tile.column, column, theta[0], p.streams);
   if (LEAN_FLAGS<P, LEAN> && asks_for_flags(p, theta[0])) flag_nonfinite<W>(p, tile, 0, 1, column);
 }

@@ -15,6 +15,7 @@ from support.step_cases import (
 )
 
 from cts_fast import ShiftingMetaOptimizer
+from cts_fast.engine.gradients import NonFiniteGradient
 from cts_fast.engine.step import PREFERENCE
 
 PLACES = [place for place in places() if place[0] == "cuda"]
@@ -54,9 +55,10 @@ def test_more_groups_than_a_launch_holds_go_to_the_next_backend_unless_cuda_was_
 
 @everywhere
 @pytest.mark.parametrize("capturable", [False, True])
-def test_a_table_that_no_launch_holds_goes_through_device_memory(backend, device, capturable):
-    shapes, heads, missing = ((3,), (130,)) * 60, (((2,),),) * 30, frozenset({(0, 1, 3), (1, 29, 120)})
-    case = Case(30, shapes, heads, steps=2, missing=missing, options=OPTIONS)
+@pytest.mark.parametrize(("tasks", "missing"), [(30, {(0, 1, 3), (1, 29, 120)}), (32, ())], ids=["general", "lean"])
+def test_a_table_that_no_launch_holds_goes_through_device_memory(backend, device, capturable, tasks, missing):
+    shapes, heads = ((3,), (130,)) * 60, (((2,),),) * tasks
+    case = Case(tasks, shapes, heads, steps=2, missing=frozenset(missing), options=OPTIONS)
     if not capturable:
         assert_as_exact_as_reference(case, backend, device)
         return
@@ -79,3 +81,19 @@ def test_gradients_off_their_alignment_change_no_bit(backend, device):
     case = Case(5, ((1030,), (33,)), options=OPTIONS)
     aligned, off = run(case, backend, device), run(replace(case, grad_layout="unaligned"), backend, device)
     assert all(torch.equal(a, b) for a, b in zip(aligned, off, strict=True))
+
+
+@everywhere
+@pytest.mark.parametrize("tasks", [8, 12, 16, 24])  # in one thread; in uneven slices, and in those of 8
+def test_lean_kernels_are_captured_and_flag_what_is_not_finite(backend, device, tasks):
+    case = Case(tasks, ((130,), (5,)), (((3,),),) * tasks, steps=4, options=OPTIONS)
+    assert_as_exact_as_reference(case, backend, device)
+    expected = run(case, backend, device)
+    for more in ({"capturable": True}, {"nonfinite": "raise"}):
+        assert all(torch.equal(a, b) for a, b in zip(expected, run(case, backend, device, **more), strict=True))
+    opt, params = build(case, backend, device, nonfinite="raise")
+    set_gradients(case, params, 0)
+    params[tasks - 2][0].grad[129] = float("nan")
+    with pytest.raises(NonFiniteGradient, match=f"task {tasks - 2}, parameter '0'"):
+        opt.step()
+        opt.state_dict()  # a GPU tells of it later

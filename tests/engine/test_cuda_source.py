@@ -82,19 +82,25 @@ class Kernel(NamedTuple):
     architecture: int
     lean: bool
     held: int  # tasks of a thread
-    sliced: bool  # whether blocks split them over slices
+    slices: str  # of the tasks, in which blocks split them
     dtype: str  # the parameters'
     pointers: int  # addresses by value
 
     @classmethod
     def of(cls, architecture: int, name: str) -> Kernel:
-        kind = re.search(r"shifting_stepILb(\d)ELi(\d+)ELb(\d)E(\w+?)Li(\d+)E", name)
+        kind = re.search(r"shifting_stepILb(\d)ELi(\d+)ELNS\w+?6SlicesE(\d)E(\w+?)Li(\d+)E", name)
         assert kind, f"a kernel that is not the step: {name}"
-        return cls(architecture, kind[1] == "1", int(kind[2]), kind[3] == "1", TYPES[kind[4]], int(kind[5]))
+        return cls(architecture, kind[1] == "1", int(kind[2]), SLICES[int(kind[3])], TYPES[kind[4]], int(kind[5]))
+
+    @property
+    def sliced(self) -> bool:
+        return self.slices != "none"
 
 
+SLICES = ("none", "full", "any")  # csrc/cuda/tiles.h
 TYPES = {"f": "float32", "d": "float64", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
-KINDS = [(1, False), (2, False), (4, False), (8, False), (8, True)]  # (tasks a thread holds, sliced)
+KINDS = [(1, "none"), (2, "none"), (4, "none"), (8, "none"), (8, "any")]  # (tasks a thread holds, slices)
+LEAN = [*KINDS, (8, "full")]  # of lean kernels
 
 
 class Half(NamedTuple):
@@ -142,9 +148,9 @@ def test_both_halves_have_a_kernel_for_every_dtype_and_spill_nothing(resources):
 def test_every_architecture_dtype_and_number_of_tasks_has_its_kernels(usage):
     architectures = {kernel.architecture for kernel in usage}
     assert architectures
-    every = itertools.product(architectures, (False, True), KINDS, TYPES.values())
-    expected = {(a, lean, *kind, dtype, 3200) for a, lean, kind, dtype in every}
-    expected |= {(a, True, *kind, "float32", 512) for a in architectures for kind in KINDS}  # small launches
+    expected = {(a, False, *kind, d, 3200) for a, kind, d in itertools.product(architectures, KINDS, TYPES.values())}
+    expected |= {(a, True, *kind, d, 3200) for a, kind, d in itertools.product(architectures, LEAN, TYPES.values())}
+    expected |= {(a, True, *kind, "float32", 512) for a in architectures for kind in LEAN}  # small launches
     assert set(usage) == expected
 
 
@@ -200,13 +206,23 @@ def test_numbers_move_16_bytes_at_a_time_and_never_in_bytes(code):
         # bytes: first-gradient flags by address, nothing through generic pointers, nothing in shared memory
         assert not [one for one in found if re.match(r"(LD|ST|LDS|STS)\.(?!.*128)(.*\.)?[SU]?(8|16)\b", one)], kernel
         assert 16 not in widths(found, "LDG|STG"), kernel
-        held = kernel.held if not kernel.sliced else 1  # of a slice the number of tasks is known at run time alone
+        held = 1 if kernel.slices == "any" else kernel.held  # of any slice the number is known at run time alone
         # theta, momentum and gradient of every task, phi and the tile in; theta, momentum and phi out, with and without
         # staying in the cache
         assert widths(found, "LDG").count(128) >= 3 * held + 1 + 2, kernel
         assert widths(found, "STG").count(128) >= 2 * (2 * held + 1), kernel
         if kernel.sliced:
             assert 128 in widths(found, "LDS") and 128 in widths(found, "STS"), kernel
+
+
+@pytest.mark.slow
+def test_lean_kernels_load_several_tasks_before_they_store_the_first(code):
+    for kernel, found in code.items():
+        if not kernel.lean or kernel.held != 8 or kernel.dtype not in ("float32", "float64"):
+            continue
+        wide = "".join(one[0] for one in found if re.match(r"(LDG|STG)\S*\.128", one))
+        tasks = {("full", "float32"): 4, ("any", "float64"): 1}.get((kernel.slices, kernel.dtype), 2)
+        assert max(map(len, wide.split("S"))) >= 3 * tasks, kernel  # theta, momentum and gradient of each
 
 
 @pytest.mark.slow

@@ -197,7 +197,7 @@ def hyper_parameters(draw) -> dict:
 @st.composite
 def cases(draw) -> Case:
     """Cases over everything the step offers."""
-    tasks = draw(st.sampled_from([1, 2, 3, 4, 8, 9, 17]))
+    tasks = draw(st.sampled_from([1, 2, 3, 4, 8, 9, 16, 17]))
     shapes = tuple(draw(st.lists(SHARED_SHAPES, min_size=1, max_size=4)))
     heads = tuple(tuple(draw(st.lists(SHAPES, max_size=2))) for _ in range(tasks)) if draw(st.booleans()) else ()
     if not any(heads):
