@@ -30,11 +30,14 @@ ROOT = Path(__file__).resolve().parents[2]
 others = [path for path in sys.path if Path(path or ".").resolve() != ROOT / "benchmarks"]
 sys.path = [*others, str(ROOT)]  # the installed package comes first
 
+from benchmarks.gpu import forms as forms_of_kernels  # noqa: E402
 from benchmarks.gpu import machine, measure, training  # noqa: E402
 from benchmarks.gpu.results import hand_over, last_result, table  # noqa: E402
 
 # their shares of the time
 SECTIONS = dict(bandwidth=10, steps=70, training=70, tests=90, counts=25, profiler=35, sanitizers=40)
+MORE = dict(forms=90)  # run where --only names them
+FORM = "GPU_CHECK_FORM"  # the module that a process measures in the place of the built one
 LIMIT = "GPU_CHECK_SECONDS"  # what is left for a section, in its process's environment
 LOGS = "GPU_CHECK_LOGS"  # where the tests' whole output goes
 
@@ -44,8 +47,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a dry run on small problems")
     parser.add_argument("--section", choices=tuple(functions()), help="run one section in this process")
-    known = tuple(SECTIONS)
-    parser.add_argument("--only", nargs="*", choices=known, default=known, help="the sections to run")
+    parser.add_argument(
+        "--only", nargs="*", choices=(*SECTIONS, *MORE), default=tuple(SECTIONS), help="the sections to run"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     together = "for all sections together; later ones share what earlier ones left"
     parser.add_argument("--seconds", type=float, default=300, help=together)
@@ -59,7 +63,7 @@ def main() -> int:
 
 def functions() -> dict[str, Callable[[str], dict]]:
     """Section → what runs it; more than SECTIONS has: what these run in turn."""
-    own = dict(tests=tests, sanitizers=sanitizers, small=small, profiler=profiler)
+    own = dict(tests=tests, sanitizers=sanitizers, small=small, profiler=profiler, forms=forms, form=form)
     measured = dict(bandwidth=measure.bandwidth, steps=measure.steps, counts=measure.counts, profiled=measure.profiled)
     return dict(machine=machine.describe, training=training.training, **own, **measured)
 
@@ -85,7 +89,8 @@ def run_all(arguments) -> int:
         print(f"== {section}", flush=True)
         began = time.monotonic()
         left = deadline - began
-        share = SECTIONS[section] / sum(SECTIONS[one] for one in arguments.only[i:])
+        shares = SECTIONS | MORE
+        share = shares[section] / sum(shares[one] for one in arguments.only[i:])
         result = subprocess_json(section, arguments.device, max(share * left, min(15, left)))
         result["seconds"] = round(time.monotonic() - began, 1)
         results["sections"][section] = result
@@ -297,6 +302,30 @@ def profiler(device: str) -> dict:
         return {"refused": "\n".join(lines)[-1500:] if in_time else "took too long"}
     profiled = zip(measure.PROFILED, launches.values(), strict=False)
     return {"launches": {f"{network}, T = {tasks}": launch for (network, tasks), launch in profiled}}
+
+
+def forms(device: str) -> dict:
+    """Each form of the kernels that lies in the folder FORMS, in a process of its own: rows as those of the steps."""
+    folder = Path(os.environ.get("FORMS", "no folder"))
+    modules = [path for name in forms_of_kernels.FORMS if (path := forms_of_kernels.file_of(name, folder)).exists()]
+    if not modules or device == "cpu":
+        return {"refused": "FORMS names no folder of modules" if not modules else "a dry run"}
+    deadline, rows, broken = time.monotonic() + float(os.environ[LIMIT]) - 5, [], []
+    for i, module in enumerate(modules):
+        os.environ[FORM] = str(module.resolve())
+        result = subprocess_json("form", device, (deadline - time.monotonic()) / (len(modules) - i))
+        rows += result.get("rows", [])
+        broken += [f"{module.stem}: {result['error']}"] if "error" in result else []
+        hand_over({"rows": rows})
+    return {"rows": rows, **({"error": "; ".join(broken)} if broken else {})}
+
+
+def form(device: str) -> dict:
+    """One form: checked, then measured."""
+    module = Path(os.environ[FORM])
+    forms_of_kernels.use(module)
+    which = [(problem, "step(), cuda", module.stem) for problem in forms_of_kernels.PROBLEMS]
+    return measure.timed_steps(which, device, checked=[("resnet20", 16), ("resnet20", 32)])
 
 
 def small(device: str) -> dict:

@@ -7,7 +7,7 @@ import re
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 
 from benchmarks.gpu.results import hand_over
 from benchmarks.gpu.variants import problem, synchronize, variants
@@ -80,16 +80,28 @@ def plan(names: list[str], device: str) -> list[tuple[tuple[str, int], str]]:
 
 def steps(device: str) -> dict:
     """One step's device and host time, in the order of `plan`."""
-    from benchmarks.common.variants import check
-
-    began, rows, kinds = time.monotonic(), [], variants(device)
+    rows = []
     if device == "cuda":
         import torch
 
         empty = measure(lambda: torch.cuda._sleep(0), device)
         rows.append({"network": "none", "tasks": 0, "variant": "an empty kernel", **empty})
-    for (network, tasks), name in plan(list(kinds), device):
-        row = {"network": network, "tasks": tasks, "variant": name}
+    checked = MAIN if device == "cuda" else [("resnet20", 2)]
+    return timed_steps([(*one, one[1]) for one in plan(list(variants(device)), device)], device, checked, rows)
+
+
+def timed_steps(
+    which: Iterable[tuple[tuple[str, int], str, str]],
+    device: str,
+    checked: Container[tuple[str, int]],
+    rows: Iterable[dict] = (),
+) -> dict:
+    """`rows`, and one for each ((network, T), variant, its name in the row); those in `checked` are checked first."""
+    from benchmarks.common.variants import check
+
+    began, rows, kinds = time.monotonic(), list(rows), variants(device)
+    for (network, tasks), name, shown in which:
+        row = {"network": network, "tasks": tasks, "variant": shown}
         rows.append(row)
         if time.monotonic() - began > float(os.environ["GPU_CHECK_SECONDS"]) - 12:
             row["left out"] = "no time left"
@@ -98,7 +110,7 @@ def steps(device: str) -> dict:
             p = problem(network, tasks, device)
             row["floor_bytes"] = p.setup.floor_bytes
             variant = kinds[name](p)
-            if (network, tasks) in MAIN or device == "cpu":
+            if (network, tasks) in checked:
                 check(variant, p)
             p.__dict__.pop("expected", None), p.__dict__.pop("flat_gradients", None)
             row |= measure(variant.step, device)
@@ -107,6 +119,8 @@ def steps(device: str) -> dict:
             row["error"] = f"{type(error).__name__}: {error}"[:500]
             traceback.print_exc()
         if device == "cuda":
+            import torch
+
             torch.cuda.empty_cache()
         hand_over({"rows": rows})
     broken = [f"{row['variant']} ({row['network']}, T = {row['tasks']})" for row in rows if "error" in row]

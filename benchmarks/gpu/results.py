@@ -38,7 +38,8 @@ def table(results: dict) -> str:
     rate = sections.get("bandwidth", {}).get("bytes_per_second")
     if rate:
         lines += [f"copy bandwidth: {rate / 1e12:.3f} TB/s", ""]
-    lines += _steps(sections.get("steps", {}).get("rows", []), rate, machine.get("l2_bytes", 0))
+    for section in ("steps", "forms"):
+        lines += _steps(sections.get(section, {}).get("rows", []), rate, machine.get("l2_bytes", 0))
     profiler = sections.get("profiler", {})
     for name, counted in profiler.get("launches", {}).items():
         lines += ["", f"Nsight Compute, {name}: {_listed(counted)}"]
@@ -73,6 +74,8 @@ def _checks(sections: dict) -> list[str]:
 
 def _steps(rows: list[dict], rate: float | None, l2_bytes: int) -> list[str]:
     """The table of times. rate: the copy bandwidth."""
+    if not rows:
+        return []
     times = "".join(f" {name:>10}" for name in ("cold µs", "warm µs", "host µs", "row µs"))
     lines = [*LEGEND.splitlines(), f"{'network':10} {'T':>4} {'variant':26}{times} {'of copy':>8} {'times':>8}  notes"]
     ours: dict[tuple, float] = {}

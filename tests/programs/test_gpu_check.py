@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu import forms
 
 PROGRAM = Path(gpu_check.__file__)
 
@@ -25,6 +28,14 @@ def test_every_kernel_and_every_test_of_a_gpu_is_run():
         "engine/test_step_in_halves.py",
         "experiments/test_continuation.py",
     }  # the kernels of ranks; resuming
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_every_form_of_the_kernels_is_an_edit_of_what_the_sources_say(form):
+    sources = forms.ROOT / "csrc" / "cuda"
+    found = forms.edited(form)
+    assert set(found) == {edit.file for edit in forms.FORMS[form]}
+    assert all(text != (sources / file).read_text() for file, text in found.items())
 
 
 def run(out: Path, *arguments: str) -> subprocess.CompletedProcess:
