@@ -5,7 +5,7 @@
 #   bash benchmarks/gpu_check.sh --missing                      packages that are not installed, one a line; 1 if any
 # Environment: PYTHON, the interpreter. WHEELS, a folder of wheels to install first (benchmarks/gpu/wheels.sh fills
 # one). WORK, a folder that keeps the build. CTS_FAST_CUDA_ARCHITECTURES, what to build for ("90"). REVISION, the
-# revision's name where there is no .git.
+# revision's name where there is no .git. FORMS, what gpu/forms.py built, for --only forms.
 # Results: DIR/<device>-<date>.json and .txt and the tests' log, where --out DIR says, else in benchmarks/results.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -16,6 +16,10 @@ if [ -n "${WORK:-}" ]; then
 else
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
+fi
+if [ -n "${FORMS:-}" ]; then
+    FORMS=$(cd "$FORMS" && pwd) || exit 1
+    export FORMS
 fi
 package=$work/package
 export PYTHONUNBUFFERED=1 CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}

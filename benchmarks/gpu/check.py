@@ -315,7 +315,7 @@ def forms(device: str) -> dict:
         os.environ[FORM] = str(module.resolve())
         result = subprocess_json("form", device, (deadline - time.monotonic()) / (len(modules) - i))
         rows += result.get("rows", [])
-        broken += [f"{module.stem}: {result['error']}"] if "error" in result else []
+        broken += [f"{module.name}: {result['error']}"] if "error" in result else []
         hand_over({"rows": rows})
     return {"rows": rows, **({"error": "; ".join(broken)} if broken else {})}
 
@@ -324,7 +324,7 @@ def form(device: str) -> dict:
     """One form: checked, then measured."""
     module = Path(os.environ[FORM])
     forms_of_kernels.use(module)
-    which = [(problem, "step(), cuda", module.stem) for problem in forms_of_kernels.PROBLEMS]
+    which = [(problem, "step(), cuda", module.name.partition(".")[0]) for problem in forms_of_kernels.PROBLEMS]
     return measure.timed_steps(which, device, checked=[("resnet20", 16), ("resnet20", 32)])
 
 

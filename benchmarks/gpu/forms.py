@@ -6,6 +6,7 @@ Then, where the GPU is, `FORMS=FOLDER bash benchmarks/gpu_check.sh --only bandwi
 
 from __future__ import annotations
 
+import gzip
 import importlib.machinery
 import importlib.util
 import os
@@ -61,7 +62,7 @@ def edited(form: str) -> dict[str, str]:
 
 def file_of(form: str, folder: Path) -> Path:
     """Where a form's module lies."""
-    return folder / f"{form.replace(' ', '-')}.so"
+    return folder / f"{form.replace(' ', '-')}.so.gz"
 
 
 def build(folder: Path) -> None:
@@ -84,7 +85,7 @@ def build(folder: Path) -> None:
             command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(work / "built")]
             subprocess.run(command, cwd=work, env=environment, check=True, stdout=subprocess.DEVNULL)
             (module,) = (work / "built" / "cts_fast").glob("_cuda*.so")
-            shutil.copy(module, file_of(form, folder))
+            file_of(form, folder).write_bytes(gzip.compress(module.read_bytes()))  # the way to a GPU may be narrow
             for file in edited(form):
                 shutil.copy(ROOT / "csrc" / "cuda" / file, work / "csrc" / "cuda")
             print(f"built: {form}", flush=True)
@@ -94,10 +95,13 @@ def use(module: Path) -> None:
     """Let a module stand in the place of cts_fast._cuda in this process."""
     if "cts_fast._cuda" in sys.modules:
         raise RuntimeError("cts_fast._cuda is loaded already")
-    loader = importlib.machinery.ExtensionFileLoader("cts_fast._cuda", str(module))
-    spec = importlib.util.spec_from_loader("cts_fast._cuda", loader)
-    sys.modules["cts_fast._cuda"] = used = importlib.util.module_from_spec(spec)
-    loader.exec_module(used)
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        file.write(gzip.decompress(module.read_bytes()))
+        file.flush()
+        loader = importlib.machinery.ExtensionFileLoader("cts_fast._cuda", file.name)
+        spec = importlib.util.spec_from_loader("cts_fast._cuda", loader)
+        sys.modules["cts_fast._cuda"] = used = importlib.util.module_from_spec(spec)
+        loader.exec_module(used)
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ def _checks(sections: dict) -> list[str]:
     for name, result in sections.get("tests", {}).get("processes", {}).items():
         shown = [key for key in ("tests", "failures", "errors", "skipped", "error") if key in result]
         lines.append(f"tests, {name}: " + ", ".join(f"{key} {result[key]}" for key in shown))
-    sanitizers = sections.get("sanitizers", {})
-    for name, result in sanitizers.get("tools", {"compute-sanitizer": sanitizers}).items():
+    sanitizers = sections.get("sanitizers")
+    for name, result in sanitizers.get("tools", {"compute-sanitizer": sanitizers}).items() if sanitizers else ():
         shown = {key: str(value)[:100] for key, value in result.items() if key != "seconds"}
         lines.append(f"sanitizer, {name}: {json.dumps(shown)}")
     for name, counted in sections.get("counts", {}).get("steps", {}).items():
