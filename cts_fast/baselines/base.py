@@ -114,9 +114,9 @@ class Method(ShiftingMetaOptimizer):
             self.engine.rebind_(self.param_groups)
         return found
 
-    def task_gradients(self, heldout: Callable[[], Tensor], row: int) -> Sequence[Tensor | None]:
+    def task_gradients(self, heldout: Callable[[], Tensor], row: int) -> list[Tensor | None]:
         """∇ of one task's held-out loss by its shared parameters; None where it does not depend on one."""
-        return torch.autograd.grad(evaluate(heldout, row), self.task_params(row), allow_unused=True)
+        return gradients_by(self.task_params(row), evaluate(heldout, row))
 
     def over_ranks(self, total: list[Tensor]) -> list[Tensor]:
         """The sums over all ranks of what this one has summed over its tasks: [S] for each shared buffer."""
@@ -138,6 +138,17 @@ class Method(ShiftingMetaOptimizer):
         for (backend, flat), own, found in zip(self.engine.shared, total, heldout or [None] * len(total), strict=True):
             backend.end_round_(own, found, weight, rates, control.reset_momentum)
             flat.note_write()
+
+
+def gradients_by(
+    params: Sequence[Tensor], of: Tensor | list[Tensor], vectors: list[Tensor] | None = None, **options
+) -> list[Tensor | None]:
+    """`torch.autograd.grad` of tensors, times the vectors, by each parameter; None for one that is frozen or not in
+    them.
+    """
+    trained = [param for param in params if param.requires_grad]
+    found = iter(torch.autograd.grad(of, trained, vectors, **options, allow_unused=True) if trained else ())
+    return [next(found) if param.requires_grad else None for param in params]
 
 
 def evaluate(heldout: Callable[[], Tensor], row: int) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cts_fast.baselines.base import Method, evaluate
+from cts_fast.baselines.base import Method, evaluate, gradients_by
 from cts_fast.engine.backends.method_ops import add_present_
 from cts_fast.engine.gradients import Gradients
 from cts_fast.engine.layout import Flat
@@ -98,17 +98,13 @@ class IMAML(Method):
         gradient = _filled(self.task_gradients(heldout, row), params)
         loss = evaluate(heldout, row)
         with torch.enable_grad():
-            slope = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+            slope = gradients_by(params, loss, create_graph=True)
         curved = [g for g in slope if g is not None and g.requires_grad]
 
         def operator(vectors: Sequence[Tensor]) -> list[Tensor]:
             """(I + H/λ) v."""
             outputs = [v for v, g in zip(vectors, slope, strict=True) if g is not None and g.requires_grad]
-            products = (
-                torch.autograd.grad(curved, params, outputs, retain_graph=True, allow_unused=True)
-                if curved
-                else [None] * len(params)
-            )
+            products = gradients_by(params, curved, outputs, retain_graph=True) if curved else [None] * len(params)
             return [
                 v + (hv + wd * v) / lam for v, hv, wd in zip(vectors, _filled(products, params), decay, strict=True)
             ]

@@ -69,6 +69,23 @@ def test_loading_an_initialization_repairs_a_run_that_met_a_nan(name, backend):
     assert_a_new_start(opt, tasks, other, fresh)
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "random-shift"])  # which moves every coordinate
+@every_backend
+def test_a_frozen_parameter_is_a_constant_to_every_method(name, backend):
+    frozen, constant = Quadratics(), Quadratics()
+    for task in frozen.params:
+        task[1].requires_grad_(False)
+    held = torch.full((4,), 3.0, dtype=torch.float64)
+    constant.params = [task[:1] for task in constant.params]
+    constant.theta = lambda t: torch.cat([constant.params[t][0], held])
+    opt, other = make(name, frozen, backend), make(name, constant, backend)
+    for _ in range(7):
+        frozen.step(opt)
+        constant.step(other)
+    torch.testing.assert_close(phi_of(opt), torch.cat([phi_of(other), held]), rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(task[1].flatten(), held) for task in frozen.params)
+
+
 @with_heldout
 @every_backend
 def test_a_theta_that_a_heldout_function_exchanges_is_phi_after_the_round(name, backend):
