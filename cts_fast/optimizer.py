@@ -20,6 +20,7 @@ from cts_fast.engine.arguments import (
     new_group,
     plain_number,
     read_group,
+    read_needs,
     refuse_copying,
 )
 from cts_fast.engine.engine import Engine
@@ -227,14 +228,14 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         self,
         closure: Callable[[], float] | None = None,
         *,
-        losses: Sequence | None = None,
-        heldout: Sequence[Callable] | None = None,
+        losses: Iterable | None = None,
+        heldout: Iterable[Callable] | None = None,
     ) -> float | None:
         """Inner step of all tasks, meta-update, shift and, at K, reset; nothing at all where no parameter has a
         gradient.
 
         closure: evaluates the losses again and returns what `step` returns; called once, with gradients enabled.
-        losses, heldout: for the methods of `cts_fast.baselines` that name them in `needs`; not read by this one.
+        losses, heldout: one a task, for methods of `cts_fast.baselines` that need them; read after the closure.
         Under torch.compile this is a graph break. Raises ValueError for sparse gradients, before anything moved.
         """
         try:
@@ -243,7 +244,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            given = (() if losses is None else losses, heldout or ())
+            given = read_needs(self.engine.num_tasks, losses, heldout)  # a closure may fill them
             step_ = self._step if self.ranks is None else self._step_over_ranks
             if torch.is_inference_mode_enabled():
                 with torch.inference_mode(False):  # what is made here is used by later steps

@@ -20,28 +20,47 @@ ALIKE = "shared parameters are the same in every task"
 
 
 def check_needs(needs: frozenset[str], num_tasks: int, losses, heldout) -> None:
-    """Raise ValueError or TypeError where `step` is not given what a method needs: T losses, or T callables that return
-    held-out losses.
-    """
+    """Raise ValueError where `step` is not given what a method needs."""
     for name, given in (("losses", losses), ("heldout", heldout)):
         if name in needs and given is None:
             raise ValueError(
                 f"this method needs {name}: call step({name}=…) with one for each of the {num_tasks} tasks"
             )
-        if given is not None and len(given) != num_tasks:
-            raise ValueError(
-                f"{name} of {len(given)} tasks given, but there are {num_tasks} tasks; give one for each task"
-            )
-    for t, loss in enumerate(() if losses is None else losses):
+
+
+def read_needs(num_tasks: int, losses, heldout) -> tuple[list, list]:
+    """T losses, each a number or a tensor of one, and T functions that return held-out losses; none where they are not
+    given. Raises ValueError or TypeError for what is something else.
+    """
+    losses, heldout = _one_a_task("losses", losses, num_tasks), _one_a_task("heldout", heldout, num_tasks)
+    for t, loss in enumerate(losses):
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"task {t}: its loss has the shape {tuple(loss.shape)}; give one number for each task")
         if not hasattr(loss, "__float__"):
             raise TypeError(f"task {t}: its loss is {loss!r}; give a number or a tensor of one number")
-    for t, function in enumerate(heldout or ()):
+    for t, function in enumerate(heldout):
         if not callable(function):
             raise ValueError(
                 f"task {t}: its heldout is {function!r}; give a function that returns the held-out loss with its graph"
             )
+    return losses, heldout
+
+
+def _one_a_task(name: str, given, num_tasks: int) -> list:
+    if given is None:
+        return []
+    if isinstance(given, Mapping):
+        raise TypeError(f"{name} are a {type(given).__name__}; give a list with one for each task, in the tasks' order")
+    try:
+        items = iter(given)
+    except TypeError:
+        raise TypeError(f"{name} are {given!r}; give a list with one for each of the {num_tasks} tasks") from None
+    result = list(items)
+    if len(result) != num_tasks:
+        raise ValueError(
+            f"{name} of {len(result)} tasks given, but there are {num_tasks} tasks; give one for each task"
+        )
+    return result
 
 
 def _is_parameter(item) -> bool:

@@ -229,19 +229,57 @@ def test_missing_or_wrong_needs_raise_before_anything_moves(name):
     assert torch.equal(before[0], phi_of(opt)) and torch.equal(before[1], tasks.theta(0)) and opt.inner_step == 0
 
 
-@pytest.mark.parametrize("stack", [torch.stack, lambda losses: torch.stack(losses).numpy()], ids=["tensor", "numpy"])
-def test_losses_in_one_tensor_are_those_in_a_list(stack):
+FORMS = {
+    "tensor": torch.stack,
+    "numpy": lambda losses: torch.stack(losses).numpy(),
+    "generator": lambda losses: (loss for loss in losses),
+    "values": lambda losses: dict(enumerate(losses)).values(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_losses_in_any_form_are_those_in_a_list(form):
     results = []
-    for form in (list, stack):
+    for given_as in (list, FORMS[form]):
         tasks = Quadratics()
         opt = make("leap", tasks)
-        for _ in range(4):
+        for _ in range(6):
             opt.zero_grad()
             losses = [tasks.loss(t) for t in range(3)]
             sum(losses).backward()
-            opt.step(losses=form([loss.detach() for loss in losses]))
+            opt.step(losses=given_as([loss.detach() for loss in losses]))
         results.append(phi_of(opt))
     assert torch.equal(*results)
+
+
+def test_a_closure_may_fill_the_losses_that_step_was_given():
+    tasks, plain = Quadratics(), Quadratics()
+    opt, other = make("leap", tasks), make("leap", plain)
+    losses = []
+
+    def closure():
+        opt.zero_grad()
+        losses[:] = [tasks.loss(t) for t in range(3)]
+        sum(losses).backward()
+        return sum(losses).item()
+
+    for _ in range(6):
+        opt.step(closure, losses=losses)
+        plain.step(other)
+    assert torch.equal(phi_of(opt), phi_of(other))
+
+
+@pytest.mark.parametrize("name", ["losses", "heldout"])
+@pytest.mark.parametrize(
+    "given", [lambda: 0.0, torch.tensor(1.0), {0: 1.0, 1: 2.0, 2: 3.0}], ids=["one", "0-d", "dict"]
+)
+def test_needs_that_are_no_list_of_the_tasks_raise(name, given):
+    tasks = Quadratics()
+    opt = make("leap" if name == "losses" else "fomaml", tasks)
+    tasks.loss(0).backward()
+    with pytest.raises(TypeError, match=f"{name} are .*; give a list with one for each"):
+        opt.step(**{name: given})
+    assert opt.inner_step == 0 and torch.equal(tasks.theta(0), phi_of(opt))
 
 
 @every_method
