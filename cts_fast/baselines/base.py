@@ -24,8 +24,9 @@ class Method(ShiftingMetaOptimizer):
     """A method on the flat buffers of `ShiftingMetaOptimizer`; its options and what it shares are described there.
 
     A subclass names in `own_options` its further options, and in `buffers` what it keeps beside theta and phi: name →
-    "task" (a row a task, laid out as theta), "shared" (one in all, as phi) or "number" (one a task). Both are part of
-    the state dict; a reset clears the buffers (in `apply_`, where a method ends its rounds itself).
+    "task" (a row a task, laid out as theta), "point" (the same, at theta where a parameter is new), "shared" (one in
+    all, as phi) or "number" (one a task). Both are part of the state dict; a reset clears the buffers (in `apply_`,
+    where a method ends its rounds itself).
     """
 
     own_options: Mapping[str, object] = {}

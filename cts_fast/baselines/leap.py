@@ -38,7 +38,7 @@ class Leap(Method):
     own_options = {"measure": "length"}
     buffers = {
         "meta_gradient": "shared",
-        "previous_theta": "task",
+        "previous_theta": "point",
         "previous_gradient": "task",
         "previous_loss": "number",
     }

@@ -30,8 +30,8 @@ class Engine:
     """Buffers, backends and counters of one optimizer; laid out by `build`, stepped by `shifting_step_`.
 
     backend: the name that was asked for. flags_nonfinite: whether a step flags gradients that are not finite. own:
-    further buffers of a method, name → "task" ([T, P]), "shared" ([P]) or "number" (one float64 a task); they are part
-    of the state.
+    further buffers of a method, name → "task" ([T, P]), "point" ([T, P], which begins at θ), "shared" ([P]) or "number"
+    (one float64 a task); they are part of the state.
     """
 
     def __init__(self, backend: str, flags_nonfinite: bool, own: Mapping[str, str]) -> None:
@@ -194,6 +194,8 @@ class Engine:
                     if name in views and name != "initialization":
                         views[name].copy_(value)
                 flat.adopt_(n, row, start if together else param)
+                for name in flat.points - entries[param].keys():
+                    views[name].copy_(views["theta"])
         return differing
 
     def _watch(self, state: State, handed_out: Iterable[Tensor]) -> None:

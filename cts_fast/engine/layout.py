@@ -116,7 +116,8 @@ class Flat:
     Segments are padded to 128 bytes and rows are staggered, so S ≥ P; padding is zero and is never read into a
     parameter. `started[n, r]` says whether momentum of segment n, row r has taken its first gradient; where it has not,
     momentum is 0.
-    own: further buffers that a method keeps beside these, in phi's dtype: name → [R, S] ("task") or [S] ("shared").
+    own: further buffers that a method keeps beside these, in phi's dtype: name → [R, S] ("task"), [S] ("shared"), or
+    [R, S] that begins at theta ("point").
     """
 
     def __init__(
@@ -144,10 +145,11 @@ class Flat:
         self.all_started = False
         self.initialization = [self.view(self.phi, segment) for segment in self.segments] if shared else []
         self.own = {
-            name: torch.zeros_like(self.theta if kind == "task" else self.phi, dtype=self.work_dtype)
+            name: torch.zeros_like(self.phi if kind == "shared" else self.theta, dtype=self.work_dtype)
             for name, kind in (own or {}).items()
             if shared and kind != "number"
         }
+        self.points = {name for name, kind in (own or {}).items() if shared and kind == "point"}
         # all replicas, segment by segment and row by row: the order of gradients everywhere
         self.params = [param for segment in self.segments for param in segment.params]
         self.memory: list[StorageWeakRef | None] = [None] * len(self.params)  # what each parameter was bound to

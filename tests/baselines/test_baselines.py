@@ -204,6 +204,19 @@ def test_adding_a_group_keeps_what_the_method_has_gathered(name):
     assert torch.equal(phi_of(opt), phi_of(other))
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "random-shift"])  # it moves every coordinate
+def test_shared_parameters_added_in_a_round_and_not_trained_change_nothing(name):
+    tasks, other_tasks = Quadratics(), Quadratics()
+    opt, other = make(name, tasks), make(name, other_tasks)
+    added = [[torch.full((2,), 5.0, dtype=torch.float64)] for _ in range(3)]
+    for i in range(8):
+        if i == 3:
+            opt.add_param_group({"params": added})
+        tasks.step(opt)
+        other_tasks.step(other)
+    assert torch.equal(phi_of(opt), torch.cat([phi_of(other), added[0][0]])) and (added[0][0] == 5).all()
+
+
 @every_method
 def test_missing_or_wrong_needs_raise_before_anything_moves(name):
     tasks = Quadratics()
