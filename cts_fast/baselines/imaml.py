@@ -76,6 +76,7 @@ class IMAML(Method):
         for collected, flats in zip(gradients, self.engine.flats, strict=True):
             flat, terms = flats[0], []
             if flat.shared:
+                flat.follow_parameters_()  # θ is read before the step, which would
                 rows = self._room_for(flat)
                 torch.sub(flat.work_theta, flat.phi, out=rows)
                 rows.mul_(self.param_groups[0]["lam"] / inverse_scale)

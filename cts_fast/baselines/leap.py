@@ -50,6 +50,8 @@ class Leap(Method):
 
     @torch.no_grad()
     def apply_(self, step: Step) -> None:
+        for flat in self.shared_flats():
+            flat.follow_parameters_()  # the point is read before the step, which would
         loss, previous = _on_host(step.losses), self.engine.numbers["previous_loss"]
         changes = [now - before for now, before in zip(loss, previous.read(), strict=True)]
         previous.write(loss)

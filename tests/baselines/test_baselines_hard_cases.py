@@ -58,6 +58,23 @@ def test_parameters_of_two_precisions_train_together(name, backend):
 
 @every_method
 @every_backend
+def test_a_theta_written_in_a_round_is_where_low_precision_goes_on(name, backend):
+    low, exact = Quadratics(), Quadratics()
+    low.params = [[torch.nn.Parameter(p.detach().bfloat16()) for p in task] for task in low.params]
+    low.theta = lambda t: torch.cat([p.flatten() for p in low.params[t]]).double()
+    options = {"lam": 5.0, "meta_lr": 1.0} if name == "imaml" else {}
+    opt, oracle = make(name, low, backend, **options), make(name, exact, "reference", **options)
+    for step in range(3):
+        for tasks in (low, exact) if step == 1 else ():
+            for p in (p for task in tasks.params for p in task):
+                p.data.fill_(10.0)
+        low.step(opt)
+        exact.step(oracle)
+    torch.testing.assert_close(phi_of(opt).double(), phi_of(oracle), rtol=0.05, atol=0.05)
+
+
+@every_method
+@every_backend
 def test_loading_an_initialization_repairs_a_run_that_met_a_nan(name, backend):
     tasks, fresh = Quadratics(), Quadratics()
     opt, other = make(name, tasks, backend), make(name, fresh, backend)
