@@ -11,6 +11,7 @@ import torch
 from cts_fast.baselines.base import Method
 from cts_fast.engine.backends.method_ops import sign_words
 from cts_fast.engine.plan import Control, Counters
+from cts_fast.engine.rules.sgd import Hyper
 from cts_fast.engine.step import shifting_step_
 from cts_fast.optimizer import Step
 
@@ -18,7 +19,7 @@ from cts_fast.optimizer import Step
 class NoShifting(Method):
     r"""Δ = β (mean_t θ_t − φ) moves φ after every inner step and leaves every θ_t where it is; θ_t ← φ after K steps.
 
-    Raises ValueError if `shift` is given.
+    Raises ValueError if a `shift` is given, to a group or by a loaded state dict too.
 
     Source: Shin et al., ICML 2021, section 4.2 (ablation).
     """
@@ -28,9 +29,18 @@ class NoShifting(Method):
         super().__init__(tasks, lr, **options)
 
     def complete(self, options: dict) -> None:
-        if options["shift"] != 0:
-            raise ValueError(f"NoShifting: the shift is 0 by definition, but shift={options['shift']} was given")
+        self._check_shift(options["shift"])
         super().complete(options)
+
+    def read_hyper(self) -> list[Hyper]:
+        hyper = super().read_hyper()
+        for g, h in enumerate(hyper):
+            self._check_shift(h.shift, f", in group {g}")
+        return hyper
+
+    def _check_shift(self, shift: float, where: str = "") -> None:
+        if shift != 0:
+            raise ValueError(f"{type(self).__name__}: the shift is 0 by definition, but shift={shift} was given{where}")
 
 
 class RandomShifting(NoShifting):

@@ -322,6 +322,20 @@ def test_bad_options_of_one_method_raise(name, bad):
         make(name, Quadratics(), **bad)
 
 
+@pytest.mark.parametrize("name", ["no-shift", "random-shift"])
+def test_a_shift_of_a_group_or_of_another_methods_state_dict_raises_before_anything_moves(name):
+    tasks = Quadratics()
+    opt = make(name, tasks)
+    opt.load_state_dict({**opt.state_dict(), "param_groups": make("cts", Quadratics()).state_dict()["param_groups"]})
+    other = METHODS[name]([{"params": Quadratics().params, "shift": 0.5}])
+    before = phi_of(opt), tasks.theta(0)
+    for one, shift in ((opt, 1.0), (other, 0.5)):
+        one.param_groups[0]["params"][0].grad = torch.ones(3, dtype=torch.float64)
+        with pytest.raises(ValueError, match=f"shift is 0 by definition, but shift={shift} was given, in group 0"):
+            one.step()
+    assert torch.equal(before[0], phi_of(opt)) and torch.equal(before[1], tasks.theta(0))
+
+
 def test_the_registry_has_the_names_of_the_command_line():
     assert list(METHODS) == NAMES and METHODS["cts"] is ShiftingMetaOptimizer
     assert all(issubclass(method, ShiftingMetaOptimizer) for method in METHODS.values())
