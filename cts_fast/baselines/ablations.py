@@ -92,13 +92,21 @@ class ShiftingAccurate(Method):
 
     What shifting approximates, at the cost of K (K + 1) / 2 inner steps a round. Each call of `step` is one inner step,
     whichever run it belongs to, so any training loop drives it; `inner_step` counts 1 … K (K + 1) / 2 and
-    `meta_updates` K in a round.
+    `meta_updates` K in a round. Each ends a run, so `shift` has no effect and a `meta_interval` raises ValueError.
 
     Source: Shin et al., ICML 2021, section 3.2 and Figure 4 ("Ours Accurate").
     """
 
     on_host = True
     one_process = "it is the paper's measure of what shifting approximates, for small problems"
+
+    def complete(self, options: dict) -> None:
+        super().complete(options)
+        if options["meta_interval"] != 1:
+            interval = options["meta_interval"]
+            raise ValueError(
+                f"ShiftingAccurate: its meta-updates come at the ends of its runs, not every {interval} steps"
+            )
 
     def plan(self, counters: Counters) -> tuple[Control, Counters]:
         options = self.param_groups[0]

@@ -12,6 +12,7 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
+from cts_fast.engine.arguments import plain_number
 from cts_fast.engine.gradients import Collector, Gradients
 from cts_fast.engine.layout import Flat
 from cts_fast.engine.plan import Control, Counters, Counting
@@ -36,7 +37,8 @@ class Method(ShiftingMetaOptimizer):
     on_host = False  # it takes decisions on the host, which a captured step may not
 
     def __init__(self, tasks, lr: float | Tensor = 1e-3, **options) -> None:
-        self.own_values = {name: options.pop(name, default) for name, default in self.own_options.items()}
+        given = {name: options.pop(name, default) for name, default in self.own_options.items()}
+        self.own_values = {name: plain_number(value) for name, value in given.items()}
         super().__init__(tasks, lr, **options)
 
     def complete(self, options: dict) -> None:

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from support.method_cases import Quadratics, assert_a_new_start, given, phi_of
@@ -21,6 +22,7 @@ BAD_OPTIONS_OF_ONE = [
     ("leap", {"measure": "width"}),
     ("random-shift", {"seed": -1}),
     ("no-shift", {"shift": 0.5}),
+    ("cts-accurate", {"meta_interval": 3}),
 ]
 NAMES = "cts reptile fomaml fomaml++ imaml leap mtl no-shift random-shift cts-accurate".split()
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -318,8 +320,14 @@ def test_methods_of_whole_rounds_need_a_horizon(name):
 
 @pytest.mark.parametrize(("name", "bad"), BAD_OPTIONS_OF_ONE)
 def test_bad_options_of_one_method_raise(name, bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
+    with pytest.raises(ValueError, match="not every 3 steps" if "meta_interval" in bad else next(iter(bad))):
         make(name, Quadratics(), **bad)
+
+
+@pytest.mark.parametrize(("name", "option"), [("imaml", "cg_steps"), ("random-shift", "seed")])
+def test_whole_numbers_of_numpy_are_whole_numbers(name, option):
+    opt = make(name, Quadratics(), **{option: np.int64(7)})
+    assert type(opt.param_groups[0][option]) is int and opt.param_groups[0][option] == 7
 
 
 @pytest.mark.parametrize("name", ["no-shift", "random-shift"])
