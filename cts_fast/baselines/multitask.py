@@ -1,8 +1,11 @@
 """Multi-task learning: one body, trained on the mean loss of all tasks."""
 
+import torch
+
 from cts_fast.baselines.base import Method
 from cts_fast.engine.plan import Control, Counters
 from cts_fast.engine.rules.sgd import Hyper
+from cts_fast.optimizer import Step
 
 
 class MultiTask(Method):
@@ -10,7 +13,8 @@ class MultiTask(Method):
 
     The inner step is linear in gradient and momentum, so T steps from the same θ followed by θ_t, φ ← mean_t θ_t are
     that step: the fused op with β = 1 and a reset that keeps the momentum. There is no meta-update to set: `meta_lr`,
-    `shift`, `meta_interval` and `reset_momentum` have no effect, and `horizon` only counts rounds.
+    `shift`, `meta_interval` and `reset_momentum` have no effect, and `horizon` only counts rounds. Where φ is written
+    between two steps, θ follows at the next one.
 
     Source: Caruana, "Multitask Learning", 1997; Shin et al., ICML 2021, section 4 (MTL).
     """
@@ -22,6 +26,15 @@ class MultiTask(Method):
         ends = horizon is not None and inner_step >= horizon
         after = Counters(0 if ends else inner_step, counters.round + ends, counters.meta_updates + 1)
         return Control(True, True, False, self.num_tasks), after
+
+    @torch.no_grad()
+    def apply_(self, step: Step) -> None:
+        known = zip(self.engine.initialization.values(), self.engine.phi_versions, strict=True)
+        written = {phi for phi, version in known if phi._version != version}
+        for flat in self.shared_flats() if written else ():
+            flat.follow_phi_(written)
+        super().apply_(step)
+        self.engine.note_phi()
 
     def read_hyper(self) -> list[Hyper]:
         return [hyper._replace(meta_lr=1.0) for hyper in super().read_hyper()]

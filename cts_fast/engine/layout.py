@@ -256,6 +256,13 @@ class Flat:
                 differs = segment.where(differing[0])
         return differs
 
+    def follow_phi_(self, written: Container[Tensor]) -> None:
+        """θ ← φ in every row of the tensors whose views of φ are among those written."""
+        for phi, segment in zip(self.initialization, self.segments, strict=True):
+            if phi in written:
+                for buffer in (self.work_theta, self.theta):
+                    buffer[:, segment.columns] = self.phi[segment.columns]
+
     def check_param(self, segment: Segment, row: int) -> None:
         """Raise ValueError for a parameter that was cast, moved, reshaped or put into shared memory after the optimizer
         was made.

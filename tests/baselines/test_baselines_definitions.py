@@ -85,6 +85,25 @@ def test_multi_task_learning_is_sgd_on_the_mean_loss(nesterov):
     assert (opt.inner_step, opt.round) == (3, 2)
 
 
+@pytest.mark.parametrize("steps", [0, 2, 4])  # before any, in a round, and at its end
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_multi_task_learning_goes_on_from_an_initialization_written_in_place(steps, dtype):
+    tasks = Quadratics()
+    tasks.params = [[torch.nn.Parameter(p.detach().to(dtype)) for p in task] for task in tasks.params]
+    tasks.theta = lambda t: torch.cat([p.flatten() for p in tasks.params[t]]).double()
+    opt = MultiTask(tasks.params, lr=0.05, horizon=4)
+    for _ in range(steps):
+        tasks.step(opt)
+    before = phi_of(opt).double()
+    opt.initialization[0].fill_(5.0)  # the other one stays
+    start = phi_of(opt).double()
+    gradient = sum(tasks.a[t] @ (before - tasks.c[t]) for t in range(3)) / 3  # of where the tasks were
+    tasks.step(opt)
+    close = dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=0, atol=0.01)
+    torch.testing.assert_close(phi_of(opt).double(), start - 0.05 * gradient, **close)
+    assert all(torch.equal(tasks.theta(t), phi_of(opt).to(dtype).double()) for t in range(3))
+
+
 def test_no_shifting_leaves_every_trajectory_as_plain_sgd():
     tasks = Quadratics()
     opt = NoShifting(tasks.params, **INNER, meta_lr=0.1, horizon=9)
