@@ -6,7 +6,8 @@ and what belongs to it) and `reset_`. Buffers, backends and counters are `self.e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 
 import torch
@@ -34,6 +35,8 @@ class Method(ShiftingMetaOptimizer):
     once_a_round = False  # the meta-update comes at K alone
     _heldout_flats: Sequence[Flat] = ()  # what the collectors of held-out gradients were made for
     _heldout_collectors: Sequence[Collector] = ()
+    _kept_flats: Sequence[Flat] = ()  # what the copies of `taking_back` are of
+    _kept: list[Tensor] = []
     on_host = False  # it takes decisions on the host, which a captured step may not
 
     def __init__(self, tasks, lr: float | Tensor = 1e-3, **options) -> None:
@@ -103,6 +106,28 @@ class Method(ShiftingMetaOptimizer):
         """
         inner = step.control._replace(meta_update=False, reset=False, after=None)
         shifting_step_(self.engine, step.gradients, step.hyper, inner, shared_step)
+
+    @contextmanager
+    def taking_back(self) -> Iterator[None]:
+        """Where anything raises inside, as a user's held-out function may, θ and momentum go back to where they are
+        now.
+        """
+        flats = list(chain.from_iterable(self.engine.flats))
+        buffers = [b for flat in flats for b in (flat.theta, flat.momentum, flat.master, flat.started) if b is not None]
+        buffers += self.engine.flags or []
+        if self._kept_flats != flats:  # memory for the copies, the same from step to step
+            self._kept_flats, self._kept = flats, [torch.empty_like(buffer) for buffer in buffers]
+        torch._foreach_copy_(self._kept, buffers)
+        started = [flat.all_started for flat in flats]
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                torch._foreach_copy_(buffers, self._kept)
+            for flat, all_started in zip(flats, started, strict=True):
+                flat.all_started = all_started
+                flat.note_write()
+            raise
 
     def heldout_gradients(self, heldout: Sequence[Callable[[], Tensor]]) -> list[Gradients]:
         """∇ heldout_t(θ_t) of all tasks for each shared buffer: as many numbers as the training gradients are."""

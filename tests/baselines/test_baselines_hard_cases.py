@@ -3,6 +3,9 @@
 Scaled and broken gradients, mixed precision, and users who interfere.
 """
 
+import copy
+import signal
+
 import pytest
 import torch
 from support.method_cases import Quadratics, assert_a_new_start, phi_of
@@ -101,6 +104,39 @@ def test_a_frozen_parameter_is_a_constant_to_every_method(name, backend):
         constant.step(other)
     torch.testing.assert_close(phi_of(opt), torch.cat([phi_of(other), held]), rtol=1e-12, atol=1e-12)
     assert all(torch.equal(task[1].flatten(), held) for task in frozen.params)
+
+
+FAULTS = (
+    (lambda loss: loss.detach(), ValueError, "task 2: its heldout returned"),
+    (lambda loss: loss * torch.ones(2), ValueError, "task 2: its heldout returned"),
+    (lambda loss: next(iter(())), StopIteration, None),
+    (lambda loss: signal.raise_signal(signal.SIGINT), KeyboardInterrupt, None),
+)
+
+
+@with_heldout
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_heldout_that_fails_leaves_all_as_it_was(name, backend, dtype):
+    results, ask = [], Quadratics.heldout
+    for fails in (True, False):
+        tasks = Quadratics()
+        tasks.params = [[torch.nn.Parameter(p.detach().to(dtype)) for p in task] for task in tasks.params]
+        tasks.theta = lambda t, tasks=tasks: torch.cat([p.flatten() for p in tasks.params[t]]).double()
+        heads = [[torch.nn.Parameter(torch.ones(2, dtype=dtype))] for _ in range(3)]
+        tasks.loss = lambda t, tasks=tasks, heads=heads: Quadratics.loss(tasks, t) + heads[t][0].square().sum()
+        opt = make(name, tasks, backend, horizon=2, heads=heads, nonfinite="raise")
+        for step in range(5):
+            for broken, error, message in FAULTS if fails and (step % 2 or name == "fomaml++") else ():
+                tasks.heldout = lambda t, do=broken, tasks=tasks: ask(tasks, t) if t < 2 else do(ask(tasks, t))
+                before = copy.deepcopy(opt.state_dict())
+                with pytest.raises(error, match=message):
+                    tasks.step(opt)
+                torch.testing.assert_close(opt.state_dict(), before, rtol=0, atol=0)
+            tasks.heldout = lambda t, tasks=tasks: ask(tasks, t)
+            tasks.step(opt)
+        results.append([phi_of(opt), *(tasks.theta(t) for t in range(3)), *(head[0].detach() for head in heads)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @with_heldout
