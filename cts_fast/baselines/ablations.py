@@ -10,7 +10,7 @@ import torch
 
 from cts_fast.baselines.base import Method
 from cts_fast.engine.backends.method_ops import sign_words
-from cts_fast.engine.plan import Control, Counters
+from cts_fast.engine.plan import Control, Counters, check_options
 from cts_fast.engine.rules.sgd import Hyper
 from cts_fast.engine.step import shifting_step_
 from cts_fast.optimizer import Step
@@ -110,6 +110,7 @@ class ShiftingAccurate(Method):
 
     def plan(self, counters: Counters) -> tuple[Control, Counters]:
         options = self.param_groups[0]
+        check_options(options)
         inner_step = counters.inner_step + 1
         k = math.isqrt(2 * inner_step)  # run k ends at inner step 1 + 2 + … + k
         ends = 2 * inner_step == k * (k + 1)

@@ -82,6 +82,10 @@ class Method(ShiftingMetaOptimizer):
 
     # The step ---------------------------------------------------------------------------------------------------------
 
+    def read_hyper(self) -> list[Hyper]:
+        self.check_own_options({name: self.param_groups[0][name] for name in self.own_options})  # as they are now
+        return super().read_hyper()
+
     def plan(self, counters: Counters) -> tuple[Control, Counters]:
         self._follow_horizon()
         control, after = super().plan(counters)

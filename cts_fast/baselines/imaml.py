@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -51,8 +52,9 @@ class IMAML(Method):
         """Raise ValueError for options that no step can use."""
         if not isinstance(own["cg_steps"], int) or own["cg_steps"] < 1:
             raise ValueError(f"Invalid cg_steps: {own['cg_steps']}; it is a number of iterations ≥ 1")
-        if not 0 < own["lam"] < math.inf:
-            raise ValueError(f"Invalid lam: {own['lam']}; λ is a finite number > 0")
+        lam = own["lam"]
+        if not isinstance(lam, Real | Tensor) or not 0 < float(lam) < math.inf:
+            raise ValueError(f"Invalid lam: {lam!r}; λ is a finite number > 0")
 
     @torch.no_grad()
     def apply_(self, step: Step) -> None:

@@ -3,7 +3,7 @@
 import torch
 
 from cts_fast.baselines.base import Method
-from cts_fast.engine.plan import Control, Counters
+from cts_fast.engine.plan import Control, Counters, check_options
 from cts_fast.engine.rules.sgd import Hyper
 from cts_fast.optimizer import Step
 
@@ -22,6 +22,7 @@ class MultiTask(Method):
     on_host = True
 
     def plan(self, counters: Counters) -> tuple[Control, Counters]:
+        check_options(self.param_groups[0])
         horizon, inner_step = self.param_groups[0]["horizon"], counters.inner_step + 1
         ends = horizon is not None and inner_step >= horizon
         after = Counters(0 if ends else inner_step, counters.round + ends, counters.meta_updates + 1)

@@ -313,6 +313,28 @@ def test_bad_options_of_one_method_raise(name, bad):
         make(name, Quadratics(), **bad)
 
 
+SET_LATER = [
+    ("imaml", "lam", 0.0),
+    ("imaml", "cg_steps", 0),
+    ("leap", "measure", "lenght"),
+    ("random-shift", "seed", -1),
+    ("mtl", "horizon", 0),
+    ("cts-accurate", "horizon", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "option", "value"), SET_LATER)
+def test_a_bad_value_that_is_set_later_raises_at_the_next_step_before_anything_moves(name, option, value):
+    tasks = Quadratics()
+    opt = make(name, tasks)
+    tasks.step(opt)
+    before = copy.deepcopy(opt.state_dict()["state"])
+    opt.param_groups[0][option] = value
+    with pytest.raises(ValueError, match=f"Invalid {option}"):
+        tasks.step(opt)
+    torch.testing.assert_close(opt.state_dict()["state"], before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("name", "option"), [("imaml", "cg_steps"), ("random-shift", "seed")])
 def test_whole_numbers_of_numpy_are_whole_numbers(name, option):
     opt = make(name, Quadratics(), **{option: np.int64(7)})
