@@ -29,9 +29,8 @@ class IMAML(Method):
     of the inner problem. Should a direction of negative curvature of I + H_t/λ turn up, the solution found so far is
     taken.
 
-    `step` needs heldout: T functions that return a loss with its graph at the current θ_t. At K each is called twice:
-    the first loss gives ∇L_t^held, the second H_t (a training loop may return the training loss there; the next
-    held-out batch estimates it too).
+    `step` needs heldout, as in `FOMAML`. At K each is called twice: the first loss gives ∇L_t^held, the second H_t (a
+    training loop may return the training loss there; the next held-out batch estimates it too).
 
     cg_steps: iterations of conjugate gradient. lam: λ, the weight of the proximal term.
 
