@@ -340,13 +340,11 @@ def about_settings(
 def list_data(args: argparse.Namespace) -> str:
     """What `--list-data` prints: a line for every data set of the paper, and what to do about those not found whole."""
     check_extras(*DATA_EXTRAS)
-    names = None
-    if getattr(args, "tasks", None) or getattr(args, "targets", None):
-        names = [*(args.tasks or ()), *(args.targets or ())]
-        unknown = [name for name in names if name not in BY_NAME]
-        if unknown:
-            raise ValueError(f"there is no data set {unknown[0]!r}; there are: {', '.join(BY_NAME)}")
-    rows = list(listing(checked_root(args.data_root, "paper"), names, storage(args, None)))
+    names = [*(args.tasks or ()), *(getattr(args, "targets", None) or ())]  # not every program has targets
+    unknown = [name for name in names if name not in BY_NAME]
+    if unknown:
+        raise ValueError(f"there is no data set {unknown[0]!r}; there are: {', '.join(BY_NAME)}")
+    rows = list(listing(checked_root(args.data_root, "paper"), names or None, storage(args, None)))
     lines = [f"{'data set':16} {'state':8} training / test images / classes"]
     lines += [f"{name:16} {state:8} {counts}" for name, state, counts, _ in rows]
     lines += [f"\n{name}: {remedy}" for name, _, _, remedy in rows if remedy]

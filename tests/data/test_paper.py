@@ -399,6 +399,9 @@ def test_the_program_lists_data_and_stops(everything, tmp_path, capsys):
         assert program.main(["--list-data", "--data-root", str(root), *more]) == 0
         said = capsys.readouterr().out
         assert all(name in said for name in NAMES)
+        assert program.main(["--list-data", "--data-root", str(root), *more, "--tasks", "cub,svhn"]) == 0
+        said = capsys.readouterr().out
+        assert all((name in said) == (name in ("cub", "svhn")) for name in NAMES)
     assert sorted(root.iterdir()) == before and not list(tmp_path.iterdir())
     assert resnet20.main(["--list-data", "--data-root", str(tmp_path), "--tasks", "cub,stanford_cars"]) == 0
     command = f"--list-data --data-root {tmp_path} --tasks cub --download"
