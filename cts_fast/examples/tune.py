@@ -24,6 +24,7 @@ from cts_fast.experiments.run_folder import CONFIG, RunFolder
 from cts_fast.experiments.settings import PRESETS, rate_of
 from cts_fast.experiments.signals import Stop
 from cts_fast.experiments.statistics import mean
+from cts_fast.experiments.training import Curve
 from cts_fast.experiments.weights import Weights
 from cts_fast.models.by_name import Model
 
@@ -166,7 +167,7 @@ def run(args: argparse.Namespace, tuning: Tuning, stop: Stop) -> None:
         for key, by_task in experiment.final_accuracy().items():
             accuracy.setdefault(key, {}).update(by_task)
         for key, curve in experiment.curves.items():
-            losses.setdefault(key, []).append(mean(curve.mean[-LAST:]))
+            losses.setdefault(key, []).append(last_loss(curve))
     means = {
         key: sum(map(sum, by_task.values())) / sum(map(len, by_task.values())) for key, by_task in accuracy.items()
     }
@@ -176,11 +177,17 @@ def run(args: argparse.Namespace, tuning: Tuning, stop: Stop) -> None:
     tuning.folder.finish()
     print(
         f"horizon {train.horizon}, rounds {train.rounds}, lr {train.lr}, batch {train.batch_size}: "
-        f"mean accuracy on {len(tuning.tasks)} validation tasks, mean training loss of the last {LAST} steps"
+        f"mean accuracy on {len(tuning.tasks)} validation tasks, mean training loss of the last "
+        f"{min(LAST, train.steps)} steps"
     )
     for key in sorted(means, key=means.__getitem__, reverse=True):
         loss = f"   {mean(losses[key]):.3f}" if key in losses else ""
         print(f"{key:24} {100 * means[key]:6.2f} %{loss}")
+
+
+def last_loss(curve: Curve) -> float:
+    """The mean of the last `LAST` steps; a point of a long curve is the mean of several."""
+    return mean(loss for step, loss in zip(curve.steps, curve.mean, strict=True) if step > curve.steps[-1] - LAST)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from cts_fast.examples import tune
+from cts_fast.experiments.training import Curve
 
 
 def test_tuning_never_touches_held_out_tasks(tmp_path, capsys):
@@ -44,3 +45,11 @@ def test_tuning_takes_some_of_the_tasks_at_a_size(tmp_path):
     assert config["meta_train"]["size"] == config["meta_test"]["size"] == 8
     accuracy = json.loads((tmp_path / "tune.json").read_text())["accuracy"]
     assert all(list(by_task) == ["waves", "stripes"] for by_task in accuracy.values())
+
+
+@pytest.mark.parametrize("each", [1, 2, 4])
+def test_the_loss_of_the_last_steps_is_of_as_many_whatever_a_point_of_the_curve_stands_for(each):
+    """The loss of step n is n; each point is the mean of as many steps, as in a long run."""
+    points = [range(first, first + each) for first in range(1, 101, each)]
+    curve = Curve(("a",), ("a",), [point[-1] for point in points], [[sum(point) / each] for point in points])
+    assert tune.last_loss(curve) == pytest.approx(90.5)
