@@ -259,6 +259,8 @@ def fine_tunings(experiment: Experiment) -> str:
     test = experiment.test
     size = f" of {test.size} x {test.size} pixels" if test.size and not experiment.methods else ""
     images = f"{number_of(test.images, 'training image')}{size}" if test.images else f"all its training images{size}"
+    if fewer := experiment.config.get("fewer_images"):  # a mapping of those that have not as many
+        images += f" (all there are: {', '.join(f'{count:,} of {name}' for name, count in fewer.items())})"
     begun = "Then each starting point" if experiment.methods else experiment.model_name
     return (
         f"{begun} was fine-tuned on each held-out task: {images}, {number_of(test.steps, 'step')} of batch "

@@ -172,8 +172,12 @@ def test_a_task_with_too_few_images_is_refused_among_several_numbers_and_named_b
     assert not (tmp_path / "out").exists()
     assert run(tmp_path / "out", *some, "--images", "61") == 0
     assert results(tmp_path / "out")["config"]["fewer_images"] == {"rings": 60}
+    assert "61 training images of 16 x 16 pixels (all there are: 60 of rings)" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert run(tmp_path / "all", *some, "--images", "60") == 0
     assert "fewer_images" not in results(tmp_path / "all")["config"]
+    assert "all there are" not in capsys.readouterr().out
 
 
 # Dry runs
