@@ -146,6 +146,8 @@ class MetaTrainer:
         settings_of_all = {name: getattr(settings, name) for name in shared}
         if capture:
             settings_of_all["capturable"] = True
+        if "seed" in getattr(method, "own_options", ()):  # what a method draws differs between runs too
+            settings_of_all["seed"] = seed % (1 << 63)
         self.optimizer = method(
             [net.body.named_parameters() for net in self.nets],
             heads=[net.head.parameters() for net in self.nets],

@@ -202,6 +202,12 @@ def test_every_method_starts_at_the_same_phi_and_heads_and_sees_the_same_batches
         assert all(torch.equal(p, q) for p, q in zip(next(a), next(b), strict=True))
 
 
+def test_what_a_method_draws_depends_on_the_seed():
+    trainers = [make_trainer("random-shift", seed=seed) for seed in (0, 1, -1)]
+    assert len({trainer.optimizer.param_groups[0]["seed"] for trainer in trainers}) == 3
+    trainers[-1].train_step()
+
+
 def test_the_body_depends_on_the_seed_alone():
     nets = [
         new_net(ResNet20, 3, seed=0, head="a"),
