@@ -25,6 +25,7 @@ from cts_fast.data.paper.suite import BY_NAME, checked_root, listing
 from cts_fast.distributed import RankError
 from cts_fast.distributed.launch import ALONE, TIMEOUT, Team, launched
 from cts_fast.experiments.checkpoint import SAVE_EVERY, CheckpointError, is_out_of_memory
+from cts_fast.experiments.console import allow_any_output
 from cts_fast.experiments.files import first_line
 from cts_fast.experiments.meta_test import MetaTestSettings
 from cts_fast.experiments.meta_train import PRECISIONS, MetaTrainSettings
@@ -133,6 +134,7 @@ class Parser(argparse.ArgumentParser):
 
 def new_parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """The parser of a program: ``python -m module``, described by its docstring."""
+    allow_any_output()  # a description has letters of its own
     layout = argparse.RawDescriptionHelpFormatter
     return Parser(  # options in full: the command to go on with is made of them
         prog=f"python -m {module}", description=description, formatter_class=layout, allow_abbrev=False

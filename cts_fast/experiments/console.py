@@ -1,10 +1,17 @@
-"""Progress on a terminal as a bar, elsewhere as one line now and then."""
+"""Progress on a terminal as a bar, elsewhere as one line now and then; an output that has not all letters."""
 
+import io
 import sys
 import time
 from typing import Any
 
 LINES = 10  # about so many in all where there is no terminal
+
+
+def allow_any_output() -> None:
+    """Where the encoding of standard output has no β or ±, print "?" for them: no run is to end in that."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 class Progress:

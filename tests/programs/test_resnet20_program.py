@@ -1,6 +1,7 @@
 """`python -m cts_fast.examples.resnet20`: what it writes, what it refuses, and how it goes on after Ctrl-C."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from torchvision.models import shufflenet_v2_x0_5
 
 from cts_fast.baselines import METHODS
 from cts_fast.data import suite
-from cts_fast.examples import resnet20
+from cts_fast.examples import approximation_error, resnet20
 from cts_fast.experiments import cli, plots, protocol, report
 from cts_fast.experiments.experiment import Experiment
 from cts_fast.experiments.meta_train import MetaTrainer, MetaTrainSettings
@@ -114,6 +115,18 @@ def test_resuming_a_finished_run_prints_its_table_again(finished, capsys):
     assert (finished / "results.json").read_text() == before
     for words in ("rings", "stars", "mean", "Reptile", "continual trajectory shifting", "scratch", "What was run"):
         assert words in text
+
+
+def test_an_output_without_greek_letters_gets_its_table(tmp_path, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), "ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", output)
+        assert run(tmp_path, "--methods", "scratch", "--targets", "rings", "--test-steps", "1") == 0
+        with pytest.raises(SystemExit, match="0"):
+            approximation_error.main(["--help"])
+    output.seek(0)
+    text = output.read()
+    assert " ? 95 % interval" in text and "against the inner rate ?" in text
 
 
 def test_differences_are_paired_by_fine_tuning_seed_and_printed_under_the_table(finished, capsys):
