@@ -22,6 +22,7 @@ from cts_fast.data import DamagedFile, Storage, Task, load_suite, task_roles
 from cts_fast.data.cache import FOLDER as CACHE
 from cts_fast.data.cache import LIMIT
 from cts_fast.data.paper.suite import BY_NAME, checked_root, listing
+from cts_fast.data.suite import REGISTERED
 from cts_fast.distributed import RankError
 from cts_fast.distributed.launch import ALONE, TIMEOUT, Team, launched
 from cts_fast.experiments.checkpoint import SAVE_EVERY, CheckpointError, is_out_of_memory
@@ -484,6 +485,8 @@ def shown_by_the_first(team: Team) -> Iterator[None]:
 
 def resume_command(p: argparse.ArgumentParser, argv: Sequence[str] | None, team: Team = ALONE) -> str:
     """The command that goes on with this run of a program; over ranks, on one machine."""
+    if REGISTERED:  # which no command has
+        return "your own script, with --resume among the arguments: the tasks that it registers are there alone"
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
     program = p.prog.split()

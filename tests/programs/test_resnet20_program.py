@@ -14,7 +14,7 @@ from hashlib import sha256
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.image_tasks import make_suite
+from support.image_tasks import make_suite, make_task
 from support.processes import SLOW_ENOUGH, SMALL_NET, driven
 from torchvision.models import shufflenet_v2_x0_5
 
@@ -347,6 +347,14 @@ def test_a_signal_saves_and_resume_gives_the_uninterrupted_result(moment, number
     assert resnet20.main([*stopped, "--resume"]) == 0
     for file in ("results.json", "metrics.csv", "initialization.safetensors"):
         assert (tmp_path / "stopped" / file).read_bytes() == (uninterrupted / file).read_bytes(), file
+
+
+def test_a_script_that_registers_tasks_is_what_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(suite.REGISTERED, "own", make_task("own"))
+    monkeypatch.setattr(Experiment, "run", lambda self, stop: signal.raise_signal(signal.SIGINT) or stop.check())
+    assert run(tmp_path, "--targets", "own") == 130
+    message = capsys.readouterr().err
+    assert "your own script, with --resume" in message and "python -m" not in message
 
 
 def test_a_signal_between_two_phases_is_heard(tmp_path, monkeypatch, capsys):
