@@ -219,11 +219,11 @@ def by_target(
     columns = min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
     figure, grid = new_figure(rows, columns, max(5.5, 1 + 3.2 * columns), 1 + 2.5 * rows)
+    palette = colours(list(labels))  # all of a run's, for what one figure shows as levels another has as curves
     for axes in grid.flat[len(curves) :]:
         axes.set_visible(False)
     for axes, (target, methods) in zip(grid.flat, curves.items(), strict=False):
         across = (levels or {}).get(target, {})
-        palette = colours([*methods, *across])
         _bare(axes)
         if differences:
             axes.axhline(0, color="#4D4D4D", linewidth=1)

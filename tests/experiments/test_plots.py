@@ -88,3 +88,22 @@ def test_accuracies_are_shown_from_0_to_100_percent_and_differences_around_a_lin
     assert all(axes.get_ylim()[0] == 0 and axes.get_ylim()[1] <= 105 for axes in accuracies)
     assert differences.get_ylim()[0] < 0
     assert any(list(line.get_ydata()) == [0, 0] for line in differences.lines)
+
+
+def test_a_method_has_the_same_colour_as_a_line_and_as_a_level(figures, tmp_path: Path):
+    """As in a sweep, where `finetune` makes no rounds: it stands between others in the figures of each run."""
+    named = {name: LABELS[name] for name in ("cts", "finetune", "mtl", "scratch")}
+    curve = dict.fromkeys(STEPS, ACCURACIES)
+    draw = partial(plots.by_target, tmp_path / "f.png", labels=named, x="steps", y="accuracy", title="title")
+    draw({"emoji": dict.fromkeys(("cts", "finetune", "mtl"), curve)}, levels={"emoji": {"scratch": ACCURACIES}})
+    draw(
+        {"emoji": dict.fromkeys(("cts", "mtl"), curve)}, levels={"emoji": dict.fromkeys(("finetune", "scratch"), [0.1])}
+    )
+    colours = [
+        {
+            label: handle.lines[0].get_color() if hasattr(handle, "lines") else handle.get_color()
+            for handle, label in found
+        }
+        for found in (zip(*figure.axes[0].get_legend_handles_labels(), strict=True) for figure in figures)
+    ]
+    assert colours[0] == colours[1] and len({*colours[0].values()}) == 4
