@@ -100,10 +100,12 @@ class FolderSuite(Suite):
 
     def load(self, root: Path | None, names: Sequence[str], storage: Storage) -> dict[str, Task]:
         assert root is not None  # roles() has refused it
-        return {name: self._task(root, name, storage) for name in names}
+        found = {name: read_folder(root / name) for name in names}  # what is wrong is told before hours of decoding
+        return {name: self._task(root, name, storage, *parts) for name, parts in found.items()}
 
-    def _task(self, root: Path, name: str, storage: Storage) -> Task:
-        train, test, classes = read_folder(root / name)
+    def _task(
+        self, root: Path, name: str, storage: Storage, train: Samples, test: Samples, classes: Sequence[str]
+    ) -> Task:
         size = storage.size or usual_size(train.items)
         sets = hold(name, (train, test), size, 3, storage.cache or root / FOLDER, storage.limit)
         parts = [ImageSet(images, labels) for images, labels in sets]
@@ -115,6 +117,11 @@ def read_folder(folder: Path) -> tuple[Samples, Samples, list[str]]:
     parts = subfolders(folder)
     if sorted(map(str.lower, parts)) == ["test", "train"] and parts != ["test", "train"]:  # no two classes
         raise DamagedFile(f"{folder} holds {' and '.join(parts)}: call them test and train: a task is {LAYOUT}")
+    if _is_split(folder, parts):
+        raise DamagedFile(
+            f"{folder} holds {', '.join(parts)}, with the same folders in them: call them train and test, and move "
+            f"others away, or if they are classes give them other names: a task is {LAYOUT}"
+        )
     if "train" in parts or "test" in parts:
         lacking = [part for part in ("train", "test") if part not in parts]
         if lacking:
@@ -146,6 +153,22 @@ def read_folder(folder: Path) -> tuple[Samples, Samples, list[str]]:
         place = folder / "train" if "train" in parts else folder
         raise DamagedFile(f"{place / empty[0]} holds no image to train on ({', '.join(EXTENSIONS)}): fill or remove it")
     return train, test, classes
+
+
+def _is_split(folder: Path, parts: Sequence[str]) -> bool:
+    """Whether folders are splits of another name and no classes: one is called something with train, holds folders
+    alone, and the other one or two some of the same.
+    """
+    training = [part for part in parts if "train" in part.lower() and part != "train"]
+    if len(training) != 1 or not 2 <= len(parts) <= 3:
+        return False
+    inside = {part: {*subfolders(folder / part)} for part in parts}
+    images = any(name.lower().endswith(EXTENSIONS) for part in parts for name in os.listdir(folder / part))
+    return (
+        not images
+        and len(inside[training[0]]) > 1
+        and all(own and own <= inside[training[0]] for own in inside.values())
+    )
 
 
 def usual_size(paths: Sequence[str]) -> int:

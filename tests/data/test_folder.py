@@ -138,6 +138,24 @@ def test_a_split_in_capitals_is_no_class(tmp_path):
     assert load_suite("folder", tmp_path, ["vehicles"])["vehicles"].classes == ("Car", "Train")
 
 
+@pytest.mark.parametrize("parts", [("Training", "Testing"), ("seg_train", "seg_test"), ("Test", "Train", "Valid")])
+def test_splits_of_other_names_are_no_classes(tmp_path, parts):
+    for part in parts:
+        write(tmp_path / "task" / part, {"a": 2, "b": 2})
+    with pytest.raises(DamagedFile, match="task holds .*, with the same folders in them: call them train and test"):
+        load_suite("folder", tmp_path)
+    write(tmp_path / "by camera/trainer", {"left": 2, "right": 2})
+    write(tmp_path / "by camera/boot", {"left": 2, "top": 2})
+    assert load_suite("folder", tmp_path, ["by camera"])["by camera"].classes == ("boot", "trainer")
+
+
+def test_a_task_that_is_wrong_is_told_before_another_is_decoded(root):
+    (root / "wrong").mkdir()
+    with pytest.raises(DamagedFile, match="wrong holds images of 0 classes"):
+        load_suite("folder", root)
+    assert not (root / ".cts-fast-cache").exists()
+
+
 def test_no_other_program_is_asked_to_decode_an_image(tmp_path):
     write(tmp_path / "task", {"a": 4, "b": 4})
     (tmp_path / "task/a/a0.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
