@@ -264,8 +264,8 @@ def chosen_methods(args: argparse.Namespace, preset: Preset) -> list[str]:
     for name in (*map(method_of, methods), *args.meta_lr):
         if name not in KNOWN_METHODS:
             raise ValueError(f"there is no method {name!r}; there are: {', '.join(KNOWN_METHODS)}, all")
-    for name in methods:
-        if name not in PSEUDO_METHODS and method_of(name) in PSEUDO_METHODS:
+    for name in (*args.meta_lr, *(name for name in methods if "@" in name)):
+        if method_of(name) in PSEUDO_METHODS:
             raise ValueError(f"{name}: {method_of(name)} makes no meta-update and takes no step size")
     return methods
 

@@ -274,6 +274,7 @@ def test_a_run_of_another_network_begins_at_the_weights_and_holds_to_both(figure
         (["--methods", "cts@-1"], ["cts@-1", "negative"]),
         (["--methods", "sgd@1"], ["'sgd'", "reptile"]),
         (["--methods", "finetune@1"], ["finetune@1", "no meta-update"]),
+        (["--methods", "finetune", "--meta-lr", "finetune=1"], ["finetune", "takes no step size"]),
         (["--tasks", "stripes,zebra"], ["'zebra'", "stripes"]),
         (["--targets", "zebra"], ["'zebra'", "rings"]),
         (["--tasks", "stripes,rings"], ["rings", "held out"]),
