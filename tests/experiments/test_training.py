@@ -352,6 +352,11 @@ def test_the_whole_test_set_is_scored():
     assert (tester.accuracy({}, 0) * 505) % 1 == pytest.approx(0, abs=1e-9)
 
 
+def test_a_net_whose_outputs_are_nan_gets_nothing_right():
+    tester = make_tester(make_task("a", classes=3), MetaTestSettings(steps=2, lr=1e30))
+    assert tester.accuracy({}, 0) == 0.0
+
+
 def test_a_fine_tuning_run_can_be_left_before_every_step_and_batch_of_the_test():
     asked, settings = [], MetaTestSettings(steps=3, batch_size=4, padding=0)
     tester = MetaTester(make_task("a", images=1010), settings, make_net=ResNet20, check=lambda: asked.append(1))
