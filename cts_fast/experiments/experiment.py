@@ -28,7 +28,7 @@ from cts_fast.experiments.meta_train import (
     pixels,
 )
 from cts_fast.experiments.parallel import deal, task_map
-from cts_fast.experiments.run_folder import CHECKPOINTS, FINISHED, SWEPT, RunFolder
+from cts_fast.experiments.run_folder import CHECKPOINTS, FINISHED, SWEPT, TENSORBOARD, RunFolder
 from cts_fast.experiments.signals import Stop
 from cts_fast.experiments.training import Curve, Training
 from cts_fast.experiments.weights import UNTRAINED, Weights, untrained_phis
@@ -233,7 +233,7 @@ class Experiment:
             return None
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(self.out / "tensorboard" / name)
+        return SummaryWriter(self.out / TENSORBOARD / name)
 
     # Meta-test
 

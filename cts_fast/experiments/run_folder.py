@@ -20,7 +20,8 @@ from cts_fast.experiments.files import first_line, write_json, written
 CONFIG, RESULTS, FINISHED, CHECKPOINTS = "config.json", "results.json", "finished.json", "checkpoints"
 LOCK = ".lock"
 LAUNCH = ".launch"  # what torchrun calls the launch that has begun the run, or gone on with it
-REPORTED = ("metrics.csv", "*.png", "*.safetensors")  # what a run leaves beside its checkpoints and results
+TENSORBOARD = "tensorboard"
+REPORTED = ("metrics.csv", "*.png", "*.safetensors", TENSORBOARD)  # what a run leaves beside checkpoints and results
 SWEPT = "horizon-*"  # the runs of a sweep, each in a folder of its own
 LEFT_BEHIND = ".*.[0-9]*-????????.tmp"  # by a write that was killed
 

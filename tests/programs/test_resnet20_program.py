@@ -460,7 +460,8 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path, ca
 
 
 def test_an_overwritten_run_leaves_nothing_of_the_old_one(tmp_path):
-    run(tmp_path, "--methods", "reptile", "--targets", "rings")
+    run(tmp_path, "--methods", "reptile", "--targets", "rings", "--tensorboard")
+    assert list((tmp_path / "tensorboard" / "reptile").iterdir())
     (tmp_path / ".results.json.1-0123abcd.tmp").write_bytes(b"of a killed save")
     run(tmp_path, "--methods", "scratch", "--targets", "rings", "--overwrite")
     assert not [path for path in tmp_path.rglob("*") if "reptile" in path.name or path.suffix == ".safetensors"]
