@@ -165,6 +165,7 @@ class Flat:
         else.
 
         A storage of its own keeps `torch.save`, pickle and deepcopy of a parameter as small as the parameter.
+        It is no view in autograd's sense: such a one holds what it was cut from, also after its `.data` is exchanged.
         """
         flat = row[segment.columns].detach()
         if flat.device.type in ("cpu", "cuda"):
@@ -172,7 +173,7 @@ class Flat:
                 flat.device if flat.is_cuda else -1
             ):  # torch exports tensors of the current device alone
                 flat = torch.from_dlpack(flat)
-        return flat.as_strided(segment.shape, segment.stride)
+        return flat.as_strided(segment.shape, segment.stride).data
 
     @property
     def work_theta(self) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from support.nets import assert_same
 from support.outside import BACKENDS, KINDS, Problem, everywhere, exchange_data, exchange_tensors
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cts_fast import ShiftingMetaOptimizer
 from cts_fast.baselines import METHODS
@@ -110,6 +111,28 @@ def test_views_of_phi_that_others_hold_stay_live_when_buffers_are_laid_out_anew(
     assert phi is problem.opt.initialization[0] and torch.equal(theta, problem.param("shared", 0))
     entry = problem.opt.state[problem.param("shared", 0)]
     assert entry["initialization"] is phi and entry["theta"] is theta
+
+
+@everywhere
+@pytest.mark.parametrize("edit", ["more", "a step on shown weights", "heads gone"])
+def test_buffers_that_were_laid_out_anew_hold_no_older_ones(backend, edit):
+    problem = Problem(backend)
+    problem.step()
+    flats = [flat for kind in problem.opt.engine.flats for flat in kind if edit != "heads gone" or not flat.shared]
+    older = [b for flat in flats for b in (flat.theta, flat.momentum, flat.phi) if b is not None]
+    memory = [StorageWeakRef(buffer.untyped_storage()) for buffer in older]
+    del flats, older
+    if edit == "more":
+        problem.opt.add_param_group({"params": [[("more", nn.Parameter(torch.zeros(2)))] for _ in range(3)]})
+    elif edit == "heads gone":
+        problem.opt.param_groups.pop()
+    else:
+        backup = problem.nets[1]["body"].weight.data
+        problem.nets[1]["body"].weight.data = torch.zeros_like(backup)
+    problem.step()
+    backup = None
+    gc.collect()
+    assert all(one.expired() for one in memory)
 
 
 def test_a_net_that_took_phi_by_assignment_makes_an_optimizer_of_its_own():
