@@ -317,7 +317,7 @@ class Engine:
                 moved.append((param, name))
             if value is None and name == MOMENTUM:  # as in torch.optim.SGD, it starts anew
                 changes.append((view, torch.zeros_like(view)))
-                changes.append((views["momentum_started"], torch.zeros((), dtype=torch.uint8)))
+                changes.append((views["momentum_started"], torch.zeros((), dtype=torch.uint8, device="cpu")))
             elif value is not None and (value is not view or is_moved):
                 like = self.counters.tensor if name == "counters" else flat.like(n, name, view)
                 check_value(place, name, like, value, HERE)

@@ -144,7 +144,7 @@ def _native_table(collector: Collector, like: Tensor):
     ):
         return None
     layouts = [(tuple(flat.segments[n].shape), flat.segments[n].stride) for flat, n, _ in collector.places]
-    return GradientTable(collector.addresses, layouts, like, torch._neg_view(torch.ones(2)))
+    return GradientTable(collector.addresses, layouts, like, torch._neg_view(torch.ones(2, device="cpu")))
 
 
 def _plain(gradient: Tensor, flat: Flat, n: int, row: int) -> bool:

@@ -117,7 +117,7 @@ def _save_new(engine: Engine, groups: Sequence[dict], saved: dict, phi: dict) ->
         entry, value = saved[param], param.detach()
         entry.setdefault("theta", value if value.dtype == torch.float64 else value.float())
         entry.setdefault(MOMENTUM, torch.zeros_like(value))
-        entry.setdefault("momentum_started", torch.zeros((), dtype=torch.uint8))
+        entry.setdefault("momentum_started", torch.zeros((), dtype=torch.uint8, device="cpu"))
     return segments
 
 

@@ -146,13 +146,21 @@ def test_what_a_user_wrote_to_a_parameter_is_never_lost(then, dtype):
     assert (nets[1][0].weight == 2).all() and (opt.state[nets[1][0].weight]["theta"] == 2).all()
 
 
-def test_a_default_device_elsewhere_does_not_matter():
+@pytest.mark.parametrize("nonfinite", ["ignore", "raise", "skip"])
+def test_a_default_device_elsewhere_does_not_matter(nonfinite):
     nets = make_nets()
-    opt = make_optimizer(nets, nonfinite="raise")
     backward(nets)
     try:
         torch.set_default_device("meta")
+        opt = make_optimizer(nets, nonfinite=nonfinite)
         opt.step()
+        del opt.state[nets[1][0].weight]["momentum_buffer"]
+        nets[1][0].weight.grad = torch._neg_view(nets[1][0].weight.grad)
+        opt.step()
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        opt.param_groups[0]["params"][0] = torch.nn.Parameter(nets[0][0].weight.detach().clone())
+        opt.state_dict()
     finally:
         torch.set_default_device(None)
-    assert opt.inner_step == 1
+    opt.step()
+    assert opt.inner_step == 3 and opt.skipped_steps == 0

@@ -101,7 +101,7 @@ class Cpu(Backend):
         )
 
     def any_nonfinite(self, gradients: Gradients) -> Tensor:
-        return torch.tensor(self.stepper.any_nonfinite(gradients.address, torch.get_num_threads()))
+        return torch.tensor(self.stepper.any_nonfinite(gradients.address, torch.get_num_threads()), device="cpu")
 
     def is_at_phi(self) -> bool:
         return self.stepper.is_at_phi(torch.get_num_threads())
