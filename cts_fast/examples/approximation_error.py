@@ -154,12 +154,12 @@ def table(kinds: dict, orders: dict) -> str:
         "Fitted exponents. Eq. (5) bounds the error by O(β α h k² + β² k) for a meta-gradient of order 1;",
         "where θ − φ itself grows as α k, as at the start of a trajectory, its first term is of order β α² h k³.",
         "",
-        f"{'network':<24}{'error':>10}{'± 95 %':>10}",
-        "-" * 44,
+        f"{'network':<26}{'error':>10}{'± 95 %':>10}",
+        "-" * 46,
     ]
     for (activation, pool), values in kinds.items():
         centre, half = mean_and_interval(values.tolist())
-        lines.append(f"{NAMES[activation] + ', ' + pool + ' pooling':<24}{centre:>10.4f}{half:>10.4f}")
+        lines.append(f"{NAMES[activation] + ', ' + pool + ' pooling':<26}{centre:>10.4f}{half:>10.4f}")
     lines += ["", f"Mean over {DRAWS} draws of data, network and batches, at α = {ALPHA}, β = {BETA}, k = {K}."]
     return "\n".join(lines)
 

@@ -113,7 +113,9 @@ def test_the_program_leaves_its_files_and_resumes(monkeypatch, tmp_path, capsys)
         "relu-max",
     }
     assert (out / "figure-3.png").stat().st_size > 10_000 and (out / "metrics.csv").read_text().count("\n") > 20
-    assert "the error grows with" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the error grows with" in printed
+    assert len({len(row) for row in printed[printed.index("network  ") :].splitlines()[:6]}) == 1, "not aligned"
     (out / "results.json").unlink()
     shutil.rmtree(out / "checkpoints" / "relu-max")
     assert approximation_error.main(["--out", str(out), "--resume"]) == 0
