@@ -384,7 +384,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
         """φ: one tensor for each shared parameter of a task, in their order; live views (float32 for low-precision
         parameters).
         """
-        return tuple(self.engine.initialization.values())
+        return tuple(self.engine.handed_out().values())
 
     @property
     def inner_step(self) -> int:
@@ -413,7 +413,7 @@ class ShiftingMetaOptimizer(torch.optim.Optimizer):
 
     def initialization_state_dict(self) -> dict[str, Tensor]:
         """φ by parameter name, as live views; loads with ``module.load_state_dict(…, strict=False)``."""
-        return dict(self.engine.initialization)
+        return self.engine.handed_out()
 
     @torch.no_grad()
     def load_initialization(self, values: Mapping[str, Tensor] | Iterable[Tensor]) -> None:

@@ -20,7 +20,7 @@ from cts_fast.engine.backends.base import Backend
 from cts_fast.engine.gradients import Collector, Gradients, NonFiniteGradient, same_objects
 from cts_fast.engine.layout import MOMENTUM, Flat, Segment, by_kind, make_flats, make_segments, refuse_shared
 from cts_fast.engine.rules.sgd import Hyper
-from cts_fast.engine.state import COUNTERS, UNSEEN, Scalars, State, check_value, kept_objects, references, versions
+from cts_fast.engine.state import COUNTERS, UNSEEN, Scalars, State, Writes, check_value, kept_objects, references
 from cts_fast.engine.step import counts_on_device, make_backend, resolve
 
 HERE = "in opt.state"
@@ -44,7 +44,7 @@ class Engine:
         self.places: dict[Tensor, tuple[Flat, int, int]] = {}  # where a parameter lies: flat, segment, row
         self.views: dict[Tensor, dict[str, Tensor]] = {}  # what an entry of `state` holds while nobody exchanged it
         self.initialization: dict[str, Tensor] = {}  # φ by name
-        self.phi_versions: list[int] = []  # of its views, when this engine was the last to write to them
+        self.phi_writes = Writes()
         with torch.inference_mode(False):
             self.counters = Scalars(torch.zeros(len(COUNTERS), dtype=torch.int64, device="cpu"))
         self.numbers: dict[str, Scalars] = {}
@@ -123,9 +123,8 @@ class Engine:
         for param, own in views.items():
             state.show(param, own, ours=("initialization", "counters"))
         self.views = views
-        known = dict(zip(self.initialization.values(), self.phi_versions, strict=True))
         self.initialization = {s.name: views[s.params[0]]["initialization"] for s in self.segments if s.task is None}
-        self.phi_versions = [known.get(phi, phi._version) for phi in self.initialization.values()]
+        self.phi_writes.follow(self.initialization.values())
         for flat in chain.from_iterable(self.flats):
             if flat.shared:
                 flat.initialization = [views[segment.params[0]]["initialization"] for segment in flat.segments]
@@ -384,8 +383,7 @@ class Engine:
                     continue
                 if before is not None:
                     before()
-                found = zip(self.initialization.values(), self.phi_versions, strict=True)
-                where = flat.follow_replicas_({phi for phi, version in found if phi._version != version})
+                where = flat.follow_replicas_(self.phi_writes.written())
                 if where is not None:
                     self.differing = (
                         f"{where}: differs from the initialization at the start of a round and from the "
@@ -413,7 +411,12 @@ class Engine:
 
     def note_phi(self) -> None:
         """From here on a write to a view of φ is somebody else's."""
-        self.phi_versions = versions(self.initialization.values())
+        self.phi_writes.note(self.initialization.values())
+
+    def handed_out(self) -> dict[str, Tensor]:
+        """φ by name, for somebody who may write to it."""
+        self.phi_writes.hand_out()
+        return dict(self.initialization)
 
     @property
     def shared(self) -> list[tuple[Backend, Flat]]:
@@ -442,8 +445,7 @@ class Engine:
 
         Waits for a step on a GPU whose flags were sent, and not for what was queued after it.
         """
-        found = self.find_nonfinite()
-        if found is not None:
+        if (found := self.find_nonfinite()) is not None:
             raise found
 
     def any_flagged(self) -> Tensor | None:

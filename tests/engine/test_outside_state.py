@@ -114,9 +114,10 @@ def test_an_exchanged_initialization_is_taken_over(backend):
 @everywhere
 @in_both
 @pytest.mark.parametrize("ended", [False, True], ids=["constructed", "after a reset"])
-@pytest.mark.parametrize("how", ["in place", "entry", "data"])
+@pytest.mark.parametrize("how", ["in place", "entry", "data", "in place of data", "by name, held, as NumPy"])
 def test_an_initialization_written_before_a_round_is_not_undone_by_its_first_step(backend, dtype, ended, how):
     problem = Problem(backend, dtype, lr=0.0, meta_lr=0.5, horizon=2)
+    held = problem.opt.initialization_state_dict()["weight"] if how.endswith("NumPy") else None
     problem.step(2 * ended)
     weight, (phi, *others) = problem.nets[0]["body"].weight, problem.opt.initialization
     theta, rest = weight.detach().float().clone(), [p.clone() for p in others]
@@ -124,6 +125,10 @@ def test_an_initialization_written_before_a_round_is_not_undone_by_its_first_ste
         phi.fill_(3.0)
     elif how == "entry":
         problem.opt.state[weight]["initialization"] = torch.full_like(phi, 3.0)
+    elif how == "in place of data":
+        phi.data.fill_(3.0)
+    elif held is not None:
+        held.numpy()[...] = 3.0
     else:
         problem.opt.initialization[0].data = torch.full_like(phi, 3.0)
     problem.step()
