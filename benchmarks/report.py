@@ -112,17 +112,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, or read what was measured before, and write `<machine>-<date>.json`, `.md` and the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="three set-ups and fewer repeats")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results, or the JSON's)")
     parser.add_argument("--redraw", type=Path, metavar="JSON", help="make tables and figures of an earlier run anew")
     parser.add_argument("--setups", type=parse_setups, metavar="NETWORK-T8,…", help="these set-ups instead")
     parser.add_argument("--note", help="what a reader must know of the conditions; stands at the top of the tables")
     options = parser.parse_args(arguments)
+    out = options.out or (options.redraw.parent if options.redraw else RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
     if options.redraw:
-        stem, result = options.redraw.with_suffix(""), json.loads(options.redraw.read_text())
+        stem, result = out / options.redraw.stem, json.loads(options.redraw.read_text())
     else:
-        options.out.mkdir(parents=True, exist_ok=True)
         today = f"{datetime.now(timezone.utc):%Y-%m-%d}"
-        stem = options.out / f"{machine.name()}-{today}{'-quick' if options.quick else ''}"
+        stem = out / f"{machine.name()}-{today}{'-quick' if options.quick else ''}"
         setups = options.setups or (QUICK if options.quick else FULL)
         result = measure(options.quick, setups, partial(print, file=sys.stderr, flush=True), partial(write, stem))
     if options.note:

@@ -7,7 +7,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import pytest
 import torch
 
-from benchmarks import scaling
+from benchmarks import report, scaling
 from benchmarks.common import setups
 from benchmarks.common.measure import Budget, paired, paired_difference, paired_ratio
 from benchmarks.common.memory import step_memory
@@ -169,6 +169,19 @@ def test_report_names_a_missed_goal_beside_what_was_measured():
     }
     text = markdown(result, ["a.png"])
     assert "0.50 / 0.85" in text and "5.0 / 28" in text and "Left out: flat (no room)" in text
+
+
+def test_an_earlier_run_is_drawn_anew_where_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda result, stem: [])
+    monkeypatch.setattr(report, "markdown", lambda result, figures: result["text"])
+    earlier = tmp_path / "earlier" / "machine-2026-01-01.json"
+    earlier.parent.mkdir()
+    earlier.write_text('{"text": "tables"}')
+    report.main(["--redraw", str(earlier), "--out", str(tmp_path / "new")])
+    assert [path.name for path in earlier.parent.iterdir()] == [earlier.name]
+    assert (tmp_path / "new" / "machine-2026-01-01.md").read_text() == "tables"
+    report.main(["--redraw", str(earlier)])
+    assert earlier.with_suffix(".md").read_text() == "tables"
 
 
 def test_a_ring_and_a_mean_step_over_ranks_are_priced_as_the_page_says():
