@@ -255,7 +255,8 @@ def _advance(counters, started, gradients, groups, hyper, count, shared_count, m
     """What the last program to finish does: counters and first-gradient flags, and the ticket for the next step."""
     meta_update, reset = (mode & META_UPDATE) != 0, (mode & RESET) != 0
     clear = reset & ((mode & RESET_MOMENTUM) != 0)
-    for start in range(0, count, BLOCK):
+    start = 0
+    while start < count:  # no range: Triton 3.6 interprets none that ends at an argument with NumPy 2.5
         i = start + tl.arange(0, BLOCK)
         mask = i < count
         mu = tl.load(hyper + HYPER * tl.load(groups + i, mask=mask, other=0) + MOMENTUM, mask=mask, other=0)
@@ -263,6 +264,7 @@ def _advance(counters, started, gradients, groups, hyper, count, shared_count, m
         flag = tl.load(started + i, mask=mask, other=0)
         flag = tl.where(first, 1, flag).to(tl.uint8)
         tl.store(started + i, tl.where(clear & (i < shared_count), 0, flag).to(tl.uint8), mask=mask)
+        start += BLOCK
     if counts:
         inner_step = tl.load(counters)
         tl.store(counters, tl.where(reset, 0, inner_step + 1))

@@ -30,12 +30,11 @@ class MultiTask(Method):
 
     @torch.no_grad()
     def apply_(self, step: Step) -> None:
-        known = zip(self.engine.initialization.values(), self.engine.phi_versions, strict=True)
-        written = {phi for phi, version in known if phi._version != version}
+        written = self.engine.phi_writes.counted()
         for flat in self.shared_flats() if written else ():
             flat.follow_phi_(written)
         super().apply_(step)
-        self.engine.note_phi()
+        self.engine.phi_writes.note_counts()
 
     def read_hyper(self) -> list[Hyper]:
         return [hyper._replace(meta_lr=1.0) for hyper in super().read_hyper()]

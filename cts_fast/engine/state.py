@@ -163,9 +163,13 @@ class Writes:
     def note(self, views: Iterable[Tensor]) -> None:
         """From here on a write to one of the views is somebody else's."""
         self.views = [*views]
-        self.versions = [view._version for view in self.views]
+        self.note_counts()
         if self.sums is not None:
             self.sums = [_sum_of_bits(view) for view in self.views]
+
+    def note_counts(self) -> None:
+        """The same of the writes that autograd counts, which costs no look at the memory."""
+        self.versions = [view._version for view in self.views]
 
     def follow(self, views: Iterable[Tensor]) -> None:
         """Other views from here on; what was noted of those that stay goes on."""
@@ -182,14 +186,14 @@ class Writes:
         if self.sums is None:
             self.sums = [_sum_of_bits(view) for view in self.views]
 
+    def counted(self) -> set[Tensor]:
+        """The views that somebody else has written to in a way that autograd counts."""
+        return {view for view, version in zip(self.views, self.versions, strict=True) if view._version != version}
+
     def written(self) -> set[Tensor]:
-        """The views that somebody else has written to."""
-        found = zip(self.views, self.versions, self.sums or [None] * len(self.views), strict=True)
-        return {
-            view
-            for view, version, bits in found
-            if view._version != version or bits is not None and not torch.equal(_sum_of_bits(view), bits)
-        }
+        """The views that somebody else has written to in any way; waits for the device where they were handed out."""
+        noted = zip(self.views, self.sums or (), strict=False)
+        return self.counted() | {view for view, bits in noted if not torch.equal(_sum_of_bits(view), bits)}
 
 
 def _sum_of_bits(view: Tensor) -> Tensor:
