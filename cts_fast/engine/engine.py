@@ -20,8 +20,9 @@ from cts_fast.engine.backends.base import Backend
 from cts_fast.engine.gradients import Collector, Gradients, NonFiniteGradient, same_objects
 from cts_fast.engine.layout import MOMENTUM, Flat, Segment, by_kind, make_flats, make_segments, refuse_shared
 from cts_fast.engine.rules.sgd import Hyper
-from cts_fast.engine.state import COUNTERS, UNSEEN, Scalars, State, Writes, check_value, kept_objects, references
+from cts_fast.engine.state import COUNTERS, UNSEEN, Scalars, State, check_value, kept_objects, references
 from cts_fast.engine.step import counts_on_device, make_backend, resolve
+from cts_fast.engine.writes import Writes
 
 HERE = "in opt.state"
 
@@ -124,11 +125,11 @@ class Engine:
             state.show(param, own, ours=("initialization", "counters"))
         self.views = views
         self.initialization = {s.name: views[s.params[0]]["initialization"] for s in self.segments if s.task is None}
-        self.phi_writes.follow(self.initialization.values())
         for flat in chain.from_iterable(self.flats):
             if flat.shared:
                 flat.initialization = [views[segment.params[0]]["initialization"] for segment in flat.segments]
             flat.note_written()
+        self.phi_writes.follow(flat for _, flat in self.shared)
         if self.flags_nonfinite:
             self.flags = [
                 torch.zeros(len(collector.params), dtype=torch.uint8, device=kind[0].device)
@@ -221,7 +222,8 @@ class Engine:
             with torch.inference_mode(False):
                 self._show_(self.state)
         as_laid_out = self.is_as_laid_out(groups)
-        if state is not self.state or state.everything or state.seen or self._is_phi_moved() or not as_laid_out:
+        exchanged = state is not self.state or state.everything or state.seen or not as_laid_out
+        if exchanged or any(flat.is_phi_moved() for flats in self.flats for flat in flats[:1]):
             found = None if as_laid_out else regroup(groups, self.groups, self.num_tasks)
             state = self._take_over_state_(state, found)
             if found is not None:
@@ -253,9 +255,6 @@ class Engine:
             param.data = param.data.clone()
             for view in views.values():
                 view.data = view.data.clone()
-
-    def _is_phi_moved(self) -> bool:
-        return any(flat.is_phi_moved() for flats in self.flats for flat in flats[:1])
 
     def fresh_views(self, param: Tensor) -> dict[str, Tensor]:
         """New views of all that belongs to a parameter."""
@@ -383,8 +382,7 @@ class Engine:
                     continue
                 if before is not None:
                     before()
-                where = flat.follow_replicas_(self.phi_writes.written())
-                if where is not None:
+                if (where := flat.follow_replicas_(self.phi_writes.written())) is not None:
                     self.differing = (
                         f"{where}: differs from the initialization at the start of a round and from the "
                         "other tasks, so φ stays; load the same weights into every task, or call reset_tasks()"
@@ -411,7 +409,7 @@ class Engine:
 
     def note_phi(self) -> None:
         """From here on a write to a view of φ is somebody else's."""
-        self.phi_writes.note(self.initialization.values())
+        self.phi_writes.note(flat for _, flat in self.shared)
 
     def handed_out(self) -> dict[str, Tensor]:
         """φ by name, for somebody who may write to it."""

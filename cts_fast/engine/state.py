@@ -148,60 +148,6 @@ def kept_objects(views: dict[str, Tensor], old: Mapping[str, Tensor]) -> dict[st
     return views
 
 
-class Writes:
-    """Which views of φ somebody else has written to since they were noted.
-
-    Autograd counts the writes to a tensor, but none through its `.data` or NumPy; so the bits of views that were handed
-    out are summed, too.
-    """
-
-    def __init__(self) -> None:
-        self.views: list[Tensor] = []
-        self.versions: list[int] = []
-        self.sums: list[Tensor] | None = None  # None: no view was handed out yet
-
-    def note(self, views: Iterable[Tensor]) -> None:
-        """From here on a write to one of the views is somebody else's."""
-        self.views = [*views]
-        self.note_counts()
-        if self.sums is not None:
-            self.sums = [_sum_of_bits(view) for view in self.views]
-
-    def note_counts(self) -> None:
-        """The same of the writes that autograd counts, which costs no look at the memory."""
-        self.versions = [view._version for view in self.views]
-
-    def follow(self, views: Iterable[Tensor]) -> None:
-        """Other views from here on; what was noted of those that stay goes on."""
-        before = {view: i for i, view in enumerate(self.views)}
-        versions, sums = self.versions, self.sums
-        self.note(views)
-        for n, i in ((n, before[view]) for n, view in enumerate(self.views) if view in before):
-            self.versions[n] = versions[i]
-            if sums is not None and self.sums is not None:
-                self.sums[n] = sums[i]
-
-    def hand_out(self) -> None:
-        """Somebody is about to see the views, and may write to them."""
-        if self.sums is None:
-            self.sums = [_sum_of_bits(view) for view in self.views]
-
-    def counted(self) -> set[Tensor]:
-        """The views that somebody else has written to in a way that autograd counts."""
-        return {view for view, version in zip(self.views, self.versions, strict=True) if view._version != version}
-
-    def written(self) -> set[Tensor]:
-        """The views that somebody else has written to in any way; waits for the device where they were handed out."""
-        noted = zip(self.views, self.sums or (), strict=False)
-        return self.counted() | {view for view, bits in noted if not torch.equal(_sum_of_bits(view), bits)}
-
-
-def _sum_of_bits(view: Tensor) -> Tensor:
-    """A number that a write of other values changes, not waited for."""
-    with torch.inference_mode(False):
-        return view.detach().view(torch.int64 if view.dtype == torch.float64 else torch.int32).sum()
-
-
 def references(entry: dict, views: Mapping[str, Tensor]) -> int:
     """References to an entry and to the most held of its tensors; φ and the counters are looked at before every step
     anyway.
