@@ -37,8 +37,7 @@ class Traffic(NamedTuple):
 # What the terms of a method's definition read and write beside the inner step's 5 T P, each term once: first a step
 # within a round, then one that ends it (K = 1).
 # φ is read and written. A held-out gradient is read. A meta-update whose gradient needs θ after the inner step cannot
-# share its pass, so its reset writes θ and v once more. Before the step of held-out losses θ and v are copied: should
-# one raise, they go back.
+# share its pass, so its reset writes θ and v once more.
 # Leap: θ and the point before it are read for the norm; then both again and both gradients, and the point is kept, with
 # its gradient. A round of one step has no segment, so there is no second entry.
 # Random shift: θ is read and written once more; its direction is computed where it is needed. At a round's end φ
@@ -52,8 +51,8 @@ ADDED: dict[str, tuple[Traffic, ...]] = {
     "random-shift": (Traffic(1, 1, 1, 1), PHI),
     "mtl": (PHI, PHI),
     "reptile": (NOTHING, PHI),
-    "fomaml": (NOTHING, Traffic(3, 4, 1, 1)),
-    "fomaml++": (Traffic(3, 2, 1, 1), Traffic(3, 4, 3, 3)),
+    "fomaml": (NOTHING, Traffic(1, 2, 1, 1)),
+    "fomaml++": (Traffic(1, 0, 1, 1), Traffic(1, 2, 3, 3)),
     "leap": (Traffic(6, 2, 1, 1),),
 }
 # whether it takes held-out gradients in these two kinds of step

@@ -35,8 +35,6 @@ class Method(ShiftingMetaOptimizer):
     once_a_round = False  # the meta-update comes at K alone
     _heldout_flats: Sequence[Flat] = ()  # what the collectors of held-out gradients were made for
     _heldout_collectors: Sequence[Collector] = ()
-    _kept_flats: Sequence[Flat] = ()  # what the copies of `taking_back` are of
-    _kept: list[Tensor] = []
     on_host = False  # it takes decisions on the host, which a captured step may not
 
     def __init__(self, tasks, lr: float | Tensor = 1e-3, **options) -> None:
@@ -112,25 +110,15 @@ class Method(ShiftingMetaOptimizer):
         shifting_step_(self.engine, step.gradients, step.hyper, inner, shared_step)
 
     @contextmanager
-    def taking_back(self) -> Iterator[None]:
-        """Where anything raises inside, as a user's held-out function may, θ and momentum go back to where they are
-        now.
+    def inner_step_counts(self) -> Iterator[None]:
+        """Where anything raises inside, as a user's held-out function may, the inner step that was taken is counted:
+        the next call of `step` takes the next one, and ends the round if this one should have.
         """
-        flats = list(chain.from_iterable(self.engine.flats))
-        buffers = [b for flat in flats for b in (flat.theta, flat.momentum, flat.master, flat.started) if b is not None]
-        buffers += self.engine.flags or []
-        if self._kept_flats != flats:  # memory for the copies, the same from step to step
-            self._kept_flats, self._kept = flats, [torch.empty_like(buffer) for buffer in buffers]
-        torch._foreach_copy_(self._kept, buffers)
-        started = [flat.all_started for flat in flats]
         try:
             yield
         except BaseException:
-            with torch.no_grad():
-                torch._foreach_copy_(buffers, self._kept)
-            for flat, all_started in zip(flats, started, strict=True):
-                flat.all_started = all_started
-                flat.note_write()
+            inner_step, *others = self.engine.counters.read()
+            self.engine.counters.write((inner_step + 1, *others))
             raise
 
     def heldout_gradients(self, heldout: Sequence[Callable[[], Tensor]]) -> list[Gradients]:

@@ -13,9 +13,9 @@ class FOMAML(Method):
     r"""φ ← φ − β mean_t ∇L_t^held(θ_t) after K inner steps, then θ_t ← φ: MAML's meta-gradient with dθ_K/dφ taken as I.
 
     `step` needs heldout: T functions that return the loss, with its graph, of held-out data at the current θ_t. They
-    are called at K, and their gradients are held together, with a copy of θ and momentum: should one raise, all is as
-    it was before the step. `nonfinite` looks at the training gradients alone. With `maximize` the held-out value is
-    maximized too.
+    are called at K, after the inner step, and their gradients are held together. Should one raise, that inner step
+    counts, φ stays, and the next step ends the round. `nonfinite` looks at the training gradients alone. With
+    `maximize` the held-out value is maximized too.
 
     Source: Finn et al., "Model-Agnostic Meta-Learning", ICML 2017, section 5.2; Nichol et al., 2018.
     """
@@ -26,14 +26,12 @@ class FOMAML(Method):
     one_process = "the gradients of its held-out losses are summed over the tasks of one process"
 
     def apply_(self, step: Step) -> None:
-        if not step.control.reset:
-            self.update_tasks_(step)
-            return
-        with self.taking_back():
-            self.update_tasks_(step)
-            found = self.heldout_gradients(step.heldout)
-        with torch.no_grad():
-            self.end_round_(descending(step.hyper), step.control, [None] * len(found), found, 1 / self.num_tasks)
+        self.update_tasks_(step)
+        if step.control.reset:
+            with self.inner_step_counts():
+                found = self.heldout_gradients(step.heldout)
+            with torch.no_grad():
+                self.end_round_(descending(step.hyper), step.control, [None] * len(found), found, 1 / self.num_tasks)
 
 
 class FOMAMLPlusPlus(Method):
@@ -54,8 +52,8 @@ class FOMAMLPlusPlus(Method):
 
     @torch.no_grad()
     def apply_(self, step: Step) -> None:
-        with self.taking_back():
-            self.update_tasks_(step)
+        self.update_tasks_(step)
+        with self.inner_step_counts():
             found = self.heldout_gradients(step.heldout)
         weight = 1 / (self.param_groups[0]["horizon"] * self.num_tasks)
         totals = [flat.own["meta_gradient"] for flat in self.shared_flats()]

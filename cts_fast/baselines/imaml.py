@@ -60,15 +60,13 @@ class IMAML(Method):
         if any(h.maximize for h in step.hyper):
             raise ValueError("IMAML: its proximal problem is a minimization; give the negative loss and maximize=False")
         gradients = self._with_proximal_term(step.gradients, step.control.inverse_scale)
-        step = step._replace(gradients=gradients)
+        self.update_tasks_(step._replace(gradients=gradients))
         if not step.control.reset:
-            self.update_tasks_(step)
             return
         flats = self.shared_flats()
         total = [torch.zeros_like(flat.phi) for flat in flats]
         targets = [part for flat, values in zip(flats, total, strict=True) for part in flat.parts(values[None])]
-        with self.taking_back():
-            self.update_tasks_(step)
+        with self.inner_step_counts():
             for row, loss in enumerate(step.heldout):
                 add_present_(targets, self._implicit_gradient(loss, row, step.hyper), alpha=1 / self.num_tasks)
         self.engine.rebind_(self.param_groups)  # a held-out function may exchange a parameter's storage

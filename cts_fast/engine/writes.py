@@ -49,7 +49,8 @@ class Writes:
 
     def counted(self) -> set[Tensor]:
         """The views that somebody else has written to in a way that autograd counts."""
-        return {view for view, version, _ in self._noted() if view._version != version}
+        views = (view for flat in self.flats for view in flat.initialization)
+        return {view for view, version in zip(views, self.versions, strict=True) if view._version != version}
 
     def written(self) -> set[Tensor]:
         """The views that somebody else has written to in any way; waits for the device where they were handed out."""
