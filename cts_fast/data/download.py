@@ -170,6 +170,18 @@ def md5_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _extract(archive: tarfile.TarFile, folder: Path) -> None:
+    """Unpack a tar file. Raises TarError for what would lie elsewhere."""
+    if hasattr(tarfile, "data_filter"):
+        archive.extractall(folder, filter="data")
+        return
+    for member in archive.getmembers():  # Pythons before 3.10.12 and 3.11.4, which some systems bring, have no filters
+        inside = (folder / member.name).resolve().is_relative_to(folder.resolve())
+        if not inside or not (member.isfile() or member.isdir()):
+            raise tarfile.TarError(f"{member.name!r} in it is no file or folder of its own")
+    archive.extractall(folder)
+
+
 def unpack(path: Path, into: Path) -> None:
     """Unpack a tar, zip or gz file, or move any other, into a folder, whole or not at all; then delete the archive.
 
@@ -182,7 +194,7 @@ def unpack(path: Path, into: Path) -> None:
     try:
         if path.name.endswith((".tar", ".tgz", ".tar.gz")):
             with tarfile.open(path) as archive:
-                archive.extractall(fresh, filter="data")
+                _extract(archive, fresh)
         elif path.name.endswith(".zip"):
             with zipfile.ZipFile(path) as archive:
                 archive.extractall(fresh)

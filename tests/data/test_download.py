@@ -209,13 +209,32 @@ def packed(kind):
     return buffer.getvalue()
 
 
+@pytest.fixture(params=[True, False], ids=["filters", "none"])
+def tar_filters(request, monkeypatch):
+    """Older Pythons' tarfile has none."""
+    if not request.param:
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+
+
 @pytest.mark.parametrize("kind", ["zip", "tar", "tgz", "tar.gz"])
-def test_archives_are_unpacked_and_deleted(kind, tmp_path):
+def test_archives_are_unpacked_and_deleted(kind, tmp_path, tar_filters):
     path = tmp_path / f"x.{kind}"
     path.write_bytes(packed(kind))
     unpack(path, tmp_path / "into")
     assert (tmp_path / "into/set/deep/b.txt").read_text() == "b" and not path.exists()
     assert [entry.name for entry in (tmp_path / "into").iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize("name", ["../out.txt", "a/../../out.txt", "link"])
+def test_nothing_is_unpacked_outside_the_folder(name, tmp_path, tar_filters):
+    path, member = tmp_path / "x.tar", tarfile.TarInfo(name)
+    if name == "link":
+        member.type, member.linkname = tarfile.SYMTYPE, "../../out.txt"
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(member)
+    with pytest.raises(DamagedFile, match="x.tar cannot be unpacked"):
+        unpack(path, tmp_path / "into")
+    assert not list((tmp_path / "into").iterdir()) and not (tmp_path / "out.txt").exists()
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz", "gz"])
