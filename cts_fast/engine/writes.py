@@ -81,4 +81,5 @@ def _sums_of_bits(flat: Flat) -> Tensor:
     """Of each 128 bytes of φ a number that a write of other values changes; not waited for."""
     with torch.inference_mode(False):
         words = flat.phi.view(torch.int64)
-        return words.view(-1, SEGMENT_BYTES // 8).sum(1) if len(words) else words
+        weights = torch.arange(1, SEGMENT_BYTES // 4, 2, device=words.device)  # they tell other orders apart
+        return (words.view(-1, SEGMENT_BYTES // 8) * weights).sum(1) if len(words) else words

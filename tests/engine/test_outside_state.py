@@ -9,6 +9,8 @@ import torch
 from support.nets import assert_same
 from support.outside import KINDS, Problem, everywhere, exchange_all, exchange_data, exchange_tensors, in_both
 
+from cts_fast import ShiftingMetaOptimizer
+
 # State
 
 
@@ -335,3 +337,13 @@ def test_what_users_keep_in_an_entry_is_saved_and_loaded():
     other.opt.load_state_dict(problem.opt.state_dict())
     assert other.opt.state[other.param("shared")]["mine"] == 1
     other.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_same_numbers_in_another_order_are_a_write_to_the_initialization_too(dtype):
+    params = [[torch.nn.Parameter(torch.arange(6, dtype=dtype))] for _ in range(2)]
+    opt = ShiftingMetaOptimizer(params, lr=0.0, meta_lr=0.0)
+    opt.initialization[0].data.copy_(torch.arange(6, dtype=dtype).flip(0))
+    params[0][0].grad = torch.zeros(6, dtype=dtype)
+    opt.step()
+    assert torch.equal(opt.initialization[0], torch.arange(6, dtype=dtype).flip(0))
